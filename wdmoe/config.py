@@ -1,0 +1,103 @@
+"""Settings of the running programs: frozen, checked once when made, in SI units."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from wdmoe.errors import ConfigError
+
+POLICIES = ("topk", "cosine")
+PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
+PRECISIONS = ("fp32", "fp16", "int8")
+
+
+def state_home() -> Path:
+    """Where keys and identities live: `$XDG_STATE_HOME/wdmoe`, else `~/.local/state/wdmoe`."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "wdmoe"
+
+
+def cache_home() -> Path:
+    """Where what can be made or fetched again lives: `$XDG_CACHE_HOME/wdmoe`, else `~/.cache/wdmoe`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wdmoe"
+
+
+def _positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:  # also refuses NaN
+        raise ConfigError(f"{name} must be positive and finite, got {value}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkEmulation:
+    """A radio link in user space: what the device waits before it computes and before it answers. 0 means no limit."""
+
+    downlink_bps: float = 0.0
+    uplink_bps: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("downlink_bps", "uplink_bps"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"link {name} must be zero (no limit) or positive, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSettings:
+    """One device node."""
+
+    join: str  # token, or tcp:// endpoint when insecure
+    name: str = ""  # "": the host name
+    provider: str = "auto"
+    threads: int = 1  # per expert run; more only helps experts of several million weights
+    memory_bytes: int = 0  # offered to experts; 0: half of what is free at start
+    cache: Path = field(default_factory=lambda: cache_home() / "experts")
+    cache_bytes: int = 4 << 30
+    state: Path = field(default_factory=lambda: state_home() / "device")
+    link: LinkEmulation = field(default_factory=LinkEmulation)
+    insecure: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("provider", self.provider, PROVIDERS)
+        _positive("threads", self.threads)
+        _positive("cache_bytes", self.cache_bytes)
+        if self.memory_bytes < 0:
+            raise ConfigError(f"memory must not be negative, got {self.memory_bytes}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StationSettings:
+    """One base station."""
+
+    bundle: Path
+    bind: str = "tcp://*:5555"  # control plane
+    data_port: int = 0  # data plane, same interface; 0: one above the control port
+    http_host: str = "127.0.0.1"
+    http_port: int = 8080  # -1: no HTTP
+    api_key: str = ""
+    policy: str = "topk"
+    deadline_s: float = 1.0  # longest wait for experts of one layer, plus deadline_per_token_s for each token
+    deadline_per_token_s: float = 0.02
+    prefill_chunk: int = 128  # tokens of a prompt in one forward pass
+    max_active: int = 4  # requests computed at the same time
+    max_queued: int = 16  # requests waiting behind them before new ones are turned away
+    lease_s: float = 3.0
+    device: str = "auto"  # torch device of attention and gate
+    dtype: str = "auto"
+    threads: int = 0  # torch threads; 0: torch's own default
+    placement: Path | None = None
+    state: Path = field(default_factory=lambda: state_home() / "bs")
+    insecure: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("policy", self.policy, POLICIES)
+        for name in ("deadline_s", "prefill_chunk", "max_active", "lease_s"):
+            _positive(name, getattr(self, name))
+        if self.max_queued < 0 or self.deadline_per_token_s < 0 or self.threads < 0:
+            raise ConfigError("max_queued, deadline_per_token_s and threads must not be negative")
