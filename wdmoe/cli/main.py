@@ -1,0 +1,54 @@
+"""`wdmoe-node`: one command, a file beside this one for each group of subcommands.
+
+Subcommands import what is heavy (torch, transformers, onnxruntime, zmq) inside their bodies, so that help is
+instant and a device needs no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from wdmoe.cli.failures import EXIT_INTERRUPTED, explain
+from wdmoe.cli.logs import configure_logging
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="wdmoe", prog_name="wdmoe-node")
+@click.option("-v", "--verbose", count=True, help="Say more: -v what happens, -vv every detail.")
+@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+def cli(verbose: int, quiet: bool) -> None:
+    """One Mixture-of-Experts language model across a wireless network.
+
+    The base station holds attention and gate, devices hold the experts. First steps:
+
+    \b
+      wdmoe-node bs default                  # base station with the default model; prints a join token
+      wdmoe-node device --join TOKEN         # on every device
+      wdmoe-node status                      # who takes part, and how fast
+
+    Quantities carry their unit: 20MHz, 150ms, 2GiB, 20Mbit/s, -174dBm/Hz.
+
+    Exit codes: 0 done, 1 a failure that is named in one line, 2 wrong usage.
+    """
+    configure_logging(verbose=verbose, quiet=quiet)
+
+
+def main() -> None:
+    """Entry point of the `wdmoe-node` command. A failure that can be named becomes one line; a bug keeps its
+    traceback."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:  # click's word for Ctrl-C
+        sys.exit(EXIT_INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        click.echo(f"Error: {line}", err=True)
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,50 @@
+"""Types of command line values: quantities with units, and secrets that may lie in a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from wdmoe.errors import ConfigError
+from wdmoe.units import Dimension, parse_quantity
+
+
+class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
+    """A number with its unit, handed to the command as an SI float."""
+
+    def __init__(self, dimension: Dimension) -> None:
+        self.dimension = dimension
+        self.name = dimension
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read the text; anything else is a default that is in SI already."""
+        if not isinstance(value, str):
+            return float(value)  # type: ignore[arg-type]
+        try:
+            return parse_quantity(value, self.dimension)
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Secret(click.ParamType):  # type: ignore[type-arg]
+    """Text, or `@FILE` for the text in a file, so that it shows in no shell history and no `ps`."""
+
+    name = "text|@file"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text itself, without blanks around it."""
+        text = str(value)
+        if not text.startswith("@"):
+            return text.strip()
+        try:
+            return Path(text[1:]).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            self.fail(f"cannot read {text[1:]}: {error}", param, ctx)
+
+
+FREQUENCY = Quantity("frequency")
+TIME = Quantity("time")
+SIZE = Quantity("size")
+RATE = Quantity("rate")
+SECRET = Secret()
