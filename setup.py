@@ -7,22 +7,43 @@ import os
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError, PlatformError
 
 debug = os.environ.get("WDMOE_DEBUG") == "1"
-# No -ffast-math: it breaks the NaN checks. No -march=native: wheels travel.
+# No -ffast-math: it breaks the NaN checks. No -march=native: wheels travel. No contraction to fused multiply-add,
+# which some boards have and others lack: every machine gets the same digits.
 flags = ["-O0", "-g", "-D_GLIBCXX_ASSERTIONS"] if debug else ["-O3"]
+flags += ["-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra"]
+
+
+class BuildExtension(build_ext):
+    """Says in one line what is missing when the extension cannot be built. There is no slow fallback to hide it."""
+
+    def build_extension(self, ext):
+        try:
+            super().build_extension(ext)
+        except (CompileError, LinkError, PlatformError) as error:
+            raise SystemExit(
+                f"wdmoe: cannot build {ext.name}: {error}\n"
+                "wdmoe needs a C++20 compiler (g++ >= 10 or clang >= 13) and Python's headers; "
+                "on Debian, Ubuntu or JetPack: apt-get install g++ python3-dev"
+            ) from error
+
 
 setup(
+    cmdclass={"build_ext": BuildExtension},
     ext_modules=cythonize(
         [
             Extension(
                 "wdmoe.solver._native",
                 sources=["wdmoe/solver/_native.pyx"],
+                depends=[f"native/wdmoe/{part}.hpp" for part in ("checks", "combine", "grouping", "selection")],
                 include_dirs=["native"],
-                extra_compile_args=["-std=c++20", "-Wall", "-Wextra", *flags],
+                extra_compile_args=flags,
                 language="c++",
             )
         ],
         compiler_directives={"language_level": 3, "boundscheck": debug, "wraparound": False},
-    )
+    ),
 )

@@ -1,0 +1,118 @@
+"""Types of the native bridge. `wdmoe.solver.reference` is its plain NumPy twin: same names, arguments and answers."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+Int32Array = npt.NDArray[np.int32]
+UInt8Array = npt.NDArray[np.uint8]
+Float32Array = npt.NDArray[np.float32]
+FloatArray = npt.NDArray[np.float64]
+
+class DeviceWork:
+    """One device's part of a layer, in the order a `Run` message wants it.
+
+    `experts[i]` serves `counts[i]` tokens; `rows` and `weights` hold those, expert after expert, tokens ascending.
+    """
+
+    device: int
+    token_rows: Int32Array  # (device tokens,) ascending rows of the layer's hidden states, each once
+    experts: tuple[int, ...]  # ascending
+    counts: tuple[int, ...]
+    rows: Int32Array  # (sum(counts),) into token_rows
+    weights: Float32Array  # (sum(counts),)
+
+class Groups:
+    """Work of all devices that have any, by ascending device."""
+
+    works: tuple[DeviceWork, ...]
+    unserved: int  # (token, expert) pairs whose expert no device serves
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[DeviceWork]: ...
+    def __getitem__(self, position: int) -> DeviceWork: ...
+
+def group_by_device(experts: Int32Array, weights: Float32Array, device_of: Int32Array) -> Groups:
+    """Turn the experts of each token into the work of each device. Time O(tokens k + experts + devices).
+
+    Args:
+        experts: (tokens, k) int32 C-contiguous, -1 where dropped.
+        weights: (tokens, k) float32 C-contiguous gate weights.
+        device_of: (experts,) int32 C-contiguous, the device that serves each expert, -1 where none does.
+    Raises:
+        ValueError: shapes or types differ from the above, or an index is out of range.
+    """
+
+def combine_partials(
+    out: Float32Array, partial: npt.NDArray[np.floating], rows: Int32Array, weights: Float32Array | None = None
+) -> None:
+    """`out[rows[i]] += weights[i] * partial[i]` for i = 0, 1, ... in that order; without weights they are 1.
+
+    Args:
+        out: (tokens, hidden) float32 C-contiguous, changed in place.
+        partial: (n, hidden), converted to float32.
+        rows: (n,) int32 into out; may repeat.
+        weights: (n,) or None.
+    Raises:
+        ValueError: shapes do not fit or a row is out of range; out is unchanged then.
+    """
+
+def combine(
+    tokens: int,
+    hidden: int,
+    replies: Iterable[tuple[npt.NDArray[np.floating], Int32Array]],
+    scale: npt.ArrayLike | None = None,
+) -> Float32Array:
+    """Sum the replies of several devices. Floating-point sums depend on order: give replies by ascending device.
+
+    Args:
+        replies: (partial (n, hidden), rows (n,) int32) of each device, added in the order given.
+        scale: (tokens,) factors for the sum, or None.
+    Returns:
+        (tokens, hidden) float32; 0 where no reply has the token.
+    Raises:
+        ValueError: shapes do not fit or a row is out of range; names the reply.
+    """
+
+def is_finite(values: npt.NDArray[np.floating]) -> bool:
+    """Whether no value is NaN or infinite, as float32 (a float64 beyond its range is not finite)."""
+
+def first_bad(values: FloatArray, positive: bool) -> int:
+    """Flat index of the first value of a 2-D array outside [0, 1e100] ([1e-100, 1e100] if positive), or -1."""
+
+def top_k(gate: FloatArray, k: int, available: UInt8Array | None, normalise: bool) -> tuple[Int32Array, FloatArray]:
+    """The k largest weights of each row, largest first, ties to the lower expert. Time O(tokens experts).
+
+    Args:
+        gate: (tokens, experts) float64 C-contiguous, 0 to 1e100.
+        available: (experts,), 0 excludes an expert; None: all.
+        normalise: each token's weights are divided by their sum.
+    Returns:
+        experts (tokens, k) and weights (tokens, k); -1 and 0 where fewer than k are available.
+    Raises:
+        ValueError: a shape or value is not as above.
+    """
+
+def prune(
+    experts: Int32Array,
+    weights: FloatArray,
+    latency_s: FloatArray,
+    available: UInt8Array | None,
+    cosine: bool,
+    renormalise: bool,
+    wlr_sum: bool,
+    theta: float,
+    theta_step: float,
+    gamma: float,
+) -> tuple[FloatArray, float, float]:
+    """Drop experts in place: those not available, then by Algorithm 1 if `cosine`. See `solver.selection`.
+
+    Args:
+        experts: (tokens, k) int32, -1 where there is none; changed in place.
+        weights: (tokens, k) float64; changed in place.
+        latency_s: (1 or tokens, experts) float64, positive and checked by the caller.
+    Returns:
+        Dropped share of weight (tokens,), mean WLR of what is kept, last theta (0 without `cosine`).
+    Raises:
+        ValueError: a shape, index or weight is not as above.
+    """

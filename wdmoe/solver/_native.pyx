@@ -1,0 +1,256 @@
+# cython: language_level=3, embedsignature=False, freethreading_compatible=False
+"""Thin bridge to native/wdmoe: checks lengths, hands over pointers, releases the GIL. Types: _native.pyi.
+
+C++ trusts every length it is given, so each function here compares them first. Values (indices, finite numbers) are
+checked in C++, where it costs one pass.
+"""
+
+import numpy as np
+
+from libc.stdint cimport int32_t, uint8_t
+from libcpp cimport bool as cbool
+from libcpp.vector cimport vector
+
+
+cdef extern from "wdmoe/checks.hpp" namespace "wdmoe" nogil:
+    size_t first_outside(const double* values, size_t n, double low) noexcept
+    cbool all_finite(const float* values, size_t n) noexcept
+    const double kSmallestPositive
+
+
+cdef extern from "wdmoe/combine.hpp" namespace "wdmoe" nogil:
+    void add_rows(const float* values, const int32_t* rows, const float* weights, size_t n, size_t tokens,
+                  size_t hidden, float* out) except +
+    void scale_rows(const float* factors, size_t tokens, size_t hidden, float* out) noexcept
+
+
+cdef extern from "wdmoe/grouping.hpp" namespace "wdmoe" nogil:
+    cdef cppclass DeviceSpan:
+        int32_t device
+        size_t tokens_begin, tokens_end, experts_begin, experts_end, pairs_begin, pairs_end
+
+    cdef cppclass Grouping:
+        vector[DeviceSpan] spans
+        size_t tokens_total, experts_total, pairs_total, unserved
+        void count(const int32_t* experts, size_t tokens, size_t k, const int32_t* device_of,
+                   size_t n_experts) except +
+        void fill(const float* weights, int32_t* token_rows, int32_t* experts, int32_t* counts, int32_t* rows,
+                  float* pair_weights) noexcept
+
+
+cdef extern from "wdmoe/selection.hpp" namespace "wdmoe" nogil:
+    cdef cppclass PruneOptions:
+        cbool cosine, renormalise, wlr_sum
+        double theta, theta_step, gamma
+
+    cdef cppclass PruneResult:
+        double wlr, theta
+
+    size_t native_top_k "wdmoe::top_k"(
+        const double* gate, size_t tokens, size_t n_experts, size_t k, const uint8_t* available, cbool normalise,
+        int32_t* experts, double* weights) except +
+    PruneResult native_prune "wdmoe::prune"(
+        int32_t* experts, double* weights, size_t tokens, size_t k, const double* latency, size_t latency_stride,
+        size_t n_experts, const uint8_t* available, const PruneOptions& options, double* dropped_weight) except +
+
+
+cdef class DeviceWork:
+    """One device's part of a layer: see _native.pyi."""
+
+    cdef readonly int device
+    cdef readonly object token_rows, rows, weights
+    cdef readonly tuple experts, counts
+
+    def __repr__(self):
+        return f"DeviceWork(device={self.device}, experts={self.experts}, counts={self.counts})"
+
+
+cdef class Groups:
+    """Work of all devices: see _native.pyi."""
+
+    cdef readonly tuple works
+    cdef readonly Py_ssize_t unserved
+
+    def __len__(self):
+        return len(self.works)
+
+    def __iter__(self):
+        return iter(self.works)
+
+    def __getitem__(self, Py_ssize_t position):
+        return self.works[position]
+
+
+cdef tuple ints(const int32_t* values, size_t n):
+    return tuple([values[i] for i in range(n)])
+
+
+cdef DeviceWork device_work(const DeviceSpan& span, object flat, object weights, const int32_t* values,
+                            size_t token_slots, size_t expert_slots):
+    # flat holds token_rows | experts | counts | rows, one after the other
+    cdef DeviceWork work = DeviceWork.__new__(DeviceWork)
+    cdef size_t count = span.experts_end - span.experts_begin
+    cdef size_t rows_at = token_slots + 2 * expert_slots
+    work.device = span.device
+    work.token_rows = flat[span.tokens_begin : span.tokens_end]
+    work.experts = ints(values + token_slots + span.experts_begin, count)
+    work.counts = ints(values + token_slots + expert_slots + span.experts_begin, count)
+    work.rows = flat[rows_at + span.pairs_begin : rows_at + span.pairs_end]
+    work.weights = weights[span.pairs_begin : span.pairs_end]
+    return work
+
+
+def group_by_device(const int32_t[:, ::1] experts not None, const float[:, ::1] weights not None,
+                    const int32_t[::1] device_of not None):
+    cdef size_t tokens = experts.shape[0], k = experts.shape[1], n_experts = device_of.shape[0]
+    if weights.shape[0] != experts.shape[0] or weights.shape[1] != experts.shape[1]:
+        raise ValueError(
+            f"weights must have the shape of experts ({experts.shape[0]}, {experts.shape[1]}), "
+            f"got ({weights.shape[0]}, {weights.shape[1]})"
+        )
+    if tokens * k > 0x7FFFFFFF:
+        raise ValueError(f"experts must have fewer than 2**31 entries, got {tokens * k}")
+    cdef Grouping grouping
+    cdef Groups groups = Groups.__new__(Groups)
+    groups.works = ()
+    if tokens * k == 0:
+        return groups
+    with nogil:
+        grouping.count(&experts[0, 0], tokens, k, &device_of[0] if n_experts > 0 else NULL, n_experts)
+    groups.unserved = grouping.unserved
+    if grouping.pairs_total == 0:
+        return groups
+    cdef size_t experts_at = grouping.tokens_total, counts_at = experts_at + grouping.experts_total
+    cdef size_t rows_at = counts_at + grouping.experts_total
+    flat = np.empty(rows_at + grouping.pairs_total, np.int32)
+    pair_weights = np.empty(grouping.pairs_total, np.float32)
+    cdef int32_t[::1] out = flat
+    cdef float[::1] out_weights = pair_weights
+    with nogil:
+        grouping.fill(&weights[0, 0], &out[0], &out[experts_at], &out[counts_at], &out[rows_at], &out_weights[0])
+    groups.works = tuple([
+        device_work(grouping.spans[i], flat, pair_weights, &out[0], grouping.tokens_total, grouping.experts_total)
+        for i in range(grouping.spans.size())
+    ])
+    return groups
+
+
+cdef void add_reply(float[:, ::1] out, object partial, object rows, object weights, str name) except *:
+    cdef const float[:, ::1] values = np.ascontiguousarray(partial, np.float32)
+    cdef const int32_t[::1] at = np.ascontiguousarray(rows, np.int32)
+    cdef const float[::1] factors = None if weights is None else np.ascontiguousarray(weights, np.float32)
+    cdef size_t n = values.shape[0], tokens = out.shape[0], hidden = out.shape[1]
+    if values.shape[1] != out.shape[1]:
+        raise ValueError(f"{name}: partial must be (n, {hidden}), got ({n}, {values.shape[1]})")
+    if at.shape[0] != values.shape[0]:
+        raise ValueError(f"{name}: rows must have one entry for each of the {n} partial rows, got {at.shape[0]}")
+    if factors is not None and factors.shape[0] != values.shape[0]:
+        raise ValueError(f"{name}: weights must have one entry for each of the {n} partial rows, "
+                         f"got {factors.shape[0]}")
+    if n == 0 or hidden == 0:
+        return
+    cdef const float* scale = NULL
+    if factors is not None:
+        scale = &factors[0]
+    try:
+        with nogil:
+            add_rows(&values[0, 0], &at[0], scale, n, tokens, hidden, &out[0, 0] if tokens > 0 else NULL)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def combine_partials(float[:, ::1] out not None, partial not None, rows not None, weights=None):
+    add_reply(out, partial, rows, weights, "combine_partials")
+
+
+def combine(Py_ssize_t tokens, Py_ssize_t hidden, replies not None, scale=None):
+    if tokens < 0 or hidden < 0:
+        raise ValueError(f"tokens and hidden must not be negative, got {tokens} and {hidden}")
+    result = np.zeros((tokens, hidden), np.float32)
+    cdef float[:, ::1] out = result
+    cdef const float[::1] factors
+    for position, (partial, rows) in enumerate(replies):
+        add_reply(out, partial, rows, None, f"replies[{position}]")
+    if scale is not None:
+        factors = np.ascontiguousarray(scale, np.float32)
+        if factors.shape[0] != tokens:
+            raise ValueError(f"scale must have one entry for each of the {tokens} tokens, got {factors.shape[0]}")
+        if tokens > 0 and hidden > 0:
+            with nogil:
+                scale_rows(&factors[0], tokens, hidden, &out[0, 0])
+    return result
+
+
+def is_finite(values not None):
+    flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+    cdef const float[::1] view = flat
+    cdef size_t n = view.shape[0]
+    cdef cbool finite
+    if n == 0:
+        return True
+    with nogil:
+        finite = all_finite(&view[0], n)
+    return finite
+
+
+def first_bad(const double[:, ::1] values not None, cbool positive):
+    cdef size_t n = values.shape[0] * values.shape[1], found
+    cdef double low = kSmallestPositive if positive else 0.0
+    if n == 0:
+        return -1
+    with nogil:
+        found = first_outside(&values[0, 0], n, low)
+    return -1 if found == n else <Py_ssize_t>found
+
+
+def top_k(const double[:, ::1] gate not None, Py_ssize_t k, const uint8_t[::1] available, cbool normalise):
+    cdef size_t tokens = gate.shape[0], n_experts = gate.shape[1], bad
+    if k < 1 or k > gate.shape[1]:
+        raise ValueError(f"top_k must be 1 to {n_experts} (the number of experts), got {k}")
+    if available is not None and available.shape[0] != gate.shape[1]:
+        raise ValueError(f"available must be ({n_experts},), got ({available.shape[0]},)")
+    experts = np.empty((tokens, k), np.int32)
+    weights = np.empty((tokens, k))
+    if tokens == 0:
+        return experts, weights
+    cdef int32_t[:, ::1] out_experts = experts
+    cdef double[:, ::1] out_weights = weights
+    cdef const uint8_t* usable = NULL
+    if available is not None:
+        usable = &available[0]
+    with nogil:
+        bad = native_top_k(&gate[0, 0], tokens, n_experts, k, usable, normalise, &out_experts[0, 0],
+                           &out_weights[0, 0])
+    if bad < tokens * n_experts:
+        raise ValueError(f"gate must be finite and not negative, got {gate[bad // n_experts, bad % n_experts]} "
+                         f"at token {bad // n_experts}, expert {bad % n_experts}")
+    return experts, weights
+
+
+def prune(int32_t[:, ::1] experts not None, double[:, ::1] weights not None, const double[:, ::1] latency_s not None,
+          const uint8_t[::1] available, cbool cosine, cbool renormalise, cbool wlr_sum, double theta,
+          double theta_step, double gamma):
+    cdef size_t tokens = experts.shape[0], k = experts.shape[1], n_experts = latency_s.shape[1]
+    cdef size_t stride = n_experts if latency_s.shape[0] != 1 else 0
+    if weights.shape[0] != experts.shape[0] or weights.shape[1] != experts.shape[1]:
+        raise ValueError(f"weights must have the shape of experts ({tokens}, {k}), "
+                         f"got ({weights.shape[0]}, {weights.shape[1]})")
+    if latency_s.shape[0] != 1 and latency_s.shape[0] != experts.shape[0]:
+        raise ValueError(f"latency_s must have 1 or {tokens} rows, got {latency_s.shape[0]}")
+    if available is not None and available.shape[0] != latency_s.shape[1]:
+        raise ValueError(f"available must be ({n_experts},), got ({available.shape[0]},)")
+    cdef PruneOptions options
+    options.cosine, options.renormalise, options.wlr_sum = cosine, renormalise, wlr_sum
+    options.theta, options.theta_step, options.gamma = theta, theta_step, gamma
+    cdef PruneResult result
+    dropped_weight = np.zeros(tokens)
+    if tokens == 0 or k == 0 or n_experts == 0:
+        return dropped_weight, 0.0, 0.0
+    cdef double[::1] dropped = dropped_weight
+    cdef const uint8_t* usable = NULL
+    if available is not None:
+        usable = &available[0]
+    with nogil:
+        result = native_prune(&experts[0, 0], &weights[0, 0], tokens, k, &latency_s[0, 0], stride, n_experts,
+                              usable, options, &dropped[0])
+    return dropped_weight, result.wlr, result.theta
