@@ -59,7 +59,6 @@ class Receipt:
     dropped_weight: float = 0.0  # mean gate weight per (token, layer) that was not computed: policy and loss together
     lost_weight: float = 0.0  # the part of dropped_weight that was lost, not chosen
     retries: int = 0  # dispatches sent again to another device
-    late_replies: int = 0
     bytes_down: int = 0
     bytes_up: int = 0
     first_token_s: float = 0.0

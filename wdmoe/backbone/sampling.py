@@ -1,0 +1,42 @@
+"""Sampling with a generator per request, so that a seed means the same whatever else runs beside it."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from wdmoe.records import Sampling
+
+
+class GumbelMax(LogitsProcessor):  # type: ignore[misc]
+    """Adds Gumbel noise, so that the greedy choice that follows is a sample from softmax(scores).
+
+    transformers samples from torch's global generator, which concurrent requests would share.
+    Source: Maddison, Tarlow, Minka, "A* Sampling", NeurIPS 2014, section 2.
+    """
+
+    def __init__(self, seed: int | None, device: torch.device) -> None:
+        self._generator = torch.Generator(device=device)
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """(batch, vocabulary) -> (batch, vocabulary)."""
+        uniform = torch.rand(
+            scores.shape, generator=self._generator, device=scores.device, dtype=torch.float64
+        )
+        noise = -torch.log(-torch.log(uniform.clamp_(1e-300, 1 - 1e-16)))
+        return scores + noise.to(scores.dtype)  # type: ignore[return-value]
+
+
+def processors(sampling: Sampling, device: torch.device) -> LogitsProcessorList:
+    """What turns greedy decoding into the sampling asked for."""
+    steps = LogitsProcessorList()
+    if sampling.temperature > 0:
+        steps.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_p < 1:
+            steps.append(TopPLogitsWarper(sampling.top_p))
+        steps.append(GumbelMax(sampling.seed, device))
+    return steps

@@ -1,0 +1,71 @@
+"""The running account of one request. It becomes the receipt that every answer carries."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from wdmoe.records import Receipt, StageSeconds
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Mutable on purpose: one per request, written by the model thread only."""
+
+    policy: str = "topk"
+    started_s: float = field(default_factory=time.monotonic)  # when the request came in, queueing included
+    first_token_s: float = 0.0
+    completion_tokens: int = 0
+    prompt_tokens: int = 0
+    token_layers: int = 0  # (token, layer) pairs computed
+    dropped_weight: float = 0.0  # summed over those pairs, each pair's weights summing to 1
+    lost_weight: float = 0.0
+    retries: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    wire_down_s: float = 0.0
+    device_compute_s: float = 0.0
+    wire_up_s: float = 0.0
+    wait_s: float = 0.0
+    step_degraded: int = 0  # tokens of the current forward pass that missed a chosen expert, in its worst layer
+    degraded_tokens: int = 0
+    step_devices: set[str] = field(default_factory=set)
+
+    def open_pass(self) -> None:
+        """A forward pass begins: settle the degraded tokens of the one before."""
+        self.degraded_tokens += self.step_degraded
+        self.step_degraded = 0
+
+    def close_step(self) -> tuple[str, ...]:
+        """A token is out. Returns the devices that worked on it."""
+        devices = tuple(sorted(self.step_devices))
+        self.step_devices.clear()
+        return devices
+
+    def receipt(self) -> Receipt:
+        """What the request cost so far."""
+        self.open_pass()
+        elapsed_s = time.monotonic() - self.started_s
+        away_s = self.wire_down_s + self.device_compute_s + self.wire_up_s + self.wait_s
+        pairs = max(self.token_layers, 1)
+        return Receipt(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            policy=self.policy,
+            degraded=self.lost_weight > 0 or self.degraded_tokens > 0,
+            degraded_tokens=self.degraded_tokens,
+            dropped_weight=self.dropped_weight / pairs,
+            lost_weight=self.lost_weight / pairs,
+            retries=self.retries,
+            bytes_down=self.bytes_down,
+            bytes_up=self.bytes_up,
+            first_token_s=self.first_token_s,
+            elapsed_s=elapsed_s,
+            stages=StageSeconds(
+                bs_compute=max(elapsed_s - away_s, 0.0),
+                wire_down=self.wire_down_s,
+                device_compute=self.device_compute_s,
+                wire_up=self.wire_up_s,
+                wait=self.wait_s,
+            ),
+        )

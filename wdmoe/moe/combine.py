@@ -1,0 +1,52 @@
+"""Last step of a layer: the sum over the devices that answered, and how much of the gate weight is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from wdmoe.solver.combine import combine_partials
+from wdmoe.transport.messages import Activations, Float32Array, Int32Array
+
+
+class Answer(NamedTuple):
+    """One device's partial sums."""
+
+    partial: Activations  # (n, hidden)
+    token_rows: Int32Array  # (n,) the layer's tokens they belong to
+
+
+class Missing(NamedTuple):
+    """One device's share that did not come."""
+
+    token_rows: Int32Array  # (n,) the layer's tokens in the order
+    rows: Int32Array  # (assignments,) into token_rows
+    weights: Float32Array  # (assignments,) gate weights
+
+
+def missing_weight(tokens: int, missing: Sequence[Missing]) -> Float32Array:
+    """(tokens,) gate weight that did not come, summed over experts."""
+    owed = np.zeros(tokens, np.float32)
+    for share in missing:
+        np.add.at(owed, share.token_rows[share.rows], share.weights)
+    return owed
+
+
+def combine(
+    tokens: int, hidden: int, answers: Sequence[Answer], scale: Float32Array | None = None
+) -> Float32Array:
+    """Sum the partial sums, in a fixed order so that equal replies give equal results.
+
+    Args:
+        tokens: of the layer.
+        hidden: width.
+        answers: by device.
+        scale: (tokens,) factor for models that renormalise over the experts that answered; None: 1.
+    Returns:
+        (tokens, hidden) float32; rows without any answer are 0.
+    """
+    if scale is None and len(answers) == 1 and len(answers[0].token_rows) == tokens:
+        return answers[0].partial.astype(np.float32, copy=False)
+    return combine_partials(tokens, hidden, [(a.partial, a.token_rows) for a in answers], scale)

@@ -1,0 +1,59 @@
+"""Second step of a layer: one order per device, with all of its tokens and experts in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wdmoe.solver.grouping import group_by_device
+from wdmoe.transport.exchange import Exchange, Order, Reply
+from wdmoe.transport.messages import Activations, Float32Array, Int32Array
+from wdmoe.transport.routing import DeviceRoute
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """One device's share of a layer and what became of it."""
+
+    device: DeviceRoute
+    token_rows: Int32Array  # (n,) the layer's tokens in it
+    order: Order
+    reply: Reply
+
+
+def dispatch(
+    exchange: Exchange,
+    layer: int,
+    tokens: Activations,
+    experts: Int32Array,
+    weights: Float32Array,
+    devices: tuple[DeviceRoute, ...],
+    device_of: Int32Array,
+    wait_s: float,
+) -> list[Part]:
+    """Send each device its tokens and wait for the answers, `wait_s` seconds at most.
+
+    Args:
+        tokens: (tokens, hidden) hidden states.
+        experts: (tokens, top_k), -1 where dropped.
+        weights: (tokens, top_k) gate weights.
+        device_of: (experts,) index into `devices`, -1 where not served.
+    """
+    groups = group_by_device(experts, weights, device_of)
+    everyone = tokens.shape[0]
+    orders = [
+        Order(
+            route=devices[group.device].route,
+            layer=layer,
+            experts=group.experts,
+            counts=group.counts,
+            tokens=tokens if len(group.tokens) == everyone else tokens[group.tokens],
+            rows=group.rows,
+            weights=group.weights,
+        )
+        for group in groups
+    ]
+    replies = exchange.call(orders, wait_s)
+    return [
+        Part(devices[group.device], group.tokens, order, reply)
+        for group, order, reply in zip(groups, orders, replies, strict=True)
+    ]

@@ -1,0 +1,215 @@
+"""One MoE layer, computed by devices: the spine of wdmoe.
+
+    gate's demand -> select -> dispatch -> combine -> the layer's output
+
+Everything here runs on the model thread, in the greenlet of the request.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from wdmoe.errors import ExpertsUnavailableError
+from wdmoe.ledger import Ledger
+from wdmoe.moe.combine import Answer, Missing, combine, missing_weight
+from wdmoe.moe.dispatch import Part, dispatch
+from wdmoe.moe.health import DeviceHealth
+from wdmoe.moe.select import Chosen, Demand, choose, substitute
+from wdmoe.transport.exchange import Exchange
+from wdmoe.transport.messages import Activations, Float32Array, Int32Array
+from wdmoe.transport.routing import Routing
+
+log = logging.getLogger(__name__)
+
+NOTHING = 1e-6  # share of a token's gate weight below which it counts as unanswered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRules:
+    """How layers are served: from the bundle (what the model wants) and the settings (what the user wants)."""
+
+    policy: str = "topk"
+    renormalise: bool = True  # on drop: kept weights grow to the sum of all; else they keep their values
+    gate_temperature: float = 1.0
+    deadline_s: float = 1.0
+    deadline_per_token_s: float = 0.02
+
+
+class ExpertLayers:
+    """All MoE layers of a model. `routing` gives the newest snapshot of who serves what."""
+
+    def __init__(self, exchange: Exchange, routing: Callable[[], Routing], rules: LayerRules) -> None:
+        self._exchange = exchange
+        self._routing = routing
+        self._rules = rules
+        self.health = DeviceHealth()
+        self._seen = Routing()
+
+    def run(self, layer: int, tokens: Activations, demand: Demand, ledger: Ledger) -> Float32Array:
+        """Compute one layer for some tokens.
+
+        Args:
+            layer: decoder layer index.
+            tokens: (tokens, hidden) float32, C-contiguous.
+            demand: the gate's choice.
+            ledger: the request's account.
+        Returns:
+            (tokens, hidden) float32: the gate-weighted sum over the experts that answered.
+        Raises:
+            ExpertsUnavailableError: not one expert of this layer answered, nor did a substitute.
+        """
+        routing = self._newest_routing()
+        chosen = self._choose(routing, layer, demand)
+        parts = self._ask(routing, layer, tokens, chosen, ledger)
+        owed = _owed(len(tokens), parts)
+        if owed is not None or not parts:
+            parts += self._rescue(routing, layer, tokens, demand, chosen, owed, ledger)
+        answers = [Answer(part.reply.result.partial, part.token_rows) for part in parts if part.reply.result]
+        _record(ledger, chosen, owed)
+        return combine(*tokens.shape, answers, self._scale(chosen, owed))
+
+    def _newest_routing(self) -> Routing:
+        routing = self._routing()
+        if routing is not self._seen:
+            self.health.forget_all_but(routing.devices)
+            self._seen = routing
+        return routing
+
+    def _choose(self, routing: Routing, layer: int, demand: Demand) -> Chosen:
+        all_served = self.health.all_well and layer in routing.complete
+        device_of = self._device_of(routing, layer)
+        return choose(
+            demand,
+            policy=self._rules.policy,
+            latency_s=None if self._rules.policy == "topk" else self.health.latency_s(routing.devices, device_of),
+            available=None if all_served else self.health.available(routing.devices, device_of),
+            renormalise=self._rules.renormalise,
+            gate_temperature=self._rules.gate_temperature,
+        )
+
+    def _device_of(self, routing: Routing, layer: int) -> Int32Array:
+        device_of = routing.device_of.get(layer)
+        if device_of is None:
+            raise ExpertsUnavailableError(f"layer {layer}: no device serves any of its experts")
+        return device_of
+
+    def _ask(
+        self, routing: Routing, layer: int, tokens: Activations, chosen: Chosen, ledger: Ledger
+    ) -> list[Part]:
+        """Dispatch, and book what it took."""
+        started_s = time.monotonic()
+        parts = dispatch(
+            self._exchange,
+            layer,
+            tokens,
+            chosen.experts,
+            chosen.weights,
+            routing.devices,
+            self._device_of(routing, layer),
+            self._rules.deadline_s + len(tokens) * self._rules.deadline_per_token_s,
+        )
+        for part in parts:
+            self._judge(part)
+        _book(ledger, parts, time.monotonic() - started_s)
+        return parts
+
+    def _judge(self, part: Part) -> None:
+        """Take a reply in or refuse it, and remember which."""
+        reply, device = part.reply, part.device
+        if reply.result is not None and not np.isfinite(reply.result.partial.sum()):
+            reply.result, reply.reason = None, "answered with values that are not finite"
+        if reply.result is not None:
+            self.health.answered(device.route, reply.answered_s - reply.sent_s, len(part.token_rows))
+        else:
+            log.warning("device %s, layer %d: %s", device.name, part.order.layer, reply.reason)
+            self.health.failed(device.route)
+
+    def _rescue(
+        self,
+        routing: Routing,
+        layer: int,
+        tokens: Activations,
+        demand: Demand,
+        chosen: Chosen,
+        owed: Float32Array | None,
+        ledger: Ledger,
+    ) -> list[Part]:
+        """Ask once more, elsewhere, for the tokens that would go without any expert."""
+        wanted = chosen.weights.sum(axis=1)
+        arrived = wanted if owed is None else wanted - owed
+        empty = np.flatnonzero((demand.weights.sum(axis=1) > 0) & (arrived <= NOTHING * wanted))
+        if not empty.size:
+            return []
+        available = self.health.available(routing.devices, self._device_of(routing, layer))
+        replacement = substitute(demand, empty, available)
+        parts = [] if replacement is None else self._ask(routing, layer, tokens[empty], replacement, ledger)
+        ledger.retries += len(parts)
+        if empty.size == len(tokens) and not any(part.reply.result for part in parts):
+            raise ExpertsUnavailableError(f"layer {layer}: none of its experts answered, and no other could")
+        return [replace(part, token_rows=empty[part.token_rows].astype(np.int32)) for part in parts]
+
+    def _scale(self, chosen: Chosen, owed: Float32Array | None) -> Float32Array | None:
+        """(tokens,) factor that makes up for what did not come, where the model wants it so."""
+        if owed is None or not self._rules.renormalise:
+            return None
+        wanted = chosen.weights.sum(axis=1)
+        arrived = wanted - owed
+        partly = (owed > 0) & (arrived > NOTHING * wanted)
+        scale: Float32Array = np.where(partly, wanted / np.where(partly, arrived, 1), 1).astype(np.float32)
+        return scale
+
+
+def _owed(tokens: int, parts: list[Part]) -> Float32Array | None:
+    """(tokens,) chosen gate weight that did not arrive; None where everything did."""
+    missing = [
+        Missing(part.token_rows, part.order.rows, part.order.weights) for part in parts if part.reply.result is None
+    ]
+    return missing_weight(tokens, missing) if missing else None
+
+
+def _book(ledger: Ledger, parts: list[Part], elapsed_s: float) -> None:
+    """Split the time away from the base station by what the device that answered last says of it."""
+    last = None
+    for part in parts:
+        reply = part.reply
+        ledger.bytes_down += reply.bytes_down
+        ledger.bytes_up += reply.bytes_up
+        if reply.result is not None:
+            ledger.step_devices.add(part.device.name)
+            if last is None or reply.answered_s > last.answered_s:
+                last = reply
+    if last is None or last.result is None:
+        ledger.wait_s += elapsed_s
+        return
+    result = last.result
+    trip_s = last.answered_s - last.sent_s
+    # Clocks are not shared, so what neither side saw is the wire's, half each way.
+    wire_s = max(trip_s - result.residence_s - result.link_down_s - result.link_up_s, 0.0)
+    down_s, up_s = result.link_down_s + wire_s / 2, result.link_up_s + wire_s / 2
+    compute_s = min(result.compute_s, max(elapsed_s - down_s - up_s, 0.0))
+    ledger.wire_down_s += down_s
+    ledger.wire_up_s += up_s
+    ledger.device_compute_s += compute_s
+    ledger.wait_s += max(elapsed_s - down_s - up_s - compute_s, 0.0)
+
+
+def _record(ledger: Ledger, chosen: Chosen, owed: Float32Array | None) -> None:
+    """Write down what was dropped on purpose and what was lost."""
+    tokens = len(chosen.experts)
+    ledger.token_layers += tokens
+    if chosen.dropped is not None:
+        ledger.dropped_weight += float(chosen.dropped.sum())
+    if chosen.lost is None and owed is None:
+        return
+    lost = np.zeros(tokens, np.float32) if chosen.lost is None else chosen.lost
+    if owed is not None:
+        wanted = chosen.weights.sum(axis=1)
+        lost = lost + (1 - lost) * owed / np.where(wanted > 0, wanted, 1)
+    ledger.lost_weight += float(lost.sum())
+    ledger.dropped_weight += float(lost.sum())
+    ledger.step_degraded = max(ledger.step_degraded, int(np.count_nonzero(lost)))

@@ -1,0 +1,141 @@
+"""First step of a layer: which of the experts the gate named are asked, and with what weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wdmoe.solver.selection import prune_experts
+from wdmoe.transport.messages import Float32Array, Int32Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Demand:
+    """What the model's own gate asks for in one layer."""
+
+    experts: Int32Array  # (tokens, top_k), -1 where the family's routing leaves a slot empty
+    weights: Float32Array  # (tokens, top_k), 0 where empty
+    gate: npt.NDArray[Any] | None  # (tokens, experts) router scores, for policies and substitutes; None where unknown
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chosen:
+    """What will be asked for. `weights` already follow the model's rule for dropped experts."""
+
+    experts: Int32Array  # (tokens, top_k), -1 where dropped
+    weights: Float32Array  # (tokens, top_k), 0 where dropped
+    dropped: Float32Array | None = None  # (tokens,) share of the gate weight left out by the policy; None: nothing
+    lost: Float32Array | None = None  # (tokens,) share left out because no device serves the expert; None: nothing
+
+
+def choose(
+    demand: Demand,
+    *,
+    policy: str,
+    latency_s: npt.NDArray[np.float64] | None,
+    available: npt.NDArray[np.bool_] | None,
+    renormalise: bool,
+    gate_temperature: float,
+) -> Chosen:
+    """Apply availability, then the policy, to the gate's demand.
+
+    Args:
+        demand: the gate's own choice.
+        policy: "topk" keeps it; "cosine" drops by weight and latency (Algorithm 1 of WDMoE).
+        latency_s: (experts,) expected seconds per token; needed by every policy but topk.
+        available: (experts,) bool; None where every expert is served.
+        renormalise: kept weights grow to the sum of all; else they keep their values.
+        gate_temperature: what the router's scores are divided by before a policy ranks by them.
+    """
+    kept, lost = (demand, None) if available is None else _without_unavailable(demand, available, renormalise)
+    if policy == "topk":
+        return Chosen(kept.experts, kept.weights, lost=lost)
+    ranks = _ranks(kept, gate_temperature)
+    pruned = prune_experts(kept.experts, ranks, latency_s, policy=policy, renormalise=False).experts
+    weights = np.where(pruned >= 0, kept.weights, np.float32(0))
+    dropped = _share(kept.weights - weights, demand.weights)
+    if renormalise:
+        weights = _grow(weights, kept.weights.sum(axis=1))
+    return Chosen(pruned, weights, dropped=dropped, lost=lost)
+
+
+def substitute(demand: Demand, rows: npt.NDArray[np.intp], available: npt.NDArray[np.bool_]) -> Chosen | None:
+    """The next best experts for tokens that got no answer at all: what is left of their own, else the best by gate.
+
+    Args:
+        demand: the gate's own choice for all tokens.
+        rows: (n,) the tokens to help.
+        available: (experts,) bool, served by a device that may be asked.
+    Returns:
+        A choice for these n tokens, or None where no expert is available.
+    """
+    if not available.any():
+        return None
+    own = demand.experts[rows]
+    mask = (own >= 0) & available[own]
+    experts = np.where(mask, own, -1).astype(np.int32)
+    weights = np.where(mask, demand.weights[rows], np.float32(0))
+    scores = demand.gate[rows] if demand.gate is not None else np.zeros((len(rows), available.size))
+    best = np.where(available, scores, -np.inf).argmax(axis=1)
+    empty = ~mask.any(axis=1)
+    experts[empty, 0] = best[empty]
+    total = demand.weights[rows].sum(axis=1)
+    weights[empty, 0] = total[empty]
+    return Chosen(experts, _grow(weights, total))
+
+
+def _without_unavailable(
+    demand: Demand, available: npt.NDArray[np.bool_], renormalise: bool
+) -> tuple[Demand, Float32Array | None]:
+    served = (demand.experts >= 0) & available[demand.experts]
+    if served.all():
+        return demand, None
+    experts = np.where(served, demand.experts, np.int32(-1))
+    weights = np.where(served, demand.weights, np.float32(0))
+    lost = _share(demand.weights - weights, demand.weights)
+    _fill_empty(experts, weights, demand, available)
+    if renormalise:
+        weights = _grow(weights, demand.weights.sum(axis=1))
+    return Demand(experts, weights, demand.gate), lost
+
+
+def _fill_empty(
+    experts: Int32Array, weights: Float32Array, demand: Demand, available: npt.NDArray[np.bool_]
+) -> None:
+    """Give tokens that lost every expert the best one that is served, so that none goes without."""
+    empty = np.flatnonzero((experts < 0).all(axis=1) & (demand.weights > 0).any(axis=1))
+    if not empty.size:
+        return
+    replacement = substitute(demand, empty, available)
+    if replacement is not None:
+        experts[empty] = replacement.experts
+        weights[empty] = replacement.weights
+
+
+def _ranks(demand: Demand, temperature: float) -> npt.NDArray[np.float64]:
+    """(tokens, top_k) what a policy ranks by: the gate's probabilities, which may differ from the weights it mixes by."""
+    if demand.gate is None or temperature == 1.0:
+        return demand.weights.astype(np.float64)
+    scores = demand.gate.astype(np.float64) / temperature
+    scores = np.exp(scores - scores.max(axis=1, keepdims=True))
+    scores /= scores.sum(axis=1, keepdims=True)
+    picked = np.take_along_axis(scores, np.maximum(demand.experts, 0), axis=1)
+    return np.where(demand.experts >= 0, picked, 0.0)
+
+
+def _share(part: Float32Array, whole: Float32Array) -> Float32Array:
+    """(tokens,) sum of `part` over sum of `whole`, 0 where the whole is 0."""
+    total = np.abs(whole).sum(axis=1)
+    share: Float32Array = np.abs(part).sum(axis=1) / np.where(total > 0, total, 1)
+    return share
+
+
+def _grow(weights: Float32Array, total: Float32Array) -> Float32Array:
+    """Scale each row to sum to `total`; rows that sum to 0 stay."""
+    have = weights.sum(axis=1)
+    factor = np.where(have != 0, total / np.where(have != 0, have, 1), 1)
+    grown: Float32Array = (weights * factor[:, None]).astype(np.float32)
+    return grown

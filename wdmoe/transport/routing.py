@@ -1,0 +1,26 @@
+"""Which device serves which expert right now: a frozen snapshot, made by the control plane, read by the data plane."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from wdmoe.transport.messages import Int32Array
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRoute:
+    """A live, attached device."""
+
+    device_id: str
+    name: str
+    route: bytes  # its data connection
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routing:
+    """`device_of[layer]` is (experts,) int32: an index into `devices`, or -1 where no device serves the expert."""
+
+    devices: tuple[DeviceRoute, ...] = ()
+    device_of: Mapping[int, Int32Array] = field(default_factory=dict)
+    complete: frozenset[int] = frozenset()  # layers with every expert served
