@@ -92,9 +92,8 @@ class ExpertRunner:
         with np.errstate(all="ignore"):  # what overflows is found here, and answered
             total = _sum_of_one(models, run) if len(run.tokens) == 1 else _sum_of_many(models, run)
             if not _all_finite(total):
-                raise ExpertError(
-                    f"layer {run.layer}: the sum of experts {_listed(run.experts)} isn't finite"
-                )
+                experts = ", ".join(map(str, run.experts))
+                raise ExpertError(f"layer {run.layer}: the sum of experts {experts} isn't finite")
             return total if run.tokens.dtype == np.float32 else _narrowed(total, run)
 
     def _model(self, expert: ExpertId, hidden: int) -> ExpertModel:

@@ -1,7 +1,7 @@
 """ONNX Runtime: which execution provider runs the experts, and how a file becomes a callable expert.
 
-What is proven: everything with the CPU provider. The CUDA and TensorRT paths follow ONNX Runtime's documentation
-and are tested for the options they pass; they never ran on such hardware (docs/guide_device.md).
+What is proven: everything with the CPU provider. The CUDA and TensorRT paths follow ONNX Runtime's manual,
+and tests check the options they pass; they never ran on such hardware (docs/guide_device.md).
 """
 
 from __future__ import annotations
