@@ -22,9 +22,9 @@ class ExpertCache:
     """A folder of expert files, bounded in bytes; the least recently used go first.
 
     Several processes may share the folder: files appear whole (written elsewhere, then renamed), are never
-    changed and are checked whenever they are read. So no write waits for the disk: what a power cut damages is
-    fetched again. Trouble with the disk is logged once and then lived without. Methods block; call them from a
-    worker thread.
+    changed and are checked whenever they are read. So no write waits for the disk: what a power cut damages
+    is fetched again. Trouble with the disk is logged once and then lived without. Methods block; call them
+    from a worker thread.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
@@ -110,7 +110,7 @@ class ExpertCache:
     def _give_up(self, error: OSError) -> None:
         self._writable = False
         log.warning(
-            "expert cache %s can't be written: %s; going on from memory",
+            "expert cache %s can't be written: %s; going on without it",
             self._folder,
             error.strerror or error,
         )
