@@ -72,7 +72,10 @@ def _nothing_left_running() -> Iterator[None]:
 
 
 def _threads() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if not thread.daemon}
+    # The pool of an event loop that a fixture of wider scope runs grows when a test first needs it.
+    return {
+        each for each in threading.enumerate() if not each.daemon and not each.name.startswith("asyncio_")
+    }
 
 
 def _children() -> set[psutil.Process]:

@@ -1,0 +1,109 @@
+"""The routes of a base station's HTTP face. It knows the engine by `wdmoe.records.TextEngine` only."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from wdmoe.errors import WdmoeError
+from wdmoe.records import TextEngine
+from wdmoe.serving.guard import Guard
+from wdmoe.serving.health import device_count, health
+from wdmoe.serving.jobs import plan_chat, plan_completion
+from wdmoe.serving.limits import ServingLimits
+from wdmoe.serving.metrics import Metrics
+from wdmoe.serving.problems import Problem, problem_from
+from wdmoe.serving.reply import Reply, Service
+from wdmoe.serving.schemas import ChatRequest, CompletionRequest
+
+
+def create_app(
+    engine: TextEngine,
+    *,
+    api_key: str = "",
+    limits: ServingLimits | None = None,
+    closing: asyncio.Event | None = None,
+) -> ASGIApp:
+    """The ASGI application.
+
+    Args:
+        engine: answers the requests; the caller owns it.
+        api_key: wanted from every client, except at /health; "": none.
+        limits: bounds on what a client may ask for.
+        closing: once set, answers that still run are ended with an error.
+    """
+    limits = limits or ServingLimits()
+    metrics = Metrics(lambda: device_count(engine.status()))
+    service = Service(engine=engine, limits=limits, metrics=metrics, closing=closing or asyncio.Event())
+    # The interactive pages would load scripts from elsewhere; /openapi.json stays.
+    app = FastAPI(title="wdmoe base station", docs_url=None, redoc_url=None)
+    for kind in (WdmoeError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _tell)
+    _add_state_routes(app, engine, metrics)
+    _add_model_routes(app, engine)
+    _add_generation_routes(app, service)
+    paths = frozenset(getattr(route, "path", "") for route in app.routes)
+    return Guard(app, api_key=api_key, body_bytes=limits.body_bytes, metrics=metrics, paths=paths)
+
+
+async def _tell(request: Request, error: Exception) -> Response:
+    return problem_from(error, request.state.request_id).response()
+
+
+def _add_state_routes(app: FastAPI, engine: TextEngine, metrics: Metrics) -> None:
+    @app.get("/health")
+    async def get_health() -> Response:
+        """Whether requests can be answered: 200 with "ok" or "degraded", 503 with "no devices"."""
+        body = health(engine.status())
+        return JSONResponse(body, status_code=503 if body["status"] == "no devices" else 200)
+
+    @app.get("/metrics")
+    async def get_metrics() -> Response:
+        """Services in Prometheus' text format."""
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/wdmoe/status")
+    async def get_status() -> Response:
+        """Devices, links, experts and speed."""
+        return JSONResponse(dict(engine.status()))
+
+
+def _add_model_routes(app: FastAPI, engine: TextEngine) -> None:
+    started = int(time.time())
+
+    def describe() -> dict[str, object]:
+        return {"id": engine.model_name, "object": "model", "created": started, "owned_by": "wdmoe"}
+
+    @app.get("/v1/models")
+    async def list_models() -> Response:
+        """The one model that is served."""
+        return JSONResponse({"object": "list", "data": [describe()]})
+
+    @app.get("/v1/models/{name:path}")
+    async def get_model(name: str) -> Response:
+        """The model, by its name."""
+        if name != engine.model_name:
+            message = f"the model {name!r} is not served here; {engine.model_name!r} is"
+            raise Problem(404, message, param="model", code="model_not_found")
+        return JSONResponse(describe())
+
+
+def _add_generation_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions")
+    async def complete(request: Request, body: CompletionRequest) -> Response:
+        """Go on with a text."""
+        job = await plan_completion(service.engine, body, request.state.request_id, service.limits)
+        return Reply(job, service)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request, body: ChatRequest) -> Response:
+        """Answer a conversation."""
+        job = await plan_chat(service.engine, body, request.state.request_id, service.limits)
+        return Reply(job, service)
