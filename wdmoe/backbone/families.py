@@ -1,0 +1,142 @@
+"""What differs between MoE families, found out from a model itself and not from a list of names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from wdmoe.backbone.bundle import OnDrop
+from wdmoe.errors import BundleError
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_ROUTER_NAMES = ("router", "gate")
+_PROBE_TOKENS = 16
+_PROBE_SCALES = (0.05, 1.0)  # near-equal gate weights, and one that stands out
+_SUM_SPREAD = 1e-3  # relative spread of the weights' sum over tokens below which it counts as fixed
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module's class went through transformers' `use_experts_implementation`."""
+    return hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate")
+
+
+def experts_names(model: nn.Module) -> dict[int, str]:
+    """Where the experts of each MoE layer stand in a model: decoder layer -> module name, ascending.
+
+    Raises:
+        BundleError: there are none, or a layer has two sets of them.
+    """
+    names: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if not is_experts(module):
+            continue
+        found = _LAYER.findall(name)
+        if len(found) != 1 or int(found[0]) in names:
+            raise BundleError(f"the experts {name!r} do not stand alone in one decoder layer")
+        names[int(found[0])] = name
+    if not names:
+        raise BundleError("the model has no experts: make some with wdmoe-node split")
+    return dict(sorted(names.items()))
+
+
+def experts_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """The experts modules by decoder layer, ascending; errors as `experts_names`."""
+    return {layer: model.get_submodule(name) for layer, name in experts_names(model).items()}
+
+
+def router_of(model: nn.Module, layer: int) -> nn.Module:
+    """The router beside a layer's experts. Its forward gives (logits (tokens, experts), weights, indices,
+    ...).
+
+    Raises:
+        BundleError: nothing beside the experts looks like a router.
+    """
+    name = experts_names(model)[layer]
+    block = model.get_submodule(name.rpartition(".")[0])
+    children = dict(block.named_children())
+    for candidate in _ROUTER_NAMES:
+        if candidate in children:
+            return children[candidate]
+    for child in children.values():
+        if type(child).__name__.endswith(("Router", "Gate", "Gating")):
+            return child
+    raise BundleError(f"no router stands beside the experts {name!r}")
+
+
+@contextmanager
+def experts_on_meta(classes: set[type[nn.Module]]) -> Iterator[None]:
+    """While open, experts of these classes are made without memory: every tensor of theirs is on the meta
+    device.
+    """
+    originals = {kind: kind.__init__ for kind in classes}
+
+    def without_memory(original: Any) -> Any:
+        def make(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+            with torch.device("meta"):
+                original(self, *args, **kwargs)
+
+        return make
+
+    try:
+        for kind, original in originals.items():
+            kind.__init__ = without_memory(original)  # type: ignore[method-assign]
+        yield
+    finally:
+        for kind, original in originals.items():
+            kind.__init__ = original  # type: ignore[method-assign]
+
+
+def top_k_of(model: nn.Module, config: Any) -> int:
+    """Experts per token.
+
+    Raises:
+        BundleError: neither router nor config says a number.
+    """
+    text = config.get_text_config()
+    candidates = [getattr(router_of(model, layer), "top_k", None) for layer in experts_names(model)]
+    names = ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token", "top_k_experts")
+    candidates += [getattr(text, name, None) for name in names]
+    for value in candidates:
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    raise BundleError("neither the router nor config.json says how many experts serve a token")
+
+
+def on_drop_of(model: nn.Module, config: Any) -> OnDrop:
+    """What the remaining weights should do when an expert of a token is dropped.
+
+    "renormalise" where the family itself makes the chosen weights sum to the same number for every token (so
+    the sum is part of the model), "keep" elsewhere. Found by running the first layer's router, with random
+    weights, on random vectors; where that cannot be run, by the config's `norm_topk_prob`.
+    """
+    router = router_of(model, next(iter(experts_names(model))))
+    sums = [_weight_sums(router, config, scale) for scale in _PROBE_SCALES]
+    known = [values for values in sums if values is not None]
+    if not known:
+        return "renormalise" if getattr(config.get_text_config(), "norm_topk_prob", False) else "keep"
+    joined = torch.cat(known)
+    spread = float((joined.max() - joined.min()) / joined.abs().max().clamp_min(1e-12))
+    return "renormalise" if spread < _SUM_SPREAD else "keep"
+
+
+def _weight_sums(router: nn.Module, config: Any, scale: float) -> torch.Tensor | None:
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        name: torch.randn(tensor.shape, generator=generator) * scale * (tensor.numel() or 1) ** -0.25
+        for name, tensor in router.state_dict().items()
+    }
+    tokens = torch.randn(_PROBE_TOKENS, config.get_text_config().hidden_size, generator=generator)
+    try:
+        with torch.no_grad():
+            output = torch.func.functional_call(router, state, (tokens,))
+    except Exception:  # a router with an input of its own (the token ids, the former layer's logits)
+        return None
+    if not isinstance(output, tuple) or len(output) < 2 or not torch.is_tensor(output[1]):
+        return None
+    weights = output[1].float()
+    return weights.sum(-1) if weights.dim() == 2 and weights.shape[0] == _PROBE_TOKENS else None
