@@ -124,11 +124,7 @@ def save_tiny_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        additional_special_tokens=[],
+        **{f"{kind}_token": f"<{kind}>" for kind in ("bos", "eos", "pad", "unk")},
     )
     fast.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
     fast.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The experts of one MoE layer, from module parameters to ONNX graphs, checked against the family's own code."""
+"""The experts of one MoE layer, from module parameters to ONNX graphs, checked against its own code."""
 
 from __future__ import annotations
 

@@ -102,8 +102,10 @@ def export_bundle(
     if missing := conversion.missing():
         raise BundleError(f"{model} has no weights for {missing[0]!r} ({len(missing)} are missing in all)")
     plan = _plan(skeleton, conversion, checkpoint)
-    work = _Work(checkpoint, conversion, skeleton, Journal(out, _identity(checkpoint, small, settings)),
-    progress) with torch.no_grad():
+    work = _Work(
+        checkpoint, conversion, skeleton, Journal(out, _identity(checkpoint, small, settings)), progress
+    )
+    with torch.no_grad():
         try:
             station = [*work.copies(small), *work.station(plan)]
             experts, width = work.experts(plan, settings.precision)
@@ -237,8 +239,10 @@ def _plan(skeleton: Any, conversion: Conversion, checkpoint: Checkpoint) -> _Pla
                 room = _SHARD_BYTES
             shards[-1].append(group)
             room -= size
-    names = ["station"] if len(shards) == 1 else [f"station-{number:05d}" for number in range(1, len(shards)
-    + 1)] return _Plan(
+    names = (
+        ["station"] if len(shards) == 1 else [f"station-{number:05d}" for number in range(1, len(shards) + 1)]
+    )
+    return _Plan(
         tuple(_Layer(layer, prefixes[layer], tuple(groups)) for layer, groups in of_layer.items()),
         tuple(
             (f"{STATION_FOLDER}/{name}.safetensors", tuple(groups))

@@ -1,4 +1,4 @@
-"""The part of a model that the base station holds: everything but the experts, whose weights never touch its memory."""
+"""What the base station holds of a model: everything but the experts, which never touch its memory."""
 
 from __future__ import annotations
 

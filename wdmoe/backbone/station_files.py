@@ -1,4 +1,4 @@
-"""The station part of a bundle as files: config, tokenizer, and safetensors written without a copy in memory."""
+"""The station part of a bundle as files: config, tokenizer, and safetensors written without a copy."""
 
 from __future__ import annotations
 
