@@ -11,16 +11,19 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError, PlatformError
 
 debug = os.environ.get("WDMOE_DEBUG") == "1"
-# No -ffast-math: it breaks the NaN checks. No -march=native: wheels travel. No contraction to fused multiply-add,
-# which some boards have and others lack: every machine gets the same digits.
+# No -ffast-math: it breaks the NaN checks. No -march=native: wheels travel. No contraction to fused
+# multiply-add, which some boards have and others lack: every machine gets the same digits.
 flags = ["-O0", "-g", "-D_GLIBCXX_ASSERTIONS"] if debug else ["-O3"]
 flags += ["-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra"]
 
+HEADERS = ("checks", "combine", "grouping", "selection")
+
 
 class BuildExtension(build_ext):
-    """Says in one line what is missing when the extension cannot be built. There is no slow fallback to hide it."""
+    """Says what is missing when the extension cannot be built. There is no slow fallback to hide it."""
 
     def build_extension(self, ext):
+        """As the base class, with a message for people."""
         try:
             super().build_extension(ext)
         except (CompileError, LinkError, PlatformError) as error:
@@ -38,7 +41,7 @@ setup(
             Extension(
                 "wdmoe.solver._native",
                 sources=["wdmoe/solver/_native.pyx"],
-                depends=[f"native/wdmoe/{part}.hpp" for part in ("checks", "combine", "grouping", "selection")],
+                depends=[f"native/wdmoe/{name}.hpp" for name in HEADERS],
                 include_dirs=["native"],
                 extra_compile_args=flags,
                 language="c++",

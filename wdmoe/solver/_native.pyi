@@ -1,4 +1,4 @@
-"""Types of the native bridge. `wdmoe.solver.reference` is its plain NumPy twin: same names, arguments and answers."""
+"""Types of the native bridge. `wdmoe.solver.reference` is its plain NumPy twin: same names, same answers."""
 
 from collections.abc import Iterable, Iterator
 
@@ -13,7 +13,8 @@ FloatArray = npt.NDArray[np.float64]
 class DeviceWork:
     """One device's part of a layer, in the order a `Run` message wants it.
 
-    `experts[i]` serves `counts[i]` tokens; `rows` and `weights` hold those, expert after expert, tokens ascending.
+    `experts[i]` serves `counts[i]` tokens; `rows` and `weights` hold those, expert after expert, in each
+    by ascending token.
     """
 
     device: int
@@ -44,7 +45,10 @@ def group_by_device(experts: Int32Array, weights: Float32Array, device_of: Int32
     """
 
 def combine_partials(
-    out: Float32Array, partial: npt.NDArray[np.floating], rows: Int32Array, weights: Float32Array | None = None
+    out: Float32Array,
+    partial: npt.NDArray[np.floating],
+    rows: Int32Array,
+    weights: Float32Array | None = None,
 ) -> None:
     """`out[rows[i]] += weights[i] * partial[i]` for i = 0, 1, ... in that order; without weights they are 1.
 
@@ -63,7 +67,7 @@ def combine(
     replies: Iterable[tuple[npt.NDArray[np.floating], Int32Array]],
     scale: npt.ArrayLike | None = None,
 ) -> Float32Array:
-    """Sum the replies of several devices. Floating-point sums depend on order: give replies by ascending device.
+    """Sum the replies of several devices. Sums of floats depend on order: give replies by ascending device.
 
     Args:
         replies: (partial (n, hidden), rows (n,) int32) of each device, added in the order given.
@@ -78,9 +82,11 @@ def is_finite(values: npt.NDArray[np.floating]) -> bool:
     """Whether no value is NaN or infinite, as float32 (a float64 beyond its range is not finite)."""
 
 def first_bad(values: FloatArray, positive: bool) -> int:
-    """Flat index of the first value of a 2-D array outside [0, 1e100] ([1e-100, 1e100] if positive), or -1."""
+    """Flat index of the first value outside [0, 1e100] ([1e-100, 1e100] if positive), or -1."""
 
-def top_k(gate: FloatArray, k: int, available: UInt8Array | None, normalise: bool) -> tuple[Int32Array, FloatArray]:
+def top_k(
+    gate: FloatArray, k: int, available: UInt8Array | None, normalise: bool
+) -> tuple[Int32Array, FloatArray]:
     """The k largest weights of each row, largest first, ties to the lower expert. Time O(tokens experts).
 
     Args:
