@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wdmoe.solver.combine import combine_partials
+from wdmoe.solver import combining
 from wdmoe.transport.messages import Activations, Float32Array, Int32Array
 
 
@@ -49,4 +49,4 @@ def combine(
     """
     if scale is None and len(answers) == 1 and len(answers[0].token_rows) == tokens:
         return answers[0].partial.astype(np.float32, copy=False)
-    return combine_partials(tokens, hidden, [(a.partial, a.token_rows) for a in answers], scale)
+    return combining.combine(tokens, hidden, answers, scale)

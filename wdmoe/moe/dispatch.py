@@ -46,7 +46,7 @@ def dispatch(
             layer=layer,
             experts=group.experts,
             counts=group.counts,
-            tokens=tokens if len(group.tokens) == everyone else tokens[group.tokens],
+            tokens=tokens if len(group.token_rows) == everyone else tokens[group.token_rows],
             rows=group.rows,
             weights=group.weights,
         )
@@ -54,6 +54,6 @@ def dispatch(
     ]
     replies = exchange.call(orders, wait_s)
     return [
-        Part(devices[group.device], group.tokens, order, reply)
+        Part(devices[group.device], group.token_rows, order, reply)
         for group, order, reply in zip(groups, orders, replies, strict=True)
     ]

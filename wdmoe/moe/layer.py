@@ -20,6 +20,7 @@ from wdmoe.moe.combine import Answer, Missing, combine, missing_weight
 from wdmoe.moe.dispatch import Part, dispatch
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.moe.select import Chosen, Demand, choose, substitute
+from wdmoe.solver.combining import is_finite
 from wdmoe.transport.exchange import Exchange
 from wdmoe.transport.messages import Activations, Float32Array, Int32Array
 from wdmoe.transport.routing import Routing
@@ -121,7 +122,7 @@ class ExpertLayers:
     def _judge(self, part: Part) -> None:
         """Take a reply in or refuse it, and remember which."""
         reply, device = part.reply, part.device
-        if reply.result is not None and not np.isfinite(reply.result.partial.sum()):
+        if reply.result is not None and not is_finite(reply.result.partial):
             reply.result, reply.reason = None, "answered with values that are not finite"
         if reply.result is not None:
             self.health.answered(device.route, reply.answered_s - reply.sent_s, len(part.token_rows))

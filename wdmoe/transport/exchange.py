@@ -81,10 +81,19 @@ class _Pending:
 class Exchange:
     """Sends orders and waits for their replies. Every method but `post` belongs to the owner thread."""
 
-    def __init__(self, station: DataStation, on_other: Callable[[Envelope], None]) -> None:
-        """`on_other` gets every message that is not a reply (a device attaching), on the owner thread."""
+    def __init__(
+        self, station: DataStation, on_other: Callable[[Envelope], None], on_gone: Callable[[bytes], None]
+    ) -> None:
+        """Both callbacks run on the owner thread.
+
+        Args:
+            station: the BS end of the data plane; the caller closes it.
+            on_other: gets every message that is not a reply (a device attaching).
+            on_gone: gets the route of a connection that turned out to be gone.
+        """
         self._station = station
         self._on_other = on_other
+        self._on_gone = on_gone
         self._attempts = count(1)
         self._pending: dict[int, _Pending] = {}
         self._batches: set[_Batch] = set()
@@ -164,6 +173,8 @@ class Exchange:
         except (PeerGoneError, PeerBusyError, ProtocolError) as error:
             reply.reason = str(error)
             self.counters.failures += 1
+            if isinstance(error, PeerGoneError):
+                self._on_gone(order.route)
         else:
             self.counters.orders += 1
             self._pending[attempt] = _Pending(batch, reply, order)

@@ -1,0 +1,100 @@
+"""Decides which device holds which expert, and who serves what meanwhile. No I/O: the control plane acts on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from wdmoe.records import DeviceReport, ExpertId
+from wdmoe.solver.placement import place_experts
+from wdmoe.transport.routing import DeviceRoute, Routing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Catalogue:
+    """The experts of a model, as placement sees them."""
+
+    experts: tuple[ExpertId, ...]
+    weight_bytes: Mapping[ExpertId, int]  # in a device's memory
+    load: Mapping[ExpertId, float]  # relative work, FLOP per token
+    experts_per_layer: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Host:
+    """A live device, as placement sees it."""
+
+    device_id: str
+    report: DeviceReport
+    ready: frozenset[ExpertId] = field(default_factory=frozenset)
+    route: bytes | None = None  # its data connection, None while not attached
+
+
+Targets = dict[ExpertId, str]  # expert -> device_id that shall hold it
+
+
+def choose_targets(
+    catalogue: Catalogue, hosts: Sequence[Host], before: Mapping[ExpertId, str], pinned: Mapping[str, frozenset[ExpertId]]
+) -> tuple[Targets, tuple[ExpertId, ...]]:
+    """Give every expert a home.
+
+    Args:
+        catalogue: what there is to place.
+        hosts: live devices.
+        before: the targets until now; little is moved.
+        pinned: device name -> experts that the user's placement file puts there, while that device is live.
+    Returns:
+        The targets, and the experts that fit nowhere.
+    """
+    if not hosts:
+        return {}, catalogue.experts
+    by_name = {host.report.name: host.device_id for host in hosts}
+    fixed = {e: by_name[name] for name, experts in pinned.items() if name in by_name for e in experts}
+    free = tuple(e for e in catalogue.experts if e not in fixed)
+    index = {host.device_id: i for i, host in enumerate(hosts)}
+    room = [host.report.memory_bytes for host in hosts]
+    for expert, device_id in fixed.items():
+        room[index[device_id]] -= catalogue.weight_bytes[expert]
+    homes = place_experts(
+        weight_bytes=np.array([catalogue.weight_bytes[e] for e in free], np.int64),
+        load=np.array([catalogue.load[e] for e in free], np.float64),
+        memory_bytes=np.maximum(np.array(room, np.int64), 0),
+        speed=np.array([max(host.report.flops, 1.0) for host in hosts], np.float64),
+        layer=np.array([e.layer for e in free], np.int32),
+        sticky=np.array([index.get(before.get(e, ""), -1) for e in free], np.int32),
+    )
+    targets = dict(fixed) | {e: hosts[h].device_id for e, h in zip(free, homes, strict=True) if h >= 0}
+    return targets, tuple(e for e, h in zip(free, homes, strict=True) if h < 0)
+
+
+def holdings(hosts: Sequence[Host], targets: Mapping[ExpertId, str]) -> dict[str, tuple[ExpertId, ...]]:
+    """device_id -> experts to hold now: its own, and those it still serves until their new home is ready."""
+    ready = {host.device_id: host.ready for host in hosts}
+    hold: dict[str, set[ExpertId]] = {host.device_id: set() for host in hosts}
+    for expert, device_id in targets.items():
+        if device_id in hold:
+            hold[device_id].add(expert)
+    for host in hosts:
+        for expert in host.ready:
+            target = targets.get(expert)
+            if target is not None and expert not in ready.get(target, frozenset()):
+                hold[host.device_id].add(expert)
+    return {device_id: tuple(sorted(experts)) for device_id, experts in hold.items()}
+
+
+def routing(catalogue: Catalogue, hosts: Sequence[Host], targets: Mapping[ExpertId, str]) -> Routing:
+    """Who serves what: an expert's home where it is ready, else any device that holds it."""
+    attached = [host for host in hosts if host.route is not None]
+    devices = tuple(DeviceRoute(h.device_id, h.report.name, h.route or b"") for h in attached)
+    device_of = {
+        layer: np.full(count, -1, np.int32) for layer, count in catalogue.experts_per_layer.items() if count
+    }
+    for index, host in enumerate(attached):
+        for layer, expert in host.ready:
+            at_home = targets.get(ExpertId(layer, expert)) == host.device_id
+            if at_home or device_of[layer][expert] < 0:
+                device_of[layer][expert] = index
+    complete = frozenset(layer for layer, row in device_of.items() if (row >= 0).all())
+    return Routing(devices, device_of, complete)
