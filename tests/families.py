@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from wdmoe.backbone.bundle import Bundle
+from wdmoe.backbone.station import Station
+from wdmoe.records import ExpertId
+
+ExpertsFunction = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 HIDDEN = 32
 EXPERTS = 8
@@ -146,3 +156,41 @@ def reference(folder: Path) -> Any:
         folder, dtype=torch.float32, experts_implementation="eager"
     )
     return model.eval()
+
+
+def local_experts(bundle: Bundle, station: Station) -> ExpertsFunction:
+    """An experts implementation that runs a bundle's graphs in this process with ONNX Runtime."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    sessions = {
+        file.id: onnxruntime.InferenceSession(
+            (bundle.root / file.path).read_bytes(), options, providers=["CPUExecutionProvider"]
+        )
+        for file in bundle.manifest.experts
+    }
+    layers = {id(module): layer for layer, module in station.experts.items()}
+
+    def run(
+        module: torch.nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        layer, output = layers[id(module)], torch.zeros_like(hidden)
+        for expert in range(bundle.manifest.experts_per_layer[layer]):  # other indices mean: no expert
+            rows, places = torch.where(index == expert)
+            if len(rows):
+                (y,) = sessions[ExpertId(layer, expert)].run(None, {"x": hidden[rows].numpy()})
+                output.index_add_(0, rows, torch.from_numpy(y) * weights[rows, places, None])
+        return output
+
+    return run
+
+
+@contextmanager
+def local_implementation(bundle: Bundle, station: Station) -> Iterator[None]:
+    """While open, a station's model computes its experts with `local_experts`."""
+    before = station.model.config._experts_implementation
+    ALL_EXPERTS_FUNCTIONS.register("local_onnx", local_experts(bundle, station))
+    station.model.set_experts_implementation("local_onnx")
+    try:
+        yield
+    finally:
+        station.model.set_experts_implementation(before)

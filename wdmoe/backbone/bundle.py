@@ -185,7 +185,7 @@ class Bundle:
                 f"{given} is not a bundle ({_reason(error)}: {MANIFEST_NAME}); {hint}"
             ) from error
         manifest = parse_manifest(data)
-        files = (*manifest.station, *manifest.experts)
+        files: tuple[StationFile | ExpertFile, ...] = (*manifest.station, *manifest.experts)
         return cls(root, manifest, {file.path: _inside(root, file.path, file.size) for file in files})
 
     @property
@@ -245,7 +245,7 @@ class Bundle:
         """
         from wdmoe.backbone.onnx_graph import check_graph
 
-        files = (*self._manifest.station, *self._manifest.experts)
+        files: tuple[StationFile | ExpertFile, ...] = (*self._manifest.station, *self._manifest.experts)
         total, done = sum(file.size for file in files), 0
         for file in files:
             digest = hashlib.sha256()

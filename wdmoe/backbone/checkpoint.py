@@ -97,7 +97,7 @@ class Checkpoint:
         try:
             with entry.file.open("rb", buffering=0) as stream:
                 stream.seek(entry.offset)
-                view, done = memoryview(raw.numpy()), 0
+                view, done = raw.numpy().data, 0
                 while done < entry.size and (count := stream.readinto(view[done:])):
                     done += count
         except OSError as error:
@@ -110,8 +110,9 @@ class Checkpoint:
 def _shards(folder: Path) -> tuple[set[str], list[Path]]:
     """The tensor names that the index promises (empty without one) and the files."""
     if (folder / INDEX_NAME).is_file():
-        weight_map = _json(_read(folder / INDEX_NAME), folder / INDEX_NAME).get("weight_map")
-        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        plain = _json(_read(folder / INDEX_NAME), folder / INDEX_NAME).get("weight_map")
+        weight_map: dict[str, Any] = plain if isinstance(plain, dict) else {}
+        names = list(weight_map.values())
         if not names or not all(isinstance(n, str) and n == Path(n).name and "\\" not in n for n in names):
             raise BundleError(f"{folder / INDEX_NAME} has no 'weight_map' of plain file names")
         files = [folder / name for name in sorted(set(names))]

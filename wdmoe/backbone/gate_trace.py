@@ -75,13 +75,13 @@ class _Translation:
 
     def _call(self, node: torch.fx.Node) -> Any:
         if node.target is operator.getitem:
-            source, index = node.args
-            return self._values[source][index]  # type: ignore[index]
+            source, index = _arguments(node)
+            return self._values[source][index]
         kind = str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.")
         if kind in _VIEWS:
-            return _VIEWS[kind](self._values[node.args[0]], node)  # type: ignore[index]
+            return _VIEWS[kind](self._values[_arguments(node)[0]], node)
         if kind in _SAME:
-            return self._values[node.args[0]]  # type: ignore[index]
+            return self._values[_arguments(node)[0]]
         if kind not in _OPERATORS:
             raise BundleError(f"its gate function uses the operator {kind!r}, which has no ONNX form here")
         return _OPERATORS[kind](self, node)
@@ -121,12 +121,23 @@ def _attribute(module: torch.nn.Module, path: str) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(value.detach().to(torch.float32).cpu().numpy())
 
 
-def _last(node: torch.fx.Node, dimension: Any) -> bool:
-    rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
-    return bool(dimension % rank == rank - 1)
+def _arguments(node: torch.fx.Node, *defaults: Any) -> list[Any]:
+    """A node's arguments; `defaults` are those of its last parameters."""
+    given: list[Any] = list(node.args)
+    return given + list(defaults[len(given) - 1 :])
 
 
-def _cut(value: Any, node: torch.fx.Node, start: int, stop: int, step: int) -> slice:
+def _shape(node: Any) -> torch.Size:
+    shape: torch.Size = node.meta["val"].shape
+    return shape
+
+
+def _last(source: Any, dimension: int) -> bool:
+    rank = len(_shape(source))
+    return dimension % rank == rank - 1
+
+
+def _cut(value: Any, start: int, stop: int | None, step: int) -> slice:
     if not isinstance(value, slice):
         raise BundleError("its gate function cuts a computed tensor, not its argument")
     width = len(range(value.start, value.stop, value.step))
@@ -135,22 +146,21 @@ def _cut(value: Any, node: torch.fx.Node, start: int, stop: int, step: int) -> s
 
 
 def _split(value: Any, node: torch.fx.Node) -> tuple[slice, ...]:
-    size, dimension = node.args[1], node.args[2] if len(node.args) > 2 else 0
-    if not _last(node, dimension):
+    source, size, dimension = _arguments(node, None, 0)
+    if not _last(source, dimension):
         raise BundleError("its gate function splits the tokens")
-    width: int = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
-    sizes = [size] * math.ceil(width / size) if isinstance(size, int) else size  # type: ignore[operator]
-    starts = np.cumsum([0, *sizes])  # type: ignore[misc]
-    return tuple(_cut(value, node, int(a), int(b), 1) for a, b in itertools.pairwise(starts))
+    sizes = [size] * math.ceil(_shape(source)[-1] / size) if isinstance(size, int) else size
+    starts = [0, *itertools.accumulate(sizes)]
+    return tuple(_cut(value, start, stop, 1) for start, stop in itertools.pairwise(starts))
 
 
 def _slice(value: Any, node: torch.fx.Node) -> Any:
-    dimension, start, stop, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
-    if not _last(node, dimension):
-        if start in (0, None) and (stop is None or stop >= 1 << 62) and step == 1:  # type: ignore[operator]
+    source, dimension, start, stop, step = _arguments(node, 0, None, None, 1)
+    if not _last(source, dimension):
+        if start in (0, None) and (stop is None or stop >= _shape(source)[dimension]) and step == 1:
             return value
         raise BundleError("its gate function cuts the tokens")
-    return _cut(value, node, start or 0, stop, step)  # type: ignore[arg-type]
+    return _cut(value, start or 0, stop, step)
 
 
 def _simple(kind: str) -> Callable[[_Translation, torch.fx.Node], str]:
@@ -183,9 +193,8 @@ def _gelu(to: _Translation, node: torch.fx.Node) -> str:
 
 
 def _clamp(to: _Translation, node: torch.fx.Node) -> str:
-    low, high = (*node.args[1:], None, None)[:2]
+    value, low, high = _arguments(node, None, None)
     low, high = node.kwargs.get("min", low), node.kwargs.get("max", high)
-    value: Any = node.args[0]
     if high is not None:
         value = to.emit("Min", value, high)
     return to.emit("Max", value, low) if low is not None else str(value)
@@ -200,8 +209,8 @@ def _clamp_min(to: _Translation, node: torch.fx.Node) -> str:
 
 
 def _hardtanh(to: _Translation, node: torch.fx.Node) -> str:
-    low, high = (*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :])
-    return to.emit("Max", to.emit("Min", node.args[0], high), low)
+    source, low, high = _arguments(node, -1.0, 1.0)
+    return to.emit("Max", to.emit("Min", source, high), low)
 
 
 def _softplus(to: _Translation, node: torch.fx.Node) -> str:
@@ -215,8 +224,8 @@ def _mish(to: _Translation, node: torch.fx.Node) -> str:
 
 
 def _leaky_relu(to: _Translation, node: torch.fx.Node) -> str:
-    slope = node.args[1] if len(node.args) > 1 else 0.01
-    return to.emit("LeakyRelu", node.args[0], alpha=slope)
+    source, slope = _arguments(node, 0.01)
+    return to.emit("LeakyRelu", source, alpha=slope)
 
 
 def _rsqrt(to: _Translation, node: torch.fx.Node) -> str:
@@ -224,9 +233,8 @@ def _rsqrt(to: _Translation, node: torch.fx.Node) -> str:
 
 
 def _mean(to: _Translation, node: torch.fx.Node) -> str:
-    axes = node.args[1]
-    keep = int(bool(node.args[2])) if len(node.args) > 2 else 0
-    return to.emit("ReduceMean", node.args[0], axes=list(axes), keepdims=keep)  # type: ignore[arg-type]
+    source, axes, keep = _arguments(node, None, False)
+    return to.emit("ReduceMean", source, axes=list(axes), keepdims=int(keep))
 
 
 _VIEWS: dict[str, Callable[[Any, torch.fx.Node], Any]] = {

@@ -103,23 +103,25 @@ def _as_wanted(model: Any, name: str, tensor: torch.Tensor, kind: torch.dtype) -
         return tensor.clone()
     always = model._keep_in_fp32_modules_strict or ()
     keep = (*always, *(model._keep_in_fp32_modules or ())) if kind == torch.float16 else always
-    if any(part in name.split(".") or part in name for part in keep):
+    if any(part in name for part in keep):
         kind = torch.float32
     return tensor.to(kind, copy=True)
 
 
-def _move(model: nn.Module, place: torch.device) -> None:
+def _move(model: Any, place: torch.device) -> None:
     """`model.to(place)` that leaves the experts on the meta device."""
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in stores:
             for name, tensor in tensors.items():
                 if tensor is not None and not tensor.is_meta and tensor.device != place:
-                    moved = tensor.data.to(place)
-                    tensors[name] = nn.Parameter(moved, False) if tensors is module._parameters else moved
-    # two names of one tensor have become two tensors
-    tie = getattr(model, "tie_weights", None)
-    if tie is not None:
-        tie(recompute_mapping=False)
+                    tensors[name] = _moved(tensor, place)
+    model.tie_weights(recompute_mapping=False)  # two names of one tensor have become two tensors
+
+
+def _moved(tensor: torch.Tensor, place: torch.device) -> Any:
+    moved = tensor.data.to(place)
+    return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
 
 
 def _device(name: str) -> torch.device:

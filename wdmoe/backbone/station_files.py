@@ -66,4 +66,4 @@ def safetensors_parts(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | m
     yield text
     for tensor in ordered.values():
         if tensor.numel():
-            yield memoryview(tensor.flatten().view(torch.uint8).numpy())
+            yield tensor.flatten().view(torch.uint8).numpy().data
