@@ -48,5 +48,5 @@ def combine(
         (tokens, hidden) float32; rows without any answer are 0.
     """
     if scale is None and len(answers) == 1 and len(answers[0].token_rows) == tokens:
-        return answers[0].partial.astype(np.float32, copy=False)
+        return np.array(answers[0].partial, np.float32)  # a copy: the message's memory is not ours to hand on
     return combining.combine(tokens, hidden, answers, scale)
