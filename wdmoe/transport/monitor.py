@@ -1,0 +1,79 @@
+"""Watches a device's connection attempts. ZeroMQ gives up, or tries for ever, without telling the socket's owner."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from wdmoe.errors import RefusedError
+
+_FAILURES = 3
+_FAILING_S = 1.0  # a station that is just starting, or just going down, may cut a few handshakes
+
+
+class HandshakeWatch:
+    """Tells a refusal from a bad network.
+
+    - key refused: libzmq reports it once and never connects again;
+    - not ZeroMQ at all, or without encryption: the same;
+    - wrong server key: the station drops the connection, libzmq tries for ever. So a few failures in a row count
+      as a refusal, where a single one may be a station that restarts.
+    """
+
+    def __init__(self, socket: zmq.Socket[Any], endpoint: str, fingerprint: str) -> None:
+        """Start watching. Call before `connect`, or the first events are missed."""
+        self._watched = socket
+        self._endpoint = endpoint
+        self._fingerprint = fingerprint
+        self.socket: zmq.Socket[bytes] = socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        )
+        self.connected = False  # a handshake has succeeded, at least once
+        self._failures = 0
+        self._failing_since = 0.0
+        self._refusal: str | None = None
+
+    def check(self) -> None:
+        """Read the news.
+
+        Raises:
+            RefusedError: the station does not want this key, or is not the station that was expected. For good:
+                the socket is dead, and every further call raises again.
+        """
+        while int(self.socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            self._note(parse_monitor_message(self.socket.recv_multipart(zmq.NOBLOCK))["event"])
+        if self._refusal is not None:
+            raise RefusedError(self._refusal)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._watched.disable_monitor()
+        self.socket.close(0)
+
+    def _note(self, event: int) -> None:
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self.connected = True
+            self._failures = 0
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self._refusal = f"the base station at {self._endpoint} refused key {self._fingerprint}"
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            self._refusal = f"what answers at {self._endpoint} does not speak this protocol, or not encrypted"
+        else:
+            self._note_failure()
+
+    def _note_failure(self) -> None:
+        now = time.monotonic()
+        if self._failures == 0:
+            self._failing_since = now
+        self._failures += 1
+        if self._failures >= _FAILURES and now - self._failing_since >= _FAILING_S:
+            self._refusal = (
+                f"{self._endpoint} broke off {self._failures} handshakes in a row: it is not the base station of "
+                f"this token (another server key), or it lets nobody in"
+            )

@@ -1,0 +1,400 @@
+"""The real channels, over ZeroMQ and CURVE. `wdmoe.transport.channel` says how they behave.
+
+    door = Door(context, Admission(state))
+    security = StationSecurity(keys, door)
+    station = open_data_station(context, "tcp://*:5556", security)
+
+    link = open_data_link(context, "tcp://192.168.1.2:5556", LinkSecurity(token.server_key, own_keys))
+
+Without security the channel is a plain one whose messages carry a checksum, because a flipped bit would else arrive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+
+import zmq
+
+from wdmoe.errors import PeerBusyError, PeerGoneError, ProtocolError, TransportError, VersionError
+from wdmoe.transport.channel import Envelope
+from wdmoe.transport.fields import Frame
+from wdmoe.transport.keys import fingerprint
+from wdmoe.transport.messages import Failure, Message
+from wdmoe.transport.monitor import HandshakeWatch
+from wdmoe.transport.refusals import Refusals
+from wdmoe.transport.sockets import (
+    Context,
+    LinkSecurity,
+    Socket,
+    SocketOptions,
+    StationSecurity,
+    bind_router,
+    connect,
+    endpoint_of,
+    new_dealer,
+)
+from wdmoe.transport.wire import Limits, decode, encode
+from wdmoe.transport.zap import CONTROL_DOMAIN, DATA_DOMAIN
+
+_LOG = logging.getLogger(__name__)
+_DEFAULTS = SocketOptions()
+_MORE = zmq.SNDMORE | zmq.NOBLOCK
+_MOST_FRAMES = 8  # no message has more
+
+
+class _Messages:
+    """Messages over one socket, never waiting. What is common to both planes and both ends."""
+
+    def __init__(
+        self,
+        socket: Socket,
+        options: SocketOptions,
+        *,
+        routed: bool,
+        secure: bool,
+        admits: Callable[[str], bool] | None = None,
+    ) -> None:
+        self.socket = socket
+        self.refusals = Refusals(_LOG)
+        self._limits = Limits(max_message_bytes=options.max_message_bytes, checksum=not secure)
+        self._routed = routed
+        self._secure = secure
+        self._admits = admits
+
+    def send(self, message: Message, route: bytes | None = None) -> int:
+        """Hand over all frames, or none. Returns bytes; raises as `DataStation.send`."""
+        frames = encode(message, self._limits.checksum)
+        size = sum(map(len, frames))
+        if size > self._limits.max_message_bytes:
+            raise ProtocolError(
+                f"a message of {size} bytes; the peer accepts {self._limits.max_message_bytes}"
+            )
+        send = self.socket.send
+        last = frames.pop()
+        try:
+            # ZeroMQ decides with the first frame: the rest of a message that it took never fails.
+            if route is not None:
+                send(route, _MORE)
+            for frame in frames:
+                send(frame, _MORE)
+            send(last, zmq.NOBLOCK)
+        except zmq.Again as error:
+            raise PeerBusyError("the peer's queue is full, or it is not connected") from error
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                raise PeerGoneError("the peer is not connected any more") from error
+            raise TransportError(f"cannot send: {error}") from error
+        return size
+
+    def take(self) -> Envelope | None:
+        """The next message that waits in the socket; None where it was refused.
+
+        Raises:
+            zmq.Again: nothing waits.
+        """
+        receive = self.socket.recv
+        route = receive(zmq.NOBLOCK) if self._routed else b""
+        first = frame = receive(zmq.NOBLOCK, copy=False)
+        frames: list[Frame] = [first.bytes]
+        while frame.more:
+            frame = receive(zmq.NOBLOCK, copy=False)
+            if len(frames) <= _MOST_FRAMES:
+                frames.append(frame.buffer)
+        key = first.get("User-Id") if self._secure and self._routed else ""
+        if self._admits is not None and not self._admits(key):
+            self._refuse("revoked_key", route, first, key, "its key was revoked")
+            return None
+        try:
+            message = decode(frames, self._limits)
+        except VersionError as error:
+            self._refuse("wrong_version", route, first, key, str(error))
+            return None
+        except ProtocolError as error:
+            self._refuse("invalid_message", route, first, key, str(error))
+            return None
+        return Envelope(route, key, message, sum(map(len, frames)))
+
+    def _refuse(self, kind: str, route: bytes, frame: zmq.Frame, key: str, reason: str) -> None:
+        address = frame.get("Peer-Address")
+        who = f"{fingerprint(key)} at {address}" if key else str(address)
+        spoke = self.refusals.note(kind, who, reason)
+        # Only a station answers: two ends that answered each other's refusals would never stop.
+        if spoke and self._routed and kind != "invalid_message":
+            with contextlib.suppress(TransportError):
+                self.send(Failure(attempt=0, reason=reason), route)
+
+
+class _Blocking:
+    """The waiting of a data plane end: a message, a wake, or what the monitor says."""
+
+    def __init__(
+        self, messages: _Messages, options: SocketOptions, watch: HandshakeWatch | None = None
+    ) -> None:
+        self._messages = messages
+        self._spin_s = options.spin_s
+        self._watch = watch
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # half the cost of an inproc socket
+        self._sources: list[tuple[Socket | int, int]] = [
+            (messages.socket, zmq.POLLIN),
+            (self._wake_fd, zmq.POLLIN),
+        ]
+        if watch is not None:
+            self._sources.append((watch.socket, zmq.POLLIN))
+        self._closed = False
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """Refused messages by kind: `invalid_message`, `wrong_version`, `revoked_key`."""
+        return self._messages.refusals.counters
+
+    def receive(self, timeout_s: float) -> Envelope | None:
+        """See `DataStation.receive`."""
+        take = self._messages.take
+        until = 0.0
+        while True:
+            try:
+                envelope = take()  # asking ZeroMQ first: while work flows there is nothing to wait for
+            except zmq.Again:
+                envelope = None
+                if timeout_s <= 0:
+                    return None
+            if envelope is not None:
+                return envelope
+            now = time.monotonic()
+            until = until or now + timeout_s
+            if now >= until or self._wait(until):
+                return None
+
+    def wake(self) -> None:
+        """See `DataStation.wake`."""
+        if not self._closed:
+            os.eventfd_write(self._wake_fd, 1)
+
+    def close(self) -> None:
+        """See `DataStation.close`."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._watch is not None:
+            self._watch.close()
+        self._messages.socket.close(0)
+        os.close(self._wake_fd)
+
+    def _wait(self, until: float) -> bool:
+        """Sleep until something happens, at most `until`. True: it was a wake."""
+        ready = self._spin(until) if self._spin_s else []
+        if not ready:
+            ready = zmq.zmq_poll(self._sources, max(0, int((until - time.monotonic()) * 1000) + 1))
+        for source, _ in ready:
+            if source == self._wake_fd:
+                os.eventfd_read(self._wake_fd)
+                return True
+            if self._watch is not None and source is self._watch.socket:
+                self._watch.check()
+        return False
+
+    def _spin(self, until: float) -> list[tuple[Socket | int, int]]:
+        stop = min(until, time.monotonic() + self._spin_s)
+        while time.monotonic() < stop:
+            if ready := zmq.zmq_poll(self._sources, 0):
+                return list(ready)
+        return []
+
+
+class ZmqDataStation(_Blocking):
+    """See `DataStation`. Made by `open_data_station`."""
+
+    @property
+    def endpoint(self) -> str:
+        """Where it listens, with the port that was chosen for `:*`."""
+        return endpoint_of(self._messages.socket)
+
+    def send(self, route: bytes, message: Message) -> int:
+        """See `DataStation.send`."""
+        return self._messages.send(message, route)
+
+
+class ZmqDataLink(_Blocking):
+    """See `DataLink`. Made by `open_data_link`. `receive` also raises RefusedError, as `ControlLink.receive`."""
+
+    def send(self, message: Message) -> int:
+        """See `DataLink.send`. PeerBusyError also stands for a station that is not connected yet or any more."""
+        return self._messages.send(message)
+
+
+class _Waiting:
+    """The waiting of a control plane end: tells the event loop's owner when to look at its sockets.
+
+    ZeroMQ's descriptor only says that something changed, and any call on the socket may swallow the news. So the
+    state is asked for after every call, and whoever waits is told.
+    """
+
+    def __init__(self, *sockets: Socket) -> None:
+        self._sockets = sockets
+        self._loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+        self._descriptors = [int(socket.get(zmq.FD)) for socket in sockets]
+        for descriptor in self._descriptors:
+            self._loop.add_reader(descriptor, self.look)
+
+    def look(self) -> None:
+        """Ask all sockets. Call after every send."""
+        if any(int(socket.get(zmq.EVENTS)) & zmq.POLLIN for socket in self._sockets):
+            self._news.set()
+
+    async def news(self) -> None:
+        """Wait until a socket may have something to read."""
+        self._news.clear()
+        self.look()
+        await self._news.wait()
+
+    def close(self) -> None:
+        """Stop watching; call before the sockets are closed."""
+        for descriptor in self._descriptors:
+            self._loop.remove_reader(descriptor)
+
+
+class _Async:
+    """What both ends of the control plane have in common."""
+
+    def __init__(self, messages: _Messages, watch: HandshakeWatch | None = None) -> None:
+        self._messages = messages
+        self._watch = watch
+        sockets = [messages.socket] if watch is None else [messages.socket, watch.socket]
+        self._waiting = _Waiting(*sockets)
+        self._closed = False
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """Refused messages by kind: `invalid_message`, `wrong_version`, `revoked_key`."""
+        return self._messages.refusals.counters
+
+    async def receive(self) -> Envelope:
+        """See `ControlStation.receive`."""
+        while True:
+            try:
+                envelope = self._messages.take()
+            except zmq.Again:
+                if self._watch is not None:
+                    self._watch.check()
+                await self._waiting.news()
+            else:
+                if envelope is not None:  # nothing is awaited after the take: cancelling loses no message
+                    return envelope
+                await asyncio.sleep(0)  # a flood of refused messages must not hold the loop
+
+    def close(self) -> None:
+        """See `ControlStation.close`."""
+        if self._closed:
+            return
+        self._closed = True
+        self._waiting.close()
+        if self._watch is not None:
+            self._watch.close()
+        self._messages.socket.close(0)
+
+
+class ZmqControlStation(_Async):
+    """See `ControlStation`. Made by `open_control_station`."""
+
+    @property
+    def endpoint(self) -> str:
+        """Where it listens, with the port that was chosen for `:*`."""
+        return endpoint_of(self._messages.socket)
+
+    async def send(self, route: bytes, message: Message) -> None:
+        """See `ControlStation.send`."""
+        try:
+            self._messages.send(message, route)
+        finally:
+            self._waiting.look()
+
+
+class ZmqControlLink(_Async):
+    """See `ControlLink`. Made by `open_control_link`."""
+
+    async def send(self, message: Message) -> None:
+        """See `ControlLink.send`. Also raises RefusedError, as `receive`."""
+        if self._watch is not None:
+            self._watch.check()
+        try:
+            self._messages.send(message)
+        finally:
+            self._waiting.look()
+
+
+def open_data_station(
+    context: Context, bind: str, security: StationSecurity | None, options: SocketOptions = _DEFAULTS
+) -> ZmqDataStation:
+    """The BS end of the data plane. Only admitted device keys connect, and are heard until revoked.
+
+    Raises:
+        TransportError: the address cannot be bound, or the door is not open.
+    """
+    socket = bind_router(context, bind, DATA_DOMAIN, security, options)
+    return ZmqDataStation(_station_messages(socket, security, options, ("device",)), options)
+
+
+def open_control_station(
+    context: Context, bind: str, security: StationSecurity | None, options: SocketOptions = _DEFAULTS
+) -> ZmqControlStation:
+    """The BS end of the control plane, for the running event loop. Enrolment keys connect to it, too.
+
+    Raises:
+        TransportError: the address cannot be bound, or the door is not open.
+    """
+    socket = bind_router(context, bind, CONTROL_DOMAIN, security, options)
+    return ZmqControlStation(_station_messages(socket, security, options, ("device", "enrolment")))
+
+
+def open_data_link(
+    context: Context, endpoint: str, security: LinkSecurity | None, options: SocketOptions = _DEFAULTS
+) -> ZmqDataLink:
+    """The device end of the data plane. Connecting goes on in the background.
+
+    Raises:
+        TransportError: the address or a key is malformed.
+    """
+    messages, watch = _open_link(context, endpoint, security, options)
+    return ZmqDataLink(messages, options, watch)
+
+
+def open_control_link(
+    context: Context, endpoint: str, security: LinkSecurity | None, options: SocketOptions = _DEFAULTS
+) -> ZmqControlLink:
+    """The device end of the control plane, for the running event loop. Connecting goes on in the background.
+
+    Raises:
+        TransportError: the address or a key is malformed.
+    """
+    messages, watch = _open_link(context, endpoint, security, options)
+    return ZmqControlLink(messages, watch)
+
+
+def _station_messages(
+    socket: Socket, security: StationSecurity | None, options: SocketOptions, kinds: tuple[str, ...]
+) -> _Messages:
+    if security is None:
+        return _Messages(socket, options, routed=True, secure=False)
+    kind_of = security.door.admission.kind_of
+    return _Messages(socket, options, routed=True, secure=True, admits=lambda key: kind_of(key) in kinds)
+
+
+def _open_link(
+    context: Context, endpoint: str, security: LinkSecurity | None, options: SocketOptions
+) -> tuple[_Messages, HandshakeWatch]:
+    socket = new_dealer(context, security, options)
+    name = "(none)" if security is None else security.keys.fingerprint
+    watch = HandshakeWatch(socket, endpoint, name)
+    try:
+        connect(socket, endpoint)
+    except TransportError:
+        watch.close()
+        socket.close(0)
+        raise
+    return _Messages(socket, options, routed=False, secure=security is not None), watch
