@@ -12,6 +12,10 @@ import click
 
 from wdmoe.cli.failures import EXIT_INTERRUPTED, explain
 from wdmoe.cli.logs import configure_logging
+from wdmoe.cli.models import export, verify
+from wdmoe.cli.nodes import bs, device
+from wdmoe.cli.status import status
+from wdmoe.cli.tokens import token
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -33,6 +37,10 @@ def cli(verbose: int, quiet: bool) -> None:
     Exit codes: 0 done, 1 a failure that is named in one line, 2 wrong usage.
     """
     configure_logging(verbose=verbose, quiet=quiet)
+
+
+for command in (bs, device, export, status, token, verify):
+    cli.add_command(command)
 
 
 def main() -> None:

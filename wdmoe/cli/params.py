@@ -48,3 +48,26 @@ TIME = Quantity("time")
 SIZE = Quantity("size")
 RATE = Quantity("rate")
 SECRET = Secret()
+DIRECTORY = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+class Listen(click.ParamType):  # type: ignore[type-arg]
+    """`HOST:PORT` for a server, or `off`; handed on as (host, port), with port -1 for off."""
+
+    name = "host:port"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, int]:
+        """Split at the last colon; an IPv6 host stands in brackets."""
+        text = str(value)
+        if text == "off":
+            return "", -1
+        host, colon, port = text.rpartition(":")
+        if not colon or not port.isdecimal() or int(port) > 65535:
+            self.fail(f"{text!r} is no HOST:PORT: write one as in 127.0.0.1:8080, or off", param, ctx)
+        return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+LISTEN = Listen()

@@ -1,0 +1,211 @@
+"""The commands that run until they are stopped: `bs` and `device`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import click
+
+from wdmoe.cli.failures import needs_extra
+from wdmoe.cli.logs import tell_events
+from wdmoe.cli.params import DIRECTORY, FILE, LISTEN, RATE, SECRET, SIZE, TIME
+from wdmoe.cli.running import run_until_stopped
+from wdmoe.config import POLICIES, PROVIDERS, DeviceSettings, LinkEmulation, StationSettings
+
+
+@click.command()
+@click.option(
+    "--join",
+    type=SECRET,
+    envvar="WDMOE_JOIN",
+    required=True,
+    help="Join token that the base station printed, or @FILE with it; also from $WDMOE_JOIN.",
+)
+@click.option("--name", default="", help="Name shown to people.  [default: the host name]")
+@click.option(
+    "--provider",
+    type=click.Choice(PROVIDERS),
+    default="auto",
+    show_default=True,
+    help="What computes experts; auto takes the fastest that is there.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    help="CPU threads for one expert; more only helps large experts.",
+)
+@click.option(
+    "--memory",
+    "memory_bytes",
+    type=SIZE,
+    default=0,
+    help="Memory offered to experts.  [default: half of what is free]",
+)
+@click.option("--cache", type=DIRECTORY, help="Folder of experts kept for the next start.")
+@click.option(
+    "--cache-size",
+    "cache_bytes",
+    type=SIZE,
+    default="4GiB",
+    show_default=True,
+    help="Most the cache may hold.",
+)
+@click.option("--state", type=DIRECTORY, help="Folder of this device's key, its identity over restarts.")
+@click.option("--downlink", type=RATE, default=0, help="Emulate a radio link of this rate to the device.")
+@click.option("--uplink", type=RATE, default=0, help="Emulate a radio link of this rate from the device.")
+@click.option("--insecure", is_flag=True, help="No encryption; --join is the base station's address then.")
+def device(downlink: float, uplink: float, **flags: Any) -> None:
+    """Compute experts for a base station, until stopped.
+
+    The device dials the base station. The join token admits it once, from then on its own key does. It
+    receives its experts from there, and comes back by itself after the link is lost or either side restarts.
+
+    \b
+    Examples:
+      wdmoe-node device --join @token.txt
+      wdmoe-node device --join @token.txt --name kitchen --memory 2GiB --provider cuda
+      wdmoe-node device --join @token.txt --downlink 20Mbit/s --uplink 5Mbit/s
+      wdmoe-node device --join tcp://192.0.2.7:5555 --insecure
+    """
+    flags["memory_bytes"], flags["cache_bytes"] = int(flags["memory_bytes"]), int(flags["cache_bytes"])
+    link = LinkEmulation(downlink_bps=downlink, uplink_bps=uplink)
+    settings = DeviceSettings(link=link, **_stated(flags))
+    with needs_extra("device"):
+        from wdmoe.nodes.device import run_device
+    tell_events()
+    run_until_stopped(run_device(settings))
+
+
+@click.command()
+@click.argument("bundle")
+@click.option("--bind", default="tcp://*:5555", show_default=True, help="Where devices dial in.")
+@click.option(
+    "--data-port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    help="Port for expert traffic.  [default: one above that of --bind]",
+)
+@click.option(
+    "--http",
+    type=LISTEN,
+    default="127.0.0.1:8080",
+    show_default=True,
+    help="Where clients find the OpenAI-compatible API; off for none.",
+)
+@click.option(
+    "--api-key",
+    type=SECRET,
+    envvar="WDMOE_API_KEY",
+    default="",
+    help="Key that clients must send, or @FILE with it; also from $WDMOE_API_KEY.",
+)
+@click.option(
+    "--policy",
+    type=click.Choice(POLICIES),
+    default="topk",
+    show_default=True,
+    help="Which experts serve a token: the gate's top k, or of those the ones worth their latency.",
+)
+@click.option("--placement", type=FILE, help="Who holds what; `status --print-placement` writes one.")
+@click.option(
+    "--deadline",
+    "deadline_s",
+    type=TIME,
+    default="1s",
+    show_default=True,
+    help="Longest wait for the experts of one layer ...",
+)
+@click.option(
+    "--deadline-per-token",
+    "deadline_per_token_s",
+    type=TIME,
+    default="20ms",
+    show_default=True,
+    help="... plus this for each token of a prompt.",
+)
+@click.option(
+    "--prefill-chunk",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Tokens of a prompt computed before others get their turn.",
+)
+@click.option(
+    "--max-active",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Requests computed at the same time.",
+)
+@click.option(
+    "--max-queued",
+    type=click.IntRange(min=0),
+    default=16,
+    show_default=True,
+    help="Requests that may wait; more are answered 429.",
+)
+@click.option(
+    "--lease",
+    "lease_s",
+    type=TIME,
+    default="3s",
+    show_default=True,
+    help="Silence after which a device is lost.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Where attention and gate run: auto, cpu, cuda, cuda:1.",
+)
+@click.option(
+    "--dtype", default="auto", show_default=True, help="float32, bfloat16, float16, or auto by device."
+)
+@click.option(
+    "--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads.  [default: torch's choice]"
+)
+@click.option("--state", type=DIRECTORY, help="Folder of the base station's key and the admitted devices.")
+@click.option("--insecure", is_flag=True, help="No encryption, no admission: for closed networks only.")
+def bs(bundle: str, http: tuple[str, int], **flags: Any) -> None:
+    """Serve the model in BUNDLE, until stopped.
+
+    BUNDLE is a folder made by `wdmoe-node export`, or the word default: the default model, made on first use.
+    Prints a join token: run `wdmoe-node device --join TOKEN` on each device. Answers come once every expert
+    has a device.
+
+    \b
+    Examples:
+      wdmoe-node bs default
+      wdmoe-node bs ./mixtral-bundle --http 0.0.0.0:8080 --api-key @key.txt --policy cosine
+      curl 127.0.0.1:8080/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once upon"}'
+    """
+    with needs_extra("bs"):
+        from wdmoe.cli.bundles import find_bundle
+        from wdmoe.nodes import base_station
+        from wdmoe.serving import server
+    tell_events()
+    host, port = http
+    stated = _stated(flags)
+    settings = StationSettings(bundle=find_bundle(bundle), http_host=host, http_port=port, **stated)
+
+    async def serve() -> None:
+        async with base_station.BaseStation(settings) as station:
+            click.echo(f"Join token (keep it secret): {station.join_token()}")
+            click.echo("On each device: wdmoe-node device --join TOKEN")
+            if port < 0:
+                await asyncio.Event().wait()
+            await server.serve_http(station.engine, host, port, settings.api_key, ready=_announce)
+
+    run_until_stopped(serve())
+
+
+def _announce(url: str) -> None:
+    click.echo(f"HTTP: {url}/v1 (OpenAI-compatible), {url}/health, {url}/metrics")
+
+
+def _stated(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given or have a default here; the rest is left to the settings' own defaults."""
+    return {name: value for name, value in flags.items() if value is not None}

@@ -1,0 +1,109 @@
+"""`status`: how a running base station is."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from wdmoe.cli.params import SECRET
+from wdmoe.cli.tables import print_table, printable
+from wdmoe.errors import RefusedError, TransportError
+from wdmoe.units import Dimension, format_quantity
+
+_MOST_BYTES = 64 << 20  # of an answer
+_TIMEOUT_S = 10.0
+_COLUMNS = ("device", "hardware", "provider", "experts", "ready", "memory", "speed", "round trip", "queued")
+
+
+@click.command()
+@click.option("--url", default="http://127.0.0.1:8080", show_default=True, help="Where it serves HTTP.")
+@click.option(
+    "--api-key", type=SECRET, envvar="WDMOE_API_KEY", default="", help="The key it wants, or @FILE with it."
+)
+@click.option("--json", "as_json", is_flag=True, help="Everything it says, for machines.")
+@click.option("--print-placement", is_flag=True, help="Who holds which expert, as `bs --placement` reads it.")
+def status(url: str, api_key: str, as_json: bool, print_placement: bool) -> None:
+    """Show who takes part in a running base station.
+
+    \b
+    Examples:
+      wdmoe-node status
+      wdmoe-node status --url http://192.0.2.7:8080 --api-key @key.txt --json
+      wdmoe-node status --print-placement > placement.json
+    """
+    state = _get_status(url, api_key)
+    if print_placement:
+        placement = state.get("placement")
+        if not isinstance(placement, str):
+            raise TransportError(f"{url} does not say where its experts are")
+        click.echo(placement, nl=False)
+    elif as_json:
+        click.echo(json.dumps(state, indent=2, ensure_ascii=False))
+    else:
+        _show(state)
+
+
+def _get_status(url: str, api_key: str) -> Mapping[str, Any]:
+    if not url.startswith(("http://", "https://")):
+        raise click.BadParameter(f"{url!r} is no address like http://127.0.0.1:8080", param_hint="--url")
+    request = urllib.request.Request(f"{url.rstrip('/')}/wdmoe/status")  # noqa: S310 - checked above
+    if api_key:
+        request.add_header("Authorization", f"Bearer {api_key}")
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:  # noqa: S310
+            state = json.loads(response.read(_MOST_BYTES))
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 401:
+            raise RefusedError(f"{url} wants its API key: give it with --api-key") from error
+        raise TransportError(f"{url} answered {error.code}: is that a base station?") from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise TransportError(f"no base station answers at {url}: {reason}") from error
+    except ValueError as error:  # also what is not UTF-8
+        raise TransportError(f"{url} sent something else than a status: is that a base station?") from error
+    if not isinstance(state, dict):
+        raise TransportError(f"{url} sent something else than a status: is that a base station?")
+    return state
+
+
+def _show(state: Mapping[str, Any]) -> None:
+    facts = [str(state[name]) for name in ("model", "state", "policy") if name in state]
+    click.echo(printable(", ".join(facts)))
+    devices = state.get("devices")
+    rows = [_row(each) for each in devices if isinstance(each, dict)] if isinstance(devices, list) else []
+    print_table(_COLUMNS, rows, right=3)
+    if unserved := state.get("unserved"):
+        click.echo(printable(f"{unserved} experts have no device yet"))
+
+
+def _row(device: Mapping[str, Any]) -> list[object]:
+    speed = _number(device, "flops")
+    return [
+        device.get("name"),
+        device.get("hardware"),
+        str(device.get("provider", "-")).removesuffix("ExecutionProvider"),
+        device.get("experts"),
+        device.get("ready"),
+        _quantity(device, "memory_bytes", "size"),
+        None if speed is None else f"{speed / 1e9:.3g} GFLOP/s",
+        _quantity(device, "rtt_s", "time"),
+        device.get("queued"),
+    ]
+
+
+def _quantity(device: Mapping[str, Any], name: str, dimension: Dimension) -> str | None:
+    value = _number(device, name)
+    return None if value is None else format_quantity(value, dimension)
+
+
+def _number(device: Mapping[str, Any], name: str) -> float | None:
+    value = device.get(name)
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None

@@ -1,0 +1,29 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: int | None = None
+) -> None:
+    """Print rows under their columns; a None is a dash, columns from `right` on are aligned at their right.
+
+    Cells may come from other machines: what would steer a terminal is left out.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns)
+    for column in table.columns[len(columns) if right is None else right :]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*(Text("-" if cell is None else printable(str(cell))) for cell in row))
+    Console().print(table)
+
+
+def printable(text: str) -> str:
+    """The text without control characters."""
+    return "".join(character for character in text if character.isprintable())

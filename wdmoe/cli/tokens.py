@@ -1,0 +1,99 @@
+"""`token`: who may join a base station. Works on its state folder, whether it runs or not."""
+
+from __future__ import annotations
+
+import datetime
+import socket
+from pathlib import Path
+
+import click
+import psutil
+
+from wdmoe.cli.params import DIRECTORY, TIME
+from wdmoe.cli.tables import print_table, printable
+from wdmoe.config import state_home
+
+_STATE = click.option(
+    "--state",
+    type=DIRECTORY,
+    default=lambda: state_home() / "bs",
+    show_default="~/.local/state/wdmoe/bs",
+    help="The base station's state folder.",
+)
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def token(ctx: click.Context) -> None:
+    """Make join tokens, list who was admitted, and shut devices out.
+
+    Without a subcommand it makes a token. Works while the base station runs, and before.
+    """
+    if ctx.invoked_subcommand is None:
+        ctx.invoke(create)
+
+
+@token.command()
+@_STATE
+@click.option(
+    "--endpoint",
+    "endpoints",
+    multiple=True,
+    help="Where devices reach the base station, as tcp://192.0.2.7:5555; may be repeated, best first.  "
+    "[default: this machine's addresses, port 5555]",
+)
+@click.option("--ttl", type=TIME, default="24h", show_default=True, help="How long devices may join with it.")
+@click.option("--uses", type=click.IntRange(min=1), help="How many devices may join.  [default: any number]")
+def create(state: Path, endpoints: tuple[str, ...], ttl: float, uses: int | None) -> None:
+    """Print a new join token. It is a secret: whoever has it may join until it expires.
+
+    \b
+    Examples:
+      wdmoe-node token create --uses 1 > token.txt
+      wdmoe-node token create --endpoint tcp://192.0.2.7:5555 --ttl 10min
+    """
+    from wdmoe.transport.admission import Admission
+    from wdmoe.transport.keys import station_keys
+
+    made = Admission(state).create_token(station_keys(state), endpoints or _own_endpoints(), ttl, uses)
+    click.echo(made.text())
+
+
+@token.command(name="list")
+@_STATE
+def list_devices(state: Path) -> None:
+    """List the devices that were admitted."""
+    from wdmoe.transport.admission import Admission
+
+    rows = []
+    for device in Admission(state).devices():
+        since = datetime.datetime.fromtimestamp(device.admitted_unix).astimezone()
+        rows.append((device.name, device.fingerprint, since.strftime("%Y-%m-%d %H:%M")))
+    print_table(("device", "fingerprint", "admitted"), rows)
+
+
+@token.command()
+@_STATE
+@click.argument("device")
+def revoke(state: Path, device: str) -> None:
+    """Shut out DEVICE: a name, a fingerprint, or the start of one. At once, also while it works.
+
+    \b
+    Example:
+      wdmoe-node token revoke kitchen
+    """
+    from wdmoe.transport.admission import Admission
+
+    for gone in Admission(state).revoke(device):
+        click.echo(f"{printable(gone.name)} ({gone.fingerprint}) may not join any more")
+
+
+def _own_endpoints(port: int = 5555) -> tuple[str, ...]:
+    """Where other machines may find this one; the loopback where it has no other address."""
+    addresses = [
+        entry.address
+        for name, entries in sorted(psutil.net_if_addrs().items())
+        for entry in entries
+        if entry.family == socket.AF_INET and not entry.address.startswith("127.")
+    ]
+    return tuple(f"tcp://{address}:{port}" for address in [*addresses[:7], "127.0.0.1"])
