@@ -3,8 +3,8 @@
     STATE/devices/<fingerprint>.json    {"key", "name", "admitted_unix"}
     STATE/tokens/<fingerprint>.json     {"key", "expires_unix", "uses_left"}
 
-Both are read again when the folder changes, so another process (`wdmoe-node token`, a text editor, rm) can admit
-and revoke while the base station runs.
+Both are read again when the folder changes, so another process (`wdmoe-node token`, or just rm) can admit and
+revoke while the base station runs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class AdmittedDevice:
 
 
 class _KeyFolder:
-    """A folder of JSON files that each describe one key. Thread-safe; unreadable files are logged and skipped."""
+    """A folder of JSON files that each describe one key. Thread-safe; unreadable files are logged, skipped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -113,7 +113,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 class Admission:
-    """The allow list of one base station. Thread-safe: the ZAP thread, both planes and the operator use it."""
+    """The allow list of one base station. Thread-safe: the door, both planes and the operator use it."""
 
     def __init__(self, state: Path) -> None:
         """Open (or make) the lists in a state folder.
@@ -126,7 +126,7 @@ class Admission:
         self._redeeming = threading.Lock()
 
     def kind_of(self, key: str) -> Kind:
-        """What a proven key may do right now; costs a look-up, and a stat of the folders five times a second."""
+        """What a proven key may do right now. A look-up; the folders are looked at five times a second."""
         if key in self._devices.entries(_CHECK_INTERVAL_S):
             return "device"
         token = self._tokens.entries(_CHECK_INTERVAL_S).get(key)
@@ -178,7 +178,7 @@ class Admission:
             return device
 
     def revoke(self, name_or_fingerprint: str) -> Sequence[AdmittedDevice]:
-        """Take devices off the list: by name all of that name, by fingerprint (or its start, 8 digits or more) one.
+        """Take devices off the list: all of a name, or by fingerprint (its first 8 digits or more).
 
         Returns:
             Who was removed. Their connections carry nothing from 0.2 s on.

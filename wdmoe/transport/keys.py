@@ -1,4 +1,4 @@
-"""CURVE key pairs: made, kept in files that only their owner can read, and named by fingerprint everywhere else."""
+"""CURVE key pairs: made, kept in files that only their owner can read, and named by fingerprint elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In-process twins of the four channel ends, for tests: same codec and exceptions; loss, delay and copies to order.
+"""In-process twins of the four channel ends, for tests: same codec and exceptions; loss and delay to order.
 
 station = MemoryDataStation(faults=Faults(loss=0.1), rng=np.random.default_rng(1))
 link = station.connect(key="device one")

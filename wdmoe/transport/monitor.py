@@ -1,4 +1,4 @@
-"""Watches a device's connection attempts. ZeroMQ gives up, or tries for ever, without telling the socket's owner."""
+"""Watches a device's connection attempts: ZeroMQ gives up, or tries for ever, and tells the owner neither."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class HandshakeWatch:
 
     - key refused: libzmq reports it once and never connects again;
     - not ZeroMQ at all, or without encryption: the same;
-    - wrong server key: the station drops the connection, libzmq tries for ever. So a few failures in a row count
-      as a refusal, where a single one may be a station that restarts.
+    - wrong server key: the station drops the connection, libzmq tries for ever. So a few failures in a row
+      count as a refusal, where a single one may be a station that restarts.
     """
 
     def __init__(self, socket: zmq.Socket[Any], endpoint: str, fingerprint: str) -> None:
@@ -43,8 +43,8 @@ class HandshakeWatch:
         """Read the news.
 
         Raises:
-            RefusedError: the station does not want this key, or is not the station that was expected. For good:
-                the socket is dead, and every further call raises again.
+            RefusedError: the station does not want this key, or is not the station that was expected. The
+                socket is dead then, and every further call raises again.
         """
         while int(self.socket.get(zmq.EVENTS)) & zmq.POLLIN:
             self._note(parse_monitor_message(self.socket.recv_multipart(zmq.NOBLOCK))["event"])
@@ -74,6 +74,6 @@ class HandshakeWatch:
         self._failures += 1
         if self._failures >= _FAILURES and now - self._failing_since >= _FAILING_S:
             self._refusal = (
-                f"{self._endpoint} broke off {self._failures} handshakes in a row: it is not the base station of "
-                f"this token (another server key), or it lets nobody in"
+                f"{self._endpoint} broke off {self._failures} handshakes in a row: it has another server key "
+                "than this node expects, or it lets nobody in"
             )

@@ -13,7 +13,7 @@ _MOST_PEERS = 1024
 
 
 class Refusals:
-    """Counts refusals by kind; logs one line per peer and second and says how many it kept quiet. Thread-safe."""
+    """Counts refusals by kind; logs a line per peer and second, saying how many it kept quiet. Thread-safe."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import os
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -41,7 +43,7 @@ class StationSecurity:
 
 @dataclass(frozen=True, slots=True)
 class LinkSecurity:
-    """What makes a link an encrypted one: the station's public key, known beforehand, and the device's own pair."""
+    """What makes a link an encrypted one: the station's public key, known beforehand, and the device's pair."""
 
     server_key: str
     keys: KeyPair
@@ -60,6 +62,7 @@ def bind_router(
     Raises:
         TransportError: the address cannot be bound, or the door is not open.
     """
+    _hide_routing_ids()
     socket: Socket = context.socket(zmq.ROUTER)
     try:
         _common(socket, options)
@@ -133,6 +136,16 @@ def _common(socket: Socket, options: SocketOptions) -> None:
     socket.set(zmq.HEARTBEAT_TTL, 5 * options.heartbeat_ms)
     socket.set(zmq.HANDSHAKE_IVL, options.handshake_ms)
     socket.set(zmq.TCP_KEEPALIVE, 1)
+
+
+def _hide_routing_ids() -> None:
+    """Make the numbers that the next ROUTER gives to its connections unpredictable.
+
+    libzmq 4.3.5 starts them with libc's rand(), which nobody seeds, and aborts the whole process when a connection
+    is due for a number that a peer has claimed as its routing id before. So one admitted peer that knows the
+    number could kill the base station. Nothing else here uses rand().
+    """
+    ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4), "little"))
 
 
 def _require_open(door: Door) -> None:

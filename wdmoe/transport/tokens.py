@@ -1,4 +1,4 @@
-"""Join tokens: all a fresh device needs to find its base station, to know it for sure, and to be let in once."""
+"""Join tokens: what a fresh device needs to find its base station, to know it for sure, and to be let in."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MOST_ENDPOINTS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinToken:
-    """What a token carries. The enrolment key opens the control plane only, until it expires or is used up."""
+    """What a token carries. The enrolment key opens the control plane only, until expired or used up."""
 
     endpoints: tuple[str, ...]  # control plane, tcp://host:port, best first
     server_key: str  # the base station's public key, pinned by the device
@@ -40,7 +40,7 @@ class JoinToken:
                 )
 
     def is_expired(self) -> bool:
-        """Whether a base station would refuse it by now; a device that is admitted already can still use it."""
+        """Whether a base station refuses it by now; a device that is admitted already can still use it."""
         return time.time() >= self.expires_unix
 
     def text(self) -> str:

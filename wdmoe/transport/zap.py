@@ -1,7 +1,7 @@
-"""The door: answers libzmq's question "may this key connect?" for all sockets of one context (ZAP, ZeroMQ RFC 27).
+"""The door: answers libzmq's question "may this key connect?" for all sockets of a context (ZAP, ZeroMQ RFC 27).
 
-It has a thread of its own, so that a handshake never waits for arithmetic or for a busy event loop. Without a running
-door a socket with an enforced domain lets nobody in: the failure is a closed one.
+It has a thread of its own, so that a handshake never waits for arithmetic or for a busy event loop. Without a
+running door a socket with an enforced domain lets nobody in: the failure is a closed one.
 """
 
 from __future__ import annotations
