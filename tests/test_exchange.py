@@ -214,7 +214,6 @@ def test_loss_and_duplication_in_the_air_never_hang_or_double() -> None:
         exchange = Exchange(station, lambda envelope: None, lambda route: None)
         route = None
         while route is None:
-
             peer.link.send(Attach(session=1))
             envelope = station.receive(0.05)
             route = envelope.route if envelope else None

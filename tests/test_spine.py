@@ -64,7 +64,9 @@ def greedy(checkpoint: Path, prompt: tuple[int, ...] = PROMPT, tokens: int = 12)
     ids = torch.tensor([prompt])
     model = reference(checkpoint)
     model.generation_config.eos_token_id = None
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0
+    )
     return out[0, len(prompt) :].tolist()
 
 
@@ -204,9 +206,7 @@ def test_no_expert_left_is_a_clear_error(lab: Lab) -> None:
 
 def test_a_client_that_goes_away_frees_the_model(lab: Lab) -> None:
     async def leave() -> None:
-        request = GenerationRequest(
-            request_id="t", prompt=PROMPT, sampling=Sampling(max_tokens=200, ignore_eos=True)
-        )
+        request = GenerationRequest(request_id="t", prompt=PROMPT, sampling=Sampling(max_tokens=200, ignore_eos=True))
         stream = lab.engine.stream(request)
         await stream.__anext__()
         await stream.aclose()

@@ -78,6 +78,7 @@ class StationSettings:
     bundle: Path
     bind: str = "tcp://*:5555"  # control plane
     data_port: int = 0  # data plane, same interface; 0: one above the control port
+    advertise: str = ""  # host name or address that devices shall dial; "": this machine's addresses
     http_host: str = "127.0.0.1"
     http_port: int = 8080  # -1: no HTTP
     api_key: str = ""

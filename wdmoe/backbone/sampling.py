@@ -24,9 +24,7 @@ class GumbelMax(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """(batch, vocabulary) -> (batch, vocabulary)."""
-        uniform = torch.rand(
-            scores.shape, generator=self._generator, device=scores.device, dtype=torch.float64
-        )
+        uniform = torch.rand(scores.shape, generator=self._generator, device=scores.device, dtype=torch.float64)
         noise = -torch.log(-torch.log(uniform.clamp_(1e-300, 1 - 1e-16)))
         return scores + noise.to(scores.dtype)  # type: ignore[return-value]
 

@@ -34,9 +34,7 @@ def missing_weight(tokens: int, missing: Sequence[Missing]) -> Float32Array:
     return owed
 
 
-def combine(
-    tokens: int, hidden: int, answers: Sequence[Answer], scale: Float32Array | None = None
-) -> Float32Array:
+def combine(tokens: int, hidden: int, answers: Sequence[Answer], scale: Float32Array | None = None) -> Float32Array:
     """Sum the partial sums, in a fixed order so that equal replies give equal results.
 
     Args:

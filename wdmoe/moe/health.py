@@ -72,6 +72,11 @@ class DeviceHealth:
         mean_s = sum(known) / len(known) if known else 1.0
         return np.array([s or mean_s for s in seen] + [mean_s])[device_of]
 
+    def token_s(self, route: bytes) -> float | None:
+        """Running mean of seconds per token of one connection; None while nothing was measured. Any thread."""
+        record = self._records.get(route)
+        return record.token_s if record is not None and record.token_s else None
+
     def forget_all_but(self, devices: tuple[DeviceRoute, ...]) -> None:
         """Drop connections that are gone."""
         live = {device.route for device in devices}

@@ -99,9 +99,7 @@ class ExpertLayers:
             raise ExpertsUnavailableError(f"layer {layer}: no device serves any of its experts")
         return device_of
 
-    def _ask(
-        self, routing: Routing, layer: int, tokens: Activations, chosen: Chosen, ledger: Ledger
-    ) -> list[Part]:
+    def _ask(self, routing: Routing, layer: int, tokens: Activations, chosen: Chosen, ledger: Ledger) -> list[Part]:
         """Dispatch, and book what it took."""
         started_s = time.monotonic()
         parts = dispatch(

@@ -102,9 +102,7 @@ def _without_unavailable(
     return Demand(experts, weights, demand.gate), lost
 
 
-def _fill_empty(
-    experts: Int32Array, weights: Float32Array, demand: Demand, available: npt.NDArray[np.bool_]
-) -> None:
+def _fill_empty(experts: Int32Array, weights: Float32Array, demand: Demand, available: npt.NDArray[np.bool_]) -> None:
     """Give tokens that lost every expert the best one that is served, so that none goes without."""
     empty = np.flatnonzero((experts < 0).all(axis=1) & (demand.weights > 0).any(axis=1))
     if not empty.size:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
 from wdmoe.backbone.bundle import Bundle
-from wdmoe.errors import BundleError, TransportError
+from wdmoe.errors import BundleError, TransportError, WdmoeError
+from wdmoe.nodes.entrance import Entrance
 from wdmoe.nodes.placing import Catalogue, Host, Targets, choose_targets, holdings, routing
 from wdmoe.records import ExpertId
 from wdmoe.transport.channel import ControlStation, Envelope
@@ -54,34 +56,6 @@ TICKS_PER_LEASE = 6
 MAX_CHUNK_BYTES = 1 << 20
 
 
-class Admission(Protocol):
-    """Who a key belongs to. Implemented with `wdmoe.transport.admission`; the insecure mode has its own."""
-
-    def identify(self, envelope: Envelope, session: int) -> str:
-        """The key a session is filed under: the proven one, or one made up where nothing is proven."""
-        ...
-
-    def device_id(self, key: str) -> str:
-        """Fingerprint, for people."""
-        ...
-
-    def is_enrolment(self, key: str) -> bool:
-        """The key of a join token: it may do nothing but ask for another key to be admitted."""
-        ...
-
-    def admit(self, enrolment_key: str, device_key: str, name: str) -> None:
-        """Admit a device's key from now on.
-
-        Raises:
-            WdmoeError: the token has expired or is used up, or the key is not one.
-        """
-        ...
-
-    def withdrawn(self) -> Iterable[str]:
-        """Keys that were revoked since the last call."""
-        ...
-
-
 class DataPlane(Protocol):
     """What the control plane asks of the model thread. Thread-safe."""
 
@@ -101,7 +75,7 @@ class ControlPlane:
         self,
         channel: ControlStation,
         bundle: Bundle,
-        admission: Admission,
+        entrance: Entrance,
         data: DataPlane,
         *,
         data_port: int,
@@ -111,7 +85,7 @@ class ControlPlane:
     ) -> None:
         self._channel = channel
         self._bundle = bundle
-        self._admission = admission
+        self._entrance = entrance
         self._data = data
         self._data_port = data_port
         self._max_message_bytes = max_message_bytes
@@ -145,7 +119,7 @@ class ControlPlane:
         """A device opened a data connection, or repeats that it did."""
         message = envelope.message
         if isinstance(message, Attach):
-            key = self._admission.identify(envelope, message.session)
+            key = self._entrance.identify(envelope, message.session)
             self._apply(
                 self.roster.attach(key=key, session=message.session, data_route=envelope.route, now=time.monotonic())
             )
@@ -169,8 +143,9 @@ class ControlPlane:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(self.roster.lease_s / TICKS_PER_LEASE)
-            for key in self._admission.withdrawn():
-                self._apply(self.roster.revoke(key=key))
+            for device in self.roster.live():
+                if not self._entrance.is_admitted(device.key):
+                    self._apply(self.roster.revoke(key=device.key))
             self._apply(self.roster.tick(now=time.monotonic()))
 
     async def _send(self) -> None:
@@ -228,14 +203,14 @@ class ControlPlane:
             log.warning("%s sent a %s, which a device never does", _who(device), type(message).__name__)
 
     def _hello(self, envelope: Envelope, hello: Hello) -> None:
-        if self._admission.is_enrolment(envelope.key):
+        if self._entrance.is_enrolment(envelope.key):
             self._enrol(envelope, hello)
             return
-        key = self._admission.identify(envelope, hello.session)
+        key = self._entrance.identify(envelope, hello.session)
         self._apply(
             self.roster.hello(
                 key=key,
-                device_id=self._admission.device_id(key),
+                device_id=self._entrance.device_id(key),
                 session=hello.session,
                 route=envelope.route,
                 report=hello.report,
@@ -245,18 +220,21 @@ class ControlPlane:
 
     def _enrol(self, envelope: Envelope, hello: Hello) -> None:
         try:
-            self._admission.admit(envelope.key, hello.enrol_key, hello.report.name)
-        except Exception as error:  # a peer's key: whatever is wrong with it is the peer's to hear
+            self._entrance.enrol(envelope.key, hello.enrol_key, hello.report.name)
+        except WdmoeError as error:
             log.warning("refused to enrol %r: %s", hello.report.name, error)
             self._post(envelope.route, Goodbye(reason=str(error), retry=False))
             return
-        log.info("admitted device %r, key %s", hello.report.name, self._admission.device_id(hello.enrol_key))
+        # Whoever was revoked and now comes with a new token is welcome again.
+        self.roster = replace(self.roster, revoked=self.roster.revoked - {hello.enrol_key})
         self._post(envelope.route, Welcome(session=hello.session, enrolled=True))
 
     async def _fetch(self, device: Device, fetch: Fetch) -> None:
         expert = ExpertId(fetch.layer, fetch.expert)
         if expert not in device.placed or not 0 < fetch.length <= MAX_CHUNK_BYTES:
-            self._post(device.route, Failure(attempt=0, reason=f"expert {expert} was not placed here, or too much asked"))
+            self._post(
+                device.route, Failure(attempt=0, reason=f"expert {expert} was not placed here, or too much asked")
+            )
             return
         size = self._bundle.expert_file(expert).size
         data = await asyncio.to_thread(self._bundle.read_expert, expert, fetch.offset, fetch.length)
@@ -296,7 +274,9 @@ class ControlPlane:
                 self._data.send(action.route, goodbye)
         elif isinstance(action, Joined):
             report = action.device.report
-            log.info("%s joined: %s, %s, %.1f GFLOP/s", report.name, report.hardware, report.provider, report.flops / 1e9)
+            log.info(
+                "%s joined: %s, %s, %.1f GFLOP/s", report.name, report.hardware, report.provider, report.flops / 1e9
+            )
         elif isinstance(action, Lost):
             self.lost_devices += 1
             log.warning("%s lost: %s", action.device.report.name, action.reason)

@@ -36,7 +36,10 @@ Targets = dict[ExpertId, str]  # expert -> device_id that shall hold it
 
 
 def choose_targets(
-    catalogue: Catalogue, hosts: Sequence[Host], before: Mapping[ExpertId, str], pinned: Mapping[str, frozenset[ExpertId]]
+    catalogue: Catalogue,
+    hosts: Sequence[Host],
+    before: Mapping[ExpertId, str],
+    pinned: Mapping[str, frozenset[ExpertId]],
 ) -> tuple[Targets, tuple[ExpertId, ...]]:
     """Give every expert a home.
 
@@ -88,9 +91,7 @@ def routing(catalogue: Catalogue, hosts: Sequence[Host], targets: Mapping[Expert
     """Who serves what: an expert's home where it is ready, else any device that holds it."""
     attached = [host for host in hosts if host.route is not None]
     devices = tuple(DeviceRoute(h.device_id, h.report.name, h.route or b"") for h in attached)
-    device_of = {
-        layer: np.full(count, -1, np.int32) for layer, count in catalogue.experts_per_layer.items() if count
-    }
+    device_of = {layer: np.full(count, -1, np.int32) for layer, count in catalogue.experts_per_layer.items() if count}
     for index, host in enumerate(attached):
         for layer, expert in host.ready:
             at_home = targets.get(ExpertId(layer, expert)) == host.device_id

@@ -206,9 +206,7 @@ class Exchange:
             self._on_other(envelope)
             return
         pending = self._pending.get(message.attempt)
-        if (
-            pending is None or pending.order.route != envelope.route
-        ):  # an attempt answers to its own device only
+        if pending is None or pending.order.route != envelope.route:  # an attempt answers to its own device only
             self.counters.late_replies += 1
             return
         del self._pending[message.attempt]

@@ -1,0 +1,52 @@
+"""Where devices find the base station."""
+
+from __future__ import annotations
+
+import socket
+
+import psutil
+
+from wdmoe.errors import ConfigError
+
+MOST_ADDRESSES = 4
+
+
+def data_bind(control_endpoint: str, bind: str, data_port: int) -> str:
+    """Address of the data plane: the control plane's interface, with a port of its own.
+
+    Args:
+        control_endpoint: what the control plane is bound to, port known.
+        bind: what was asked for; a port of `*` there means any port here, too.
+        data_port: 0: one above the control port.
+    """
+    host, _, port = control_endpoint.rpartition(":")
+    if data_port:
+        return f"{host}:{data_port}"
+    return f"{host}:*" if bind.endswith((":*", ":0")) else f"{host}:{int(port) + 1}"
+
+
+def dial_endpoints(control_endpoint: str, advertise: str) -> tuple[str, ...]:
+    """Addresses for a join token, best first.
+
+    Raises:
+        ConfigError: `advertise` is not a host name or address.
+    """
+    host, _, port = control_endpoint.removeprefix("tcp://").rpartition(":")
+    if advertise:
+        if any(c in advertise for c in " /*") or not advertise.isprintable():
+            raise ConfigError(f"advertise needs a host name or address such as 192.168.1.2, got {advertise!r}")
+        return (f"tcp://{advertise}:{port}",)
+    if host not in ("0.0.0.0", "[::]", "*"):  # noqa: S104 - compared, not bound
+        return (f"tcp://{host}:{port}",)
+    return tuple(f"tcp://{address}:{port}" for address in _own_addresses())
+
+
+def _own_addresses() -> list[str]:
+    """IPv4 addresses that other machines may reach, and the loopback one where there is no other."""
+    found = [
+        entry.address
+        for entries in psutil.net_if_addrs().values()
+        for entry in entries
+        if entry.family == socket.AF_INET and not entry.address.startswith(("127.", "169.254."))
+    ]
+    return found[:MOST_ADDRESSES] or ["127.0.0.1"]

@@ -1,0 +1,246 @@
+"""The base station: opens the sockets, loads attention and gate, starts the two planes, and ends them in order.
+
+async with BaseStation(settings) as station:
+    print(station.join_text)
+    await station.run()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from types import TracebackType
+
+import numpy.typing as npt
+
+from wdmoe.backbone.bridge import attach
+from wdmoe.backbone.bundle import Bundle
+from wdmoe.backbone.engine import Engine
+from wdmoe.backbone.model_thread import ModelThread
+from wdmoe.backbone.station import load_station
+from wdmoe.config import StationSettings
+from wdmoe.errors import ConfigError, TransportError
+from wdmoe.ledger import Ledger
+from wdmoe.moe.layer import ExpertLayers, LayerRules
+from wdmoe.moe.select import Demand
+from wdmoe.nodes.addresses import data_bind, dial_endpoints
+from wdmoe.nodes.control_plane import ControlPlane
+from wdmoe.nodes.entrance import Entrance, GuardedEntrance, OpenEntrance
+from wdmoe.nodes.overview import describe
+from wdmoe.records import ExpertId
+from wdmoe.solver.placement_file import read_placement, write_placement
+from wdmoe.transport.admission import Admission
+from wdmoe.transport.channel import Envelope
+from wdmoe.transport.exchange import Exchange
+from wdmoe.transport.keys import station_keys
+from wdmoe.transport.messages import Message
+from wdmoe.transport.routing import Routing
+from wdmoe.transport.sockets import SocketOptions, StationSecurity, new_context
+from wdmoe.transport.zap import Door
+from wdmoe.transport.zeromq import open_control_station, open_data_station
+
+log = logging.getLogger(__name__)
+
+TOKEN_LIFE_S = 24 * 3600.0
+SWITCH_INTERVAL_S = 0.0005  # the model thread must get the GIL back soon after the network woke it
+
+
+class BaseStation:
+    """One running base station. `engine` answers requests once devices serve the experts."""
+
+    engine: Engine
+
+    def __init__(self, settings: StationSettings) -> None:
+        self._settings = settings
+        self._options = SocketOptions()
+        self._routing = Routing()
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> BaseStation:
+        """Open everything.
+
+        Raises:
+            BundleError: the bundle cannot be used.
+            ConfigError: a setting, key file or placement file cannot be used.
+            TransportError: an address cannot be bound.
+        """
+        try:
+            await self._open()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop taking work, end what runs, say goodbye to the devices, close."""
+        await self._stack.aclose()
+
+    async def run(self) -> None:
+        """Serve until cancelled; a bug in the control plane comes out here."""
+        await asyncio.shield(self._control_task)
+
+    async def wait_until_served(self, timeout_s: float) -> None:
+        """Wait until every expert is served by some device.
+
+        Raises:
+            TransportError: not within `timeout_s`.
+        """
+        until = time.monotonic() + timeout_s
+        while len(self._routing.complete) < len(self.bundle.manifest.moe_layers):
+            if time.monotonic() > until:
+                raise TransportError(
+                    f"after {timeout_s:.0f} s only {len(self._routing.complete)} of "
+                    f"{len(self.bundle.manifest.moe_layers)} layers have all their experts on devices"
+                )
+            await asyncio.sleep(0.02)
+
+    @property
+    def join_text(self) -> str:
+        """What a device needs to join: a fresh token, or the plain address of an insecure station."""
+        if self._admission is None:
+            return self.endpoints[0]
+        token = self._admission.create_token(self._keys, self.endpoints, TOKEN_LIFE_S)
+        return token.text()
+
+    def placement_text(self) -> str:
+        """Who shall hold what now, as a placement file."""
+        names = {device.device_id: device.report.name for device in self.control.roster.live()}
+        homes: dict[str, list[ExpertId]] = {name: [] for name in names.values()}
+        for expert, device_id in self.control.targets.items():
+            if device_id in names:
+                homes[names[device_id]].append(expert)
+        return write_placement(homes)
+
+    # ---- opening, in the order of need ----
+
+    async def _open(self) -> None:
+        settings = self._settings
+        interval_s = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self._stack.callback(sys.setswitchinterval, interval_s)
+        self.bundle = await asyncio.to_thread(Bundle.open, settings.bundle)
+        pinned = self._read_placement()
+        self._open_sockets()
+        model = await asyncio.to_thread(load_station, self.bundle, settings.device, settings.dtype)
+        exchange = Exchange(self._data, self._data_news, self._data_gone)
+        self._exchange = exchange
+        self.layers = ExpertLayers(exchange, lambda: self._routing, self._rules())
+        attach(model.model, model.experts, model.routers, self._run_layer)
+        self.control = ControlPlane(
+            self._control_channel,
+            self.bundle,
+            self._entrance,
+            self,
+            data_port=int(self._data.endpoint.rsplit(":", 1)[1]),
+            lease_s=settings.lease_s,
+            max_message_bytes=self._options.max_message_bytes,
+            pinned=pinned,
+        )
+        thread = ModelThread(
+            exchange,
+            max_active=settings.max_active,
+            max_waiting=settings.max_queued,
+            torch_threads=settings.threads,
+        )
+        self.engine = Engine(model, thread, self.overview, policy=settings.policy, prefill_chunk=settings.prefill_chunk)
+        self._loop = asyncio.get_running_loop()
+        self._control_task = asyncio.create_task(self.control.run())
+        self._stack.push_async_callback(self._end_control)
+        thread.start()
+        self._stack.push_async_callback(asyncio.to_thread, thread.stop)
+
+    def _open_sockets(self) -> None:
+        settings, options = self._settings, self._options
+        context = new_context()
+        self._stack.callback(context.term)
+        security: StationSecurity | None = None
+        self._admission: Admission | None = None
+        self._entrance: Entrance = OpenEntrance()
+        if settings.insecure:
+            log.warning("no encryption: anyone on this network may read, inject and join")
+        else:
+            self._keys = station_keys(settings.state)
+            self._admission = Admission(settings.state)
+            door = Door(context, self._admission)
+            self._stack.callback(door.close)
+            security = StationSecurity(self._keys, door)
+            self._entrance = GuardedEntrance(self._admission)
+        self._control_channel = open_control_station(context, settings.bind, security, options)
+        self._stack.callback(self._control_channel.close)
+        bind = data_bind(self._control_channel.endpoint, settings.bind, settings.data_port)
+        self._data = open_data_station(context, bind, security, options)
+        self._stack.callback(self._data.close)
+        self.endpoints = dial_endpoints(self._control_channel.endpoint, settings.advertise)
+
+    async def _end_control(self) -> None:
+        self._control_task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._control_task
+
+    def _rules(self) -> LayerRules:
+        manifest, settings = self.bundle.manifest, self._settings
+        return LayerRules(
+            policy=settings.policy,
+            renormalise=manifest.on_drop == "renormalise",
+            gate_temperature=manifest.gate_temperature,
+            deadline_s=settings.deadline_s,
+            deadline_per_token_s=settings.deadline_per_token_s,
+        )
+
+    def _read_placement(self) -> Mapping[str, frozenset[ExpertId]]:
+        path = self._settings.placement
+        if path is None:
+            return {}
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"placement file {path} cannot be read: {error}") from error
+        known = {file.id for file in self.bundle.manifest.experts}
+        placement = read_placement(text)
+        for name, experts in placement.items():
+            for expert in experts:
+                if expert not in known:
+                    raise ConfigError(
+                        f"placement file {path}: {name!r} is given expert {expert.expert} of layer {expert.layer}, "
+                        f"which {self.bundle.manifest.model} does not have"
+                    )
+        return {name: frozenset(experts) for name, experts in placement.items()}
+
+    # ---- between the planes ----
+
+    def _run_layer(
+        self,
+        layer: int,
+        tokens: npt.NDArray,
+        experts: npt.NDArray,
+        weights: npt.NDArray,
+        gate: npt.NDArray | None,
+        ledger: Ledger,
+    ) -> npt.NDArray:
+        """`wdmoe.backbone.bridge.RunLayer`, on the model thread."""
+        return self.layers.run(layer, tokens, Demand(experts, weights, gate), ledger)
+
+    def publish(self, table: Routing) -> None:
+        """`DataPlane.publish`: one assignment, so the model thread sees the old table or the new one, never a mix."""
+        self._routing = table
+
+    def send(self, route: bytes, message: Message) -> None:
+        """`DataPlane.send`."""
+        self._exchange.post(lambda: self._exchange.send(route, message))
+
+    def _data_news(self, envelope: Envelope) -> None:
+        self._loop.call_soon_threadsafe(self.control.attached, envelope)
+
+    def _data_gone(self, route: bytes) -> None:
+        self._loop.call_soon_threadsafe(self.control.data_gone, route)
+
+    def overview(self) -> Mapping[str, object]:
+        """State for `/health` and `wdmoe-node status`: plain JSON types."""
+        return describe(self.bundle.manifest, self._settings, self.control, self.layers.health, self._exchange.counters)

@@ -1,0 +1,60 @@
+"""The state of a base station as plain JSON types, for `/health`, `wdmoe-node status` and people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from wdmoe.backbone.bundle import Manifest
+from wdmoe.config import StationSettings
+from wdmoe.moe.health import DeviceHealth
+from wdmoe.nodes.control_plane import ControlPlane
+from wdmoe.transport.exchange import ExchangeCounters
+from wdmoe.transport.membership import Device
+
+
+def describe(
+    manifest: Manifest,
+    settings: StationSettings,
+    control: ControlPlane,
+    health: DeviceHealth,
+    counters: ExchangeCounters,
+) -> Mapping[str, object]:
+    """Model, policy, devices and counters. `state` is "ok", "degraded" (an expert is not served) or "waiting"."""
+    devices = control.roster.live()
+    served = len(control.roster.serving())
+    state = "waiting" if not served else "ok" if served == len(manifest.experts) else "degraded"
+    return {
+        "state": state,
+        "model": manifest.model,
+        "family": manifest.family,
+        "policy": settings.policy,
+        "encrypted": not settings.insecure,
+        "experts": len(manifest.experts),
+        "experts_served": served,
+        "experts_without_room": len(control.unplaced),
+        "devices": [_device(device, health) for device in devices],
+        "devices_lost": control.lost_devices,
+        **asdict(counters),
+    }
+
+
+def _device(device: Device, health: DeviceHealth) -> Mapping[str, object]:
+    report = device.report
+    return {
+        "name": report.name,
+        "id": device.device_id,
+        "hardware": report.hardware,
+        "system": report.system,
+        "provider": report.provider,
+        "threads": report.threads,
+        "memory_bytes": report.memory_bytes,
+        "flops": report.flops,
+        "experts": len(device.ready),
+        "experts_placed": len(device.placed),
+        "attached": device.data_route is not None,
+        "runs": device.done,
+        "queued": device.queued,
+        "rss_bytes": device.rss_bytes,
+        "token_s": None if device.data_route is None else health.token_s(device.data_route),
+    }
