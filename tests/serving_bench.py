@@ -68,8 +68,9 @@ class EchoEngine:
 
     def status(self) -> Mapping[str, object]:
         devices = [{"name": name, "provider": "CPUExecutionProvider", "experts": 4} for name in self.devices]
-        state = "ok" if devices else "no devices"
-        return {"state": state, "model": MODEL, "devices": devices, "active": self.running}
+        state = "ok" if devices else "waiting"
+        placement = '{"format": 1, "devices": {}}\n'
+        return {"state": state, "model": MODEL, "devices": devices, "placement": placement}
 
     def _raise_if_told(self, tokens: tuple[int, ...], count: int) -> None:
         for word, error in self.errors.items():

@@ -7,8 +7,8 @@ import json
 import httpx
 import openai
 import pytest
-from serving_bench import MODEL, EchoEngine, serving
 
+from tests.serving_bench import MODEL, EchoEngine, serving
 from wdmoe.errors import ExpertsUnavailableError, OverloadedError, WdmoeError
 
 

@@ -11,8 +11,8 @@ import time
 
 import httpx
 import pytest
-from serving_bench import EchoEngine, serving
 
+from tests.serving_bench import EchoEngine, serving
 from wdmoe.errors import ConfigError, TransportError
 from wdmoe.serving.limits import ServingLimits
 from wdmoe.serving.server import serve_http
@@ -37,7 +37,7 @@ def test_health_follows_the_devices():
         assert (good.status_code, good.json()) == (200, {"status": "ok", "devices": 2})
         engine.devices.clear()
         bad = httpx.get(f"{server.url}/health")
-        assert (bad.status_code, bad.json()) == (503, {"status": "no devices", "devices": 0})
+        assert (bad.status_code, bad.json()) == (503, {"status": "waiting", "devices": 0})
         assert httpx.get(f"{server.url}/wdmoe/status").json()["model"] == "echo-moe"
 
 

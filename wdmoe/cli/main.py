@@ -12,7 +12,7 @@ import click
 
 from wdmoe.cli.failures import EXIT_INTERRUPTED, explain
 from wdmoe.cli.logs import configure_logging
-from wdmoe.cli.models import export, verify
+from wdmoe.cli.models import export, split, verify
 from wdmoe.cli.nodes import bs, device
 from wdmoe.cli.status import status
 from wdmoe.cli.tokens import token
@@ -39,7 +39,7 @@ def cli(verbose: int, quiet: bool) -> None:
     configure_logging(verbose=verbose, quiet=quiet)
 
 
-for command in (bs, device, export, status, token, verify):
+for command in (bs, device, export, split, status, token, verify):
     cli.add_command(command)
 
 

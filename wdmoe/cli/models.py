@@ -1,13 +1,14 @@
-"""The commands that make and check models: `export` and `verify`."""
+"""The commands that make and check models: `split`, `export` and `verify`."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from wdmoe.cli.failures import needs_extra
-from wdmoe.cli.params import DIRECTORY
+from wdmoe.cli.params import DIRECTORY, FILE
 from wdmoe.config import PRECISIONS
 from wdmoe.units import format_quantity
 
@@ -46,6 +47,58 @@ def export(model: Path, bundle: Path, precision: str, name: str) -> None:
     click.echo(
         f"{bundle}: {made.model}, {len(made.experts)} experts in {layers} layers, "
         f"{format_quantity(size, 'size')} of {made.precision} for the devices"
+    )
+
+
+@click.command()
+@click.argument("dense", type=click.Path(path_type=Path))
+@click.argument("moe", type=DIRECTORY)
+@click.option("--experts", type=click.IntRange(min=2), default=8, show_default=True, help="Of each layer.")
+@click.option(
+    "--shared",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.5,
+    show_default=True,
+    help="Share of each layer's neurons, the strongest, that stays at the base station.",
+)
+@click.option("--top-k", type=click.IntRange(min=1), default=4, show_default=True, help="Experts that serve a token.")
+@click.option(
+    "--calibration",
+    type=FILE,
+    multiple=True,
+    help="Text to fit the router on; may be repeated.  [default: text that comes along]",
+)
+@click.option(
+    "--held-out",
+    type=FILE,
+    multiple=True,
+    help="Other text, to measure perplexity on; may be repeated.  [default: text that comes along]",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def split(dense: Path, moe: Path, **flags: Any) -> None:
+    """Split a dense model into experts.
+
+    DENSE is a Llama-like checkpoint: a folder of safetensors, or a GGUF file. The folder MOE becomes a
+    Mixture-of-Experts checkpoint that transformers loads and `wdmoe-node export` takes. Prints the perplexity of
+    both on text that the split was not fitted on.
+
+    \b
+    Examples:
+      wdmoe-node split ./SmolLM2-135M-Instruct.gguf ./smol-moe
+      wdmoe-node split ./Llama-3.2-1B ./llama-moe --experts 16 --top-k 6 --shared 0.4
+      wdmoe-node split ./Llama-3.2-1B ./llama-moe --calibration mine.txt --held-out other.txt
+    """
+    with needs_extra("bs"):
+        from wdmoe.backbone.split.settings import SplitSettings
+        from wdmoe.backbone.split.split import split_checkpoint
+    from wdmoe.cli.progress import StageProgress
+
+    settings = SplitSettings(**flags)
+    with StageProgress(f"split {dense.name}") as progress:
+        report = split_checkpoint(dense, moe, settings, progress.reach)
+    click.echo(
+        f"{moe}: {settings.top_k} of {settings.experts} experts a token; perplexity on {report.tokens} tokens "
+        f"{report.split_perplexity:.2f}, dense {report.dense_perplexity:.2f}, ratio {report.ratio:.3f}"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import click
@@ -83,6 +82,11 @@ def device(downlink: float, uplink: float, **flags: Any) -> None:
 @click.argument("bundle")
 @click.option("--bind", default="tcp://*:5555", show_default=True, help="Where devices dial in.")
 @click.option(
+    "--advertise",
+    default="",
+    help="Host name or address that devices shall dial.  [default: this machine's addresses]",
+)
+@click.option(
     "--data-port",
     type=click.IntRange(0, 65535),
     default=0,
@@ -161,12 +165,8 @@ def device(downlink: float, uplink: float, **flags: Any) -> None:
     show_default=True,
     help="Where attention and gate run: auto, cpu, cuda, cuda:1.",
 )
-@click.option(
-    "--dtype", default="auto", show_default=True, help="float32, bfloat16, float16, or auto by device."
-)
-@click.option(
-    "--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads.  [default: torch's choice]"
-)
+@click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16, or auto by device.")
+@click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads.  [default: torch's choice]")
 @click.option("--state", type=DIRECTORY, help="Folder of the base station's key and the admitted devices.")
 @click.option("--insecure", is_flag=True, help="No encryption, no admission: for closed networks only.")
 def bs(bundle: str, http: tuple[str, int], **flags: Any) -> None:
@@ -185,24 +185,29 @@ def bs(bundle: str, http: tuple[str, int], **flags: Any) -> None:
     with needs_extra("bs"):
         from wdmoe.cli.bundles import find_bundle
         from wdmoe.nodes import base_station
-        from wdmoe.serving import server
+        from wdmoe.nodes.together import run_together
+        from wdmoe.serving.server import serve_http
     tell_events()
     host, port = http
-    stated = _stated(flags)
-    settings = StationSettings(bundle=find_bundle(bundle), http_host=host, http_port=port, **stated)
+    settings = StationSettings(bundle=find_bundle(bundle), http_host=host, http_port=port, **_stated(flags))
 
     async def serve() -> None:
         async with base_station.BaseStation(settings) as station:
-            click.echo(f"Join token (keep it secret): {station.join_token()}")
-            click.echo("On each device: wdmoe-node device --join TOKEN")
-            if port < 0:
-                await asyncio.Event().wait()
-            await server.serve_http(station.engine, host, port, settings.api_key, ready=_announce)
+            _tell_how_to_join(station.join_text, settings.insecure)
+            parts = [station.run()]
+            if port >= 0:
+                parts.append(serve_http(station.engine, host, port, settings.api_key, ready=_tell_url))
+            await run_together(*parts)
 
     run_until_stopped(serve())
 
 
-def _announce(url: str) -> None:
+def _tell_how_to_join(text: str, insecure: bool) -> None:
+    click.echo(f"{'Address' if insecure else 'Join token (a secret)'}: {text}")
+    click.echo(f"On each device: wdmoe-node device --join {'ADDRESS --insecure' if insecure else 'TOKEN'}")
+
+
+def _tell_url(url: str) -> None:
     click.echo(f"HTTP: {url}/v1 (OpenAI-compatible), {url}/health, {url}/metrics")
 
 

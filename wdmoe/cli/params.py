@@ -57,9 +57,7 @@ class Listen(click.ParamType):  # type: ignore[type-arg]
 
     name = "host:port"
 
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, int]:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
         """Split at the last colon; an IPv6 host stands in brackets."""
         text = str(value)
         if text == "off":

@@ -19,14 +19,12 @@ from wdmoe.units import Dimension, format_quantity
 
 _MOST_BYTES = 64 << 20  # of an answer
 _TIMEOUT_S = 10.0
-_COLUMNS = ("device", "hardware", "provider", "experts", "ready", "memory", "speed", "round trip", "queued")
+_COLUMNS = ("device", "hardware", "provider", "experts", "placed", "memory", "speed", "per token", "queued", "link")
 
 
 @click.command()
 @click.option("--url", default="http://127.0.0.1:8080", show_default=True, help="Where it serves HTTP.")
-@click.option(
-    "--api-key", type=SECRET, envvar="WDMOE_API_KEY", default="", help="The key it wants, or @FILE with it."
-)
+@click.option("--api-key", type=SECRET, envvar="WDMOE_API_KEY", default="", help="The key it wants, or @FILE with it.")
 @click.option("--json", "as_json", is_flag=True, help="Everything it says, for machines.")
 @click.option("--print-placement", is_flag=True, help="Who holds which expert, as `bs --placement` reads it.")
 def status(url: str, api_key: str, as_json: bool, print_placement: bool) -> None:
@@ -80,8 +78,8 @@ def _show(state: Mapping[str, Any]) -> None:
     devices = state.get("devices")
     rows = [_row(each) for each in devices if isinstance(each, dict)] if isinstance(devices, list) else []
     print_table(_COLUMNS, rows, right=3)
-    if unserved := state.get("unserved"):
-        click.echo(printable(f"{unserved} experts have no device yet"))
+    if {"experts", "experts_served"} <= state.keys():
+        click.echo(printable(f"{state['experts_served']} of {state['experts']} experts are served"))
 
 
 def _row(device: Mapping[str, Any]) -> list[object]:
@@ -91,11 +89,12 @@ def _row(device: Mapping[str, Any]) -> list[object]:
         device.get("hardware"),
         str(device.get("provider", "-")).removesuffix("ExecutionProvider"),
         device.get("experts"),
-        device.get("ready"),
+        device.get("experts_placed"),
         _quantity(device, "memory_bytes", "size"),
         None if speed is None else f"{speed / 1e9:.3g} GFLOP/s",
-        _quantity(device, "rtt_s", "time"),
+        _quantity(device, "token_s", "time"),
         device.get("queued"),
+        {True: "up", False: "no data"}.get(device.get("attached", 0)),
     ]
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import socket
 from pathlib import Path
 
 import click
-import psutil
 
 from wdmoe.cli.params import DIRECTORY, TIME
 from wdmoe.cli.tables import print_table, printable
@@ -39,7 +37,7 @@ def token(ctx: click.Context) -> None:
     "--endpoint",
     "endpoints",
     multiple=True,
-    help="Where devices reach the base station, as tcp://192.0.2.7:5555; may be repeated, best first.  "
+    help="Where devices reach the base station; may be repeated, best first.  "
     "[default: this machine's addresses, port 5555]",
 )
 @click.option("--ttl", type=TIME, default="24h", show_default=True, help="How long devices may join with it.")
@@ -52,10 +50,12 @@ def create(state: Path, endpoints: tuple[str, ...], ttl: float, uses: int | None
       wdmoe-node token create --uses 1 > token.txt
       wdmoe-node token create --endpoint tcp://192.0.2.7:5555 --ttl 10min
     """
+    from wdmoe.nodes.addresses import dial_endpoints
     from wdmoe.transport.admission import Admission
     from wdmoe.transport.keys import station_keys
 
-    made = Admission(state).create_token(station_keys(state), endpoints or _own_endpoints(), ttl, uses)
+    places = endpoints or dial_endpoints("tcp://*:5555", "")
+    made = Admission(state).create_token(station_keys(state), places, ttl, uses)
     click.echo(made.text())
 
 
@@ -86,14 +86,3 @@ def revoke(state: Path, device: str) -> None:
 
     for gone in Admission(state).revoke(device):
         click.echo(f"{printable(gone.name)} ({gone.fingerprint}) may not join any more")
-
-
-def _own_endpoints(port: int = 5555) -> tuple[str, ...]:
-    """Where other machines may find this one; the loopback where it has no other address."""
-    addresses = [
-        entry.address
-        for name, entries in sorted(psutil.net_if_addrs().items())
-        for entry in entries
-        if entry.family == socket.AF_INET and not entry.address.startswith("127.")
-    ]
-    return tuple(f"tcp://{address}:{port}" for address in [*addresses[:7], "127.0.0.1"])

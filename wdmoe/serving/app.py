@@ -60,9 +60,9 @@ async def _tell(request: Request, error: Exception) -> Response:
 def _add_state_routes(app: FastAPI, engine: TextEngine, metrics: Metrics) -> None:
     @app.get("/health")
     async def get_health() -> Response:
-        """Whether requests can be answered: 200 with "ok" or "degraded", 503 with "no devices"."""
+        """Whether requests can be answered: 200 with "ok" or "degraded", 503 with "waiting" for devices."""
         body = health(engine.status())
-        return JSONResponse(body, status_code=503 if body["status"] == "no devices" else 200)
+        return JSONResponse(body, status_code=503 if body["status"] == "waiting" else 200)
 
     @app.get("/metrics")
     async def get_metrics() -> Response:

@@ -20,9 +20,7 @@ _OPEN_PATHS = frozenset({"/health"})  # for probes, which carry no key
 class Guard:
     """Lets through what may pass. An error that escapes the application is logged and told by its id."""
 
-    def __init__(
-        self, app: ASGIApp, *, api_key: str, body_bytes: int, metrics: Metrics, paths: frozenset[str]
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, api_key: str, body_bytes: int, metrics: Metrics, paths: frozenset[str]) -> None:
         self._app, self._metrics = app, metrics
         self._api_key, self._body_bytes = api_key.encode(), body_bytes
         self._paths = paths  # label values of the request counter: a scan must not make new ones
@@ -43,9 +41,7 @@ class Guard:
                 if not outgoing.status:
                     await problem.response()(scope, receive, outgoing)
         path = scope["path"] if scope["path"] in self._paths else "other"
-        self._metrics.requests.labels(
-            path, outgoing.status or 499
-        ).inc()  # 499: the client did not wait for any
+        self._metrics.requests.labels(path, outgoing.status or 499).inc()  # 499: the client did not wait for any
         _log.info("%s %s %s %s", request_id, scope["method"], scope["path"], outgoing.status)
 
     def _check(self, path: str, headers: Headers) -> None:
@@ -54,9 +50,7 @@ class Guard:
             if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._api_key):
                 message = "this server wants its API key: send 'Authorization: Bearer KEY'"
                 wanted = {"WWW-Authenticate": "Bearer"}
-                raise Problem(
-                    401, message, kind="authentication_error", code="invalid_api_key", headers=wanted
-                )
+                raise Problem(401, message, kind="authentication_error", code="invalid_api_key", headers=wanted)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self._body_bytes:
             raise _too_large(self._body_bytes)

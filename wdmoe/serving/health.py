@@ -2,7 +2,7 @@
 
 The engine states what it knows under these names; all are optional, and more may follow:
 
-- `state`: "ok", "degraded" (an expert has no device) or "no devices";
+- `state`: "ok", "degraded" (an expert has no device) or "waiting" (no expert has one);
 - `devices`: a list of objects, one for each device that takes part (`name` among their fields).
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-STATES = ("ok", "degraded", "no devices")
+STATES = ("ok", "degraded", "waiting")
 
 
 def device_count(status: Mapping[str, object]) -> int:
@@ -24,5 +24,5 @@ def health(status: Mapping[str, object]) -> dict[str, object]:
     devices = device_count(status)
     state = status.get("state")
     if state not in STATES:
-        state = "ok" if devices else "no devices"
+        state = "ok" if devices else "waiting"
     return {"status": state, "devices": devices}

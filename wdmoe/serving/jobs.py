@@ -46,15 +46,11 @@ async def plan_chat(engine: TextEngine, body: ChatRequest, request_id: str, limi
     return await _plan(engine, body, [draft], stated, limits.chat_tokens)
 
 
-async def plan_completion(
-    engine: TextEngine, body: CompletionRequest, request_id: str, limits: ServingLimits
-) -> Job:
+async def plan_completion(engine: TextEngine, body: CompletionRequest, request_id: str, limits: ServingLimits) -> Job:
     """As `plan_chat`, for a plain completion of one or several prompts."""
     sampling = _sampling(body, tokens=1)
     drafts = [
-        GenerationRequest(
-            request_id=f"{request_id}-{index}" if index else request_id, prompt=prompt, sampling=sampling
-        )
+        GenerationRequest(request_id=f"{request_id}-{index}" if index else request_id, prompt=prompt, sampling=sampling)
         for index, prompt in enumerate(body.prompts(limits.prompts))
     ]
     return await _plan(engine, body, drafts, body.max_tokens, _COMPLETION_TOKENS)

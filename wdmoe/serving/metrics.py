@@ -20,17 +20,13 @@ class Metrics:
     def __init__(self, devices: Callable[[], int]) -> None:
         """`devices` counts the devices that take part now; it is called at every scrape."""
         registry = self._registry = CollectorRegistry()
-        self.requests = Counter(
-            "wdmoe_http_requests", "HTTP requests answered", ["path", "status"], registry=registry
-        )
+        self.requests = Counter("wdmoe_http_requests", "HTTP requests answered", ["path", "status"], registry=registry)
         self.active = Gauge("wdmoe_http_requests_active", "HTTP requests in work", registry=registry)
         self.outcomes = Counter("wdmoe_answers", "Answers by how they ended", ["outcome"], registry=registry)
         self._degraded = Counter(
             "wdmoe_answers_degraded", "Answers that missed an expert the policy chose", registry=registry
         )
-        self._tokens = Counter(
-            "wdmoe_tokens", "Tokens of prompts and completions", ["kind"], registry=registry
-        )
+        self._tokens = Counter("wdmoe_tokens", "Tokens of prompts and completions", ["kind"], registry=registry)
         self._degraded_tokens = Counter(
             "wdmoe_tokens_degraded", "Tokens computed without all their chosen experts", registry=registry
         )
@@ -43,12 +39,8 @@ class Metrics:
         self._lost = Histogram(
             "wdmoe_lost_weight", "Mean gate weight lost by an answer", buckets=_SHARES, registry=registry
         )
-        self._stages = Counter(
-            "wdmoe_stage_seconds", "Where the time of answers went", ["stage"], registry=registry
-        )
-        self._bytes = Counter(
-            "wdmoe_wire_bytes", "Bytes to and from devices", ["direction"], registry=registry
-        )
+        self._stages = Counter("wdmoe_stage_seconds", "Where the time of answers went", ["stage"], registry=registry)
+        self._bytes = Counter("wdmoe_wire_bytes", "Bytes to and from devices", ["direction"], registry=registry)
         self._retries = Counter("wdmoe_retries", "Dispatches sent again to another device", registry=registry)
         self._first_token = Histogram(
             "wdmoe_first_token_seconds", "Time to the first token", buckets=_SECONDS, registry=registry

@@ -95,9 +95,7 @@ class Reply(Response):
                 begun.add(step.index)
                 if isinstance(step.event, TextDelta):
                     if step.event.text or first:
-                        await _send_event(
-                            send, answers.chunk(self._job, step.index, step.event.text, first=first)
-                        )
+                        await _send_event(send, answers.chunk(self._job, step.index, step.event.text, first=first))
                     continue
                 receipts.append(step.event.receipt)
                 self._service.metrics.finished(step.event.reason, step.event.receipt)
@@ -134,9 +132,7 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def _unless(
-    work: Coroutine[Any, Any, None], *, gone: Coroutine[Any, Any, None], closing: Awaitable[Any]
-) -> None:
+async def _unless(work: Coroutine[Any, Any, None], *, gone: Coroutine[Any, Any, None], closing: Awaitable[Any]) -> None:
     """Run `work` to its end, or until the client goes or the server closes; it has ended when this returns.
 
     Raises:

@@ -113,15 +113,9 @@ class CompletionRequest(_Sampled):
         if prompt and isinstance(prompt[0], int):
             return [tuple(token for token in prompt if isinstance(token, int))]
         if not 1 <= len(prompt) <= at_most:
-            message = (
-                f"prompt: give a text, token ids, or a list of 1 to {at_most} of them, got {len(prompt)}"
-            )
+            message = f"prompt: give a text, token ids, or a list of 1 to {at_most} of them, got {len(prompt)}"
             raise Problem(400, message, param="prompt")
-        return [
-            entry if isinstance(entry, str) else tuple(entry)
-            for entry in prompt
-            if not isinstance(entry, int)
-        ]
+        return [entry if isinstance(entry, str) else tuple(entry) for entry in prompt if not isinstance(entry, int)]
 
 
 class ContentPart(BaseModel):

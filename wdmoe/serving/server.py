@@ -81,9 +81,7 @@ async def serve_http(
         listener.close()
 
 
-async def _stop(
-    server: uvicorn.Server, serving: asyncio.Task[None], closing: asyncio.Event, drain_s: float
-) -> None:
+async def _stop(server: uvicorn.Server, serving: asyncio.Task[None], closing: asyncio.Event, drain_s: float) -> None:
     server.should_exit = True
     try:
         await asyncio.wait([serving], timeout=drain_s)
@@ -103,9 +101,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise TransportError(f"cannot serve HTTP at {host}:{port}: {error.strerror}") from error
     try:
-        listener.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # not held up by connections of a former run
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not held up by connections of a former run
         listener.bind(address)
         listener.listen(128)
         listener.setblocking(False)

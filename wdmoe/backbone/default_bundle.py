@@ -1,0 +1,46 @@
+"""The bundle of the default model: made once from the split checkpoint and kept in the cache."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+
+from wdmoe.backbone.bundle import FORMAT_VERSION, MANIFEST_NAME
+from wdmoe.backbone.default_model import NAME, default_checkpoint
+from wdmoe.backbone.export import ExportProgress, ExportSettings, export_bundle
+from wdmoe.backbone.split.settings import Progress, quiet
+from wdmoe.config import cache_home
+from wdmoe.errors import BundleError
+
+
+def default_bundle(
+    precision: str = "fp32", splitting: Progress = quiet, exporting: ExportProgress | None = None
+) -> Path:
+    """Its folder; made on the first call (minutes), found on later ones.
+
+    Two processes that call this together make it once: the second waits for the first. What was interrupted is
+    resumed.
+
+    Args:
+        precision: of the experts' weights.
+        splitting: told how far the split is.
+        exporting: told how far the export is.
+    Raises:
+        MissingExtraError, BundleError: see `default_checkpoint`.
+        BundleError: the cache folder cannot be written.
+    """
+    checkpoint = default_checkpoint(splitting)
+    settings = ExportSettings(precision=precision, name=NAME)
+    folder = cache_home() / "bundles" / f"{checkpoint.name}-{precision}-v{FORMAT_VERSION}"
+    manifest = folder / MANIFEST_NAME  # written last
+    if manifest.is_file():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with Path(f"{folder}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, also by a crash
+            if not manifest.is_file():
+                export_bundle(checkpoint, folder, settings, exporting)
+    except OSError as error:
+        raise BundleError(f"cannot write to {folder.parent}: {error.strerror or error}") from error
+    return folder
