@@ -46,7 +46,7 @@ class AdmittedDevice:
 
 
 class _KeyFolder:
-    """A folder of JSON files that each describe one key. Thread-safe; unreadable files are logged, skipped."""
+    """A folder of JSON files that each describe one key. Thread-safe; what is unreadable is skipped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -135,9 +135,7 @@ class Admission:
     def devices(self) -> Sequence[AdmittedDevice]:
         """Everybody on the list, by name."""
         entries = self._devices.entries().values()
-        found = [
-            AdmittedDevice(e["key"], str(e.get("name", "")), _number(e, "admitted_unix")) for e in entries
-        ]
+        found = [AdmittedDevice(e["key"], str(e.get("name", "")), _number(e, "admitted_unix")) for e in entries]
         return sorted(found, key=lambda device: (device.name, device.fingerprint))
 
     def admit(self, key: str, name: str) -> AdmittedDevice:
@@ -172,9 +170,7 @@ class Admission:
                 raise RefusedError("the join token is unknown, expired or used up; ask for a new one")
             device = self.admit(device_key, name)
             if "uses_left" in token:
-                self._tokens.write(
-                    enrolment_key, {**token, "uses_left": int(_number(token, "uses_left")) - 1}
-                )
+                self._tokens.write(enrolment_key, {**token, "uses_left": int(_number(token, "uses_left")) - 1})
             return device
 
     def revoke(self, name_or_fingerprint: str) -> Sequence[AdmittedDevice]:

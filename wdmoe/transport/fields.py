@@ -176,15 +176,15 @@ class Tensor:
         # The same few shapes come again and again. `typed`, because True and 1.0 are equal to 1.
         self._form = lru_cache(maxsize=256, typed=True)(self._read_form)
 
-    def pack(self, array: Array) -> tuple[tuple[str | int, ...], Frame]:
+    def pack(self, array: Array, dimensions: dict[str, int]) -> tuple[tuple[str | int, ...], Frame]:
         """The header entry and the frame. The frame of a large array is its own memory, not a copy."""
-        name = _DTYPE_NAMES.get(array.dtype)
-        if name not in self._dtypes or array.ndim != len(self._shape):
-            raise ValueError(f"must be {self}, got {array.dtype.name} {array.shape}")
-        if array.nbytes < _COPY_BELOW_BYTES:
-            return (name, *array.shape), array.tobytes()
+        entry = (_DTYPE_NAMES.get(array.dtype) or array.dtype.name, *array.shape)  # .name is slow
+        _, _, size_bytes, named = self._form(*entry)
+        self._agree(array, named, dimensions)
+        if size_bytes < _COPY_BELOW_BYTES:
+            return entry, array.tobytes()
         flat = np.ascontiguousarray(array).reshape(-1)
-        return (name, *array.shape), flat.view(np.uint8).data
+        return entry, flat.view(np.uint8).data
 
     def unpack(self, entry: Any, frame: Frame, dimensions: dict[str, int]) -> Array:
         """The array a peer described, over the frame's own memory where that is aligned.
@@ -202,26 +202,25 @@ class Tensor:
             raise ValueError(f"must be {self}, got a map as dtype or dimension") from None
         if size_bytes != len(frame):
             raise ValueError(f"of shape {shape} needs a frame of {size_bytes} bytes, got {len(frame)}")
+        array: Array = np.ndarray(shape, dtype, frame)
+        if not array.flags.aligned:  # ZeroMQ hands out the middle of its buffers; native code wants whole words
+            array = array.copy()
+        self._agree(array, named, dimensions)
+        return array
+
+    def _agree(self, array: Array, named: tuple[tuple[str, int], ...], dimensions: dict[str, int]) -> None:
         for name, length in named:
             if dimensions.setdefault(name, length) != length:
                 raise ValueError(f"has {length} {name} where the message has {dimensions[name]}")
-        array: Array = np.ndarray(shape, dtype, frame)
-        if (
-            not array.flags.aligned
-        ):  # ZeroMQ hands out the middle of its buffers; native code wants whole words
-            array = array.copy()
-        if self._least is not None and size_bytes and int(array.min()) < self._least:
+        if self._least is not None and array.size and int(array.min()) < self._least:
             raise ValueError(f"must not hold values below {self._least}, got {int(array.min())}")
-        return array
 
     def _read_form(self, *entry: Any) -> _Form:
         dtype_name, *shape = entry or ("",)
         if dtype_name not in self._dtypes or len(shape) != len(self._shape):
             raise ValueError(f"must be {self}, got {shown(dtype_name)} with {len(shape)} dimensions")
         dtype = DTYPES[dtype_name]
-        size_bytes = (
-            dtype.itemsize
-        )  # Python integers: a product that would overflow elsewhere is only large here
+        size_bytes = dtype.itemsize  # Python integers: a product that would overflow elsewhere is only large here
         for wanted, length in zip(self._shape, shape, strict=True):
             if type(length) is not int or not 0 <= length <= INT32_MAX:
                 raise ValueError(f"must have dimensions from 0 to {INT32_MAX}, got {shown(length)}")

@@ -99,15 +99,11 @@ def _load(path: Path) -> KeyPair:
     with path.open(encoding="ascii") as file:
         mode = os.fstat(file.fileno()).st_mode & 0o777  # of the file that is read, not of its name
         if mode & _OTHERS:
-            raise ConfigError(
-                f"key file {path} can be read by others (mode {mode:03o}); run: chmod 600 {path}"
-            )
+            raise ConfigError(f"key file {path} can be read by others (mode {mode:03o}); run: chmod 600 {path}")
         try:
             pair = pair_of_secret(json.load(file)["secret"])
         except (ValueError, KeyError, TypeError):
-            raise ConfigError(
-                f"key file {path} is damaged; restore it, or delete it to get a new identity"
-            ) from None
+            raise ConfigError(f"key file {path} is damaged; restore it, or delete it to get a new identity") from None
     return pair
 
 

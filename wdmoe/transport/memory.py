@@ -204,9 +204,7 @@ class MemoryDataStation:
 class MemoryDataLink:
     """See `DataLink`. Made by `MemoryDataStation.connect`."""
 
-    def __init__(
-        self, station: MemoryDataStation, air: _Air, outbox: _ThreadInbox, route: bytes, key: str
-    ) -> None:
+    def __init__(self, station: MemoryDataStation, air: _Air, outbox: _ThreadInbox, route: bytes, key: str) -> None:
         self.inbox = _ThreadInbox(_LINK_QUEUE)
         self.route = route
         self._station = station
@@ -357,9 +355,7 @@ class MemoryControlStation:
 class MemoryControlLink:
     """See `ControlLink`. Made by `MemoryControlStation.connect`."""
 
-    def __init__(
-        self, station: MemoryControlStation, air: _Air, outbox: _LoopInbox, route: bytes, key: str
-    ) -> None:
+    def __init__(self, station: MemoryControlStation, air: _Air, outbox: _LoopInbox, route: bytes, key: str) -> None:
         self.inbox = _LoopInbox(_LINK_QUEUE)
         self.route = route
         self._station = station

@@ -13,7 +13,7 @@ _MOST_PEERS = 1024
 
 
 class Refusals:
-    """Counts refusals by kind; logs a line per peer and second, saying how many it kept quiet. Thread-safe."""
+    """Counts refusals by kind, and logs one line per peer and second at most. Thread-safe."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger

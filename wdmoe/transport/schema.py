@@ -109,14 +109,15 @@ class Schema:
         frames, name = [], ""
         try:
             header = _pack_fields(self._pack, message)
+            dimensions: dict[str, int] = {}
             for name, tensor in self._tensors:
-                header[name], frame = tensor.pack(getattr(message, name))
+                header[name], frame = tensor.pack(getattr(message, name), dimensions)
                 frames.append(frame)
             if self._agree is not None:
                 name = ""
                 self._agree(message)
         except ValueError as error:
-            raise self._refusal(name if frames else "", error) from error
+            raise self._refusal(name, error) from error
         return header, frames
 
     def unpack(self, header: Header, frames: Sequence[Frame]) -> Any:
@@ -126,9 +127,7 @@ class Schema:
             ProtocolError: a field is missing, unknown or does not fit.
         """
         if len(frames) != len(self._tensors):
-            raise ProtocolError(
-                f"{self.kind.__name__} has {len(self._tensors)} tensors, got {len(frames)} frames"
-            )
+            raise ProtocolError(f"{self.kind.__name__} has {len(self._tensors)} tensors, got {len(frames)} frames")
         name = ""
         try:
             values = _unpack_fields(self._unpack, header)

@@ -43,7 +43,7 @@ class StationSecurity:
 
 @dataclass(frozen=True, slots=True)
 class LinkSecurity:
-    """What makes a link an encrypted one: the station's public key, known beforehand, and the device's pair."""
+    """What makes a link an encrypted one: the station's public key, known before, and the device's pair."""
 
     server_key: str
     keys: KeyPair
@@ -141,9 +141,9 @@ def _common(socket: Socket, options: SocketOptions) -> None:
 def _hide_routing_ids() -> None:
     """Make the numbers that the next ROUTER gives to its connections unpredictable.
 
-    libzmq 4.3.5 starts them with libc's rand(), which nobody seeds, and aborts the whole process when a connection
-    is due for a number that a peer has claimed as its routing id before. So one admitted peer that knows the
-    number could kill the base station. Nothing else here uses rand().
+    libzmq 4.3.5 starts them with libc's rand(), which nobody seeds, and aborts the whole process when a
+    connection is due for a number that a peer has claimed as its routing id before. So one admitted peer that
+    knows the number could kill the base station. Nothing else here uses rand().
     """
     ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4), "little"))
 

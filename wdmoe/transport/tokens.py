@@ -30,14 +30,10 @@ class JoinToken:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.endpoints) <= _MOST_ENDPOINTS:
-            raise ConfigError(
-                f"a join token names 1 to {_MOST_ENDPOINTS} endpoints, not {len(self.endpoints)}"
-            )
+            raise ConfigError(f"a join token names 1 to {_MOST_ENDPOINTS} endpoints, not {len(self.endpoints)}")
         for endpoint in self.endpoints:
             if not endpoint.startswith("tcp://") or "*" in endpoint or not endpoint.isprintable():
-                raise ConfigError(
-                    f"a join token needs endpoints like tcp://192.168.1.2:5555, not {endpoint!r}"
-                )
+                raise ConfigError(f"a join token needs endpoints like tcp://192.168.1.2:5555, not {endpoint!r}")
 
     def is_expired(self) -> bool:
         """Whether a base station refuses it by now; a device that is admitted already can still use it."""

@@ -86,9 +86,7 @@ def decode(frames: Sequence[Frame], limits: Limits = DEFAULT_LIMITS) -> Message:
     if size > limits.max_message_bytes:
         raise ProtocolError(f"a message of {size} bytes; this side accepts {limits.max_message_bytes}")
     if not frames or not 2 <= len(frames[0]) <= MAX_HEADER_BYTES:
-        raise ProtocolError(
-            f"a header of {len(frames[0]) if frames else 0} bytes, not 2 to {MAX_HEADER_BYTES}"
-        )
+        raise ProtocolError(f"a header of {len(frames[0]) if frames else 0} bytes, not 2 to {MAX_HEADER_BYTES}")
     start = bytes(frames[0])
     schema = _schema_of(start)
     header = _unpack_header(start)
@@ -102,9 +100,7 @@ def decode(frames: Sequence[Frame], limits: Limits = DEFAULT_LIMITS) -> Message:
 
 def _schema_of(start: bytes) -> Schema:
     if start[0] != PROTOCOL_VERSION:
-        raise VersionError(
-            f"protocol version {start[0]} not spoken here; this side speaks {PROTOCOL_VERSION}"
-        )
+        raise VersionError(f"protocol version {start[0]} not spoken here; this side speaks {PROTOCOL_VERSION}")
     schema = BY_NUMBER.get(start[1])
     if schema is None:
         raise ProtocolError(f"message number {start[1]} is not known")

@@ -1,4 +1,4 @@
-"""The door: answers libzmq's question "may this key connect?" for all sockets of a context (ZAP, ZeroMQ RFC 27).
+"""The door: answers libzmq's question "may this key connect?" for all sockets of a context (ZAP, RFC 27).
 
 It has a thread of its own, so that a handshake never waits for arithmetic or for a busy event loop. Without a
 running door a socket with an enforced domain lets nobody in: the failure is a closed one.
@@ -101,13 +101,9 @@ class Door:
             return [_VERSION, number, b"200", b"OK", key.encode(), b""]
         who = f"{fingerprint(key)} at {_text(address)}"
         if kind == "enrolment":
-            self._refusals.note(
-                "enrolment_key_on_data_plane", who, "an enrolment key opens the control plane only"
-            )
+            self._refusals.note("enrolment_key_on_data_plane", who, "an enrolment key opens the control plane only")
         else:
-            self._refusals.note(
-                "unknown_key", who, "its key is not admitted, or its join token is no longer valid"
-            )
+            self._refusals.note("unknown_key", who, "its key is not admitted, or its join token is no longer valid")
         return [_VERSION, number, b"400", b"key not admitted", b"", b""]
 
 

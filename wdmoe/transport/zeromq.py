@@ -6,7 +6,7 @@
 
     link = open_data_link(context, "tcp://192.168.1.2:5556", LinkSecurity(token.server_key, own_keys))
 
-Without security the channel is a plain one whose messages carry a checksum, because a flipped bit would arrive.
+Without security the channel is plain and its messages carry a checksum, because a flipped bit would arrive.
 """
 
 from __future__ import annotations
@@ -72,9 +72,7 @@ class _Messages:
         frames = encode(message, self._limits.checksum)
         size = sum(map(len, frames))
         if size > self._limits.max_message_bytes:
-            raise ProtocolError(
-                f"a message of {size} bytes; the peer accepts {self._limits.max_message_bytes}"
-            )
+            raise ProtocolError(f"a message of {size} bytes; the peer accepts {self._limits.max_message_bytes}")
         send = self.socket.send
         last = frames.pop()
         try:
@@ -134,9 +132,7 @@ class _Messages:
 class _Blocking:
     """The waiting of a data plane end: a message, a wake, or what the monitor says."""
 
-    def __init__(
-        self, messages: _Messages, options: SocketOptions, watch: HandshakeWatch | None = None
-    ) -> None:
+    def __init__(self, messages: _Messages, options: SocketOptions, watch: HandshakeWatch | None = None) -> None:
         self._messages = messages
         self._spin_s = options.spin_s
         self._watch = watch
@@ -222,7 +218,7 @@ class ZmqDataStation(_Blocking):
 
 
 class ZmqDataLink(_Blocking):
-    """See `DataLink`. Made by `open_data_link`. `receive` raises RefusedError, too, as `ControlLink.receive`."""
+    """See `DataLink`. Made by `open_data_link`. `receive` raises RefusedError as `ControlLink.receive`."""
 
     def send(self, message: Message) -> int:
         """See `DataLink.send`. PeerBusyError also stands for a station that is not connected."""
