@@ -243,4 +243,11 @@ class BaseStation:
 
     def overview(self) -> Mapping[str, object]:
         """State for `/health` and `wdmoe-node status`: plain JSON types."""
-        return describe(self.bundle.manifest, self._settings, self.control, self.layers.health, self._exchange.counters)
+        return describe(
+            self.bundle.manifest,
+            self._settings,
+            self.control,
+            self.layers.health,
+            self._exchange.counters,
+            self.placement_text(),
+        )

@@ -19,6 +19,7 @@ def describe(
     control: ControlPlane,
     health: DeviceHealth,
     counters: ExchangeCounters,
+    placement: str,
 ) -> Mapping[str, object]:
     """Model, policy, devices and counters. `state` is "ok", "degraded" (an expert is not served) or "waiting"."""
     devices = control.roster.live()
@@ -31,8 +32,9 @@ def describe(
         "policy": settings.policy,
         "encrypted": not settings.insecure,
         "experts": len(manifest.experts),
-        "experts_served": served,
+        "unserved": len(manifest.experts) - served,
         "experts_without_room": len(control.unplaced),
+        "placement": placement,
         "devices": [_device(device, health) for device in devices],
         "devices_lost": control.lost_devices,
         **asdict(counters),
@@ -50,11 +52,11 @@ def _device(device: Device, health: DeviceHealth) -> Mapping[str, object]:
         "threads": report.threads,
         "memory_bytes": report.memory_bytes,
         "flops": report.flops,
-        "experts": len(device.ready),
-        "experts_placed": len(device.placed),
+        "experts": len(device.placed),
+        "ready": len(device.ready),
         "attached": device.data_route is not None,
         "runs": device.done,
         "queued": device.queued,
         "rss_bytes": device.rss_bytes,
-        "token_s": None if device.data_route is None else health.token_s(device.data_route),
+        "rtt_s": None if device.data_route is None else health.token_s(device.data_route),  # per token of an order
     }
