@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from expert_files import ExpertFile
 
+from wdmoe.errors import PeerGoneError
 from wdmoe.records import ExpertId
 from wdmoe.transport.admission import Admission
 from wdmoe.transport.channel import Envelope
@@ -73,9 +74,6 @@ class Station:
 
     def token(self) -> str:
         return self._admission.create_token(self._keys, [self.endpoint], 60.0).text()
-
-    def revoke(self, name: str) -> None:
-        self._admission.revoke(name)
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -147,8 +145,14 @@ class Station:
             rows=np.arange(len(tokens), dtype=np.int32),
             weights=np.ones(len(tokens), np.float32),
         )
-        self._data.send(self.data_route, run)
+        await self.until(lambda: self._sent(run))
         return self._attempt
+
+    def _sent(self, run: Run) -> bool:
+        try:
+            return self._data.send(self.data_route, run) > 0
+        except PeerGoneError:  # of a session that ended; the device attaches again
+            return False
 
     def reply(self, attempt: int) -> Result | Failure | None:
         found = [e.message for e in self.data_replies if getattr(e.message, "attempt", -1) == attempt]

@@ -87,9 +87,10 @@ class DeviceSession:
 
     async def _listen(self) -> None:
         while True:
-            envelope = await self._link.receive()
-            self._heard_s = time.monotonic()
-            self._handle(envelope.message)
+            message = (await self._link.receive()).message
+            if not isinstance(message, Failure):  # a station that only refuses doesn't serve this device
+                self._heard_s = time.monotonic()
+            self._handle(message)
 
     def _handle(self, message: Message) -> None:
         if isinstance(message, Chunk):
