@@ -55,9 +55,7 @@ def model_bytes(
     tokens: int | str = "tokens",
     output: str = "y",
 ) -> bytes:
-    ends = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, [tokens, hidden]) for name in ("x", output)
-    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [tokens, hidden]) for name in ("x", output)]
     graph = helper.make_graph(nodes, "expert", ends[:1], ends[1:], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     model.ir_version = 8

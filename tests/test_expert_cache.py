@@ -113,8 +113,7 @@ for round in range(20):
 
 def test_several_processes_share_a_folder(tmp_path):
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], stderr=subprocess.PIPE, text=True)
-        for _ in range(3)
+        subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], stderr=subprocess.PIPE, text=True) for _ in range(3)
     ]
     said = [writer.communicate()[1] for writer in writers]
     assert [writer.returncode for writer in writers] == [0, 0, 0], said

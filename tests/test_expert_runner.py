@@ -55,9 +55,7 @@ def a_run(tokens, served: dict[int, list[int]], weights, layer: int = 3) -> Run:
 def expected(experts, run: Run):
     total, start = np.zeros(run.tokens.shape, np.float64), 0
     for number, count in zip(run.experts, run.counts, strict=True):
-        for row, weight in zip(
-            run.rows[start : start + count], run.weights[start : start + count], strict=True
-        ):
+        for row, weight in zip(run.rows[start : start + count], run.weights[start : start + count], strict=True):
             total[row] += float(weight) * experts[number].apply(run.tokens[row : row + 1])[0]
         start += count
     return total

@@ -148,9 +148,7 @@ def _narrowed(total: Float32Array, run: Run) -> Activations:
     """Cast to what the base station speaks, where a finite sum may still be too large."""
     partial = total.astype(run.tokens.dtype)
     if not np.isfinite(partial).all():
-        raise ExpertError(
-            f"layer {run.layer}: a sum of {np.abs(total).max():g} doesn't fit {run.tokens.dtype}"
-        )
+        raise ExpertError(f"layer {run.layer}: a sum of {np.abs(total).max():g} doesn't fit {run.tokens.dtype}")
     return partial
 
 

@@ -33,9 +33,7 @@ PACKAGES = {
     CUDA: "onnxruntime-gpu (on a Jetson: NVIDIA's wheel for its JetPack)",
     TENSORRT: "onnxruntime-gpu with TensorRT installed (on a Jetson: NVIDIA's wheel for its JetPack)",
 }
-LONGEST_BATCH = (
-    512  # tokens in one TensorRT run; a shape outside the profile would rebuild the engine in a request
-)
+LONGEST_BATCH = 512  # tokens in one TensorRT run; a shape outside the profile would rebuild the engine in a request
 USUAL_BATCH = 4
 WORKSPACE_BYTES = 256 << 20  # a Jetson shares its memory between CPU and GPU
 
@@ -202,14 +200,10 @@ def _hidden_of(session: Any) -> int:
     inputs, outputs = session.get_inputs(), session.get_outputs()
     ends = [(end.name, end.type, len(end.shape)) for end in (*inputs, *outputs)]
     if ends != [("x", "tensor(float)", 2), ("y", "tensor(float)", 2)]:
-        raise ExpertError(
-            f"an expert needs one input x and one output y, float32 (tokens, hidden); got {ends}"
-        )
+        raise ExpertError(f"an expert needs one input x and one output y, float32 (tokens, hidden); got {ends}")
     hidden = inputs[0].shape[1]
     if not isinstance(hidden, int) or hidden < 1 or isinstance(inputs[0].shape[0], int):
-        raise ExpertError(
-            f"an expert's input must be (any number of tokens, fixed width), got {inputs[0].shape}"
-        )
+        raise ExpertError(f"an expert's input must be (any number of tokens, fixed width), got {inputs[0].shape}")
     return hidden
 
 
