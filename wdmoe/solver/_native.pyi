@@ -84,9 +84,7 @@ def is_finite(values: npt.NDArray[np.floating]) -> bool:
 def first_bad(values: FloatArray, positive: bool) -> int:
     """Flat index of the first value outside [0, 1e100] ([1e-100, 1e100] if positive), or -1."""
 
-def top_k(
-    gate: FloatArray, k: int, available: UInt8Array | None, normalise: bool
-) -> tuple[Int32Array, FloatArray]:
+def top_k(gate: FloatArray, k: int, available: UInt8Array | None, normalise: bool) -> tuple[Int32Array, FloatArray]:
     """The k largest weights of each row, largest first, ties to the lower expert. Time O(tokens experts).
 
     Args:

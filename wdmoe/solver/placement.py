@@ -133,9 +133,7 @@ def _fill(board: _Board) -> None:
 
 def _balance(board: _Board, margin: float) -> None:
     """Best single moves, by layer, until none brings more than `margin`. Each lowers the measure: it ends."""
-    items_of = [
-        np.flatnonzero((board.layer == row) & (board.device != UNPLACED)) for row in range(board.layers)
-    ]
+    items_of = [np.flatnonzero((board.layer == row) & (board.device != UNPLACED)) for row in range(board.layers)]
     moved = True
     while moved:
         moved = False
@@ -180,16 +178,14 @@ def _shares(total_bytes: float, memory_bytes: FloatArray, speed: FloatArray) -> 
 def _usable_load(load: FloatArray) -> FloatArray:
     """Idle experts weigh a little, so that they spread as well."""
     mean = float(load.mean()) if len(load) else 0.0
-    return np.maximum(load / mean, 1e-3) if mean > 0 else np.ones(len(load))
+    return np.maximum(load / mean, 0.1) if mean > 0 else np.ones(len(load))
 
 
 def _layer_rows(layer: npt.ArrayLike, items: int) -> Int64Array:
     """(items,) dense row number of each item's layer."""
     given = np.asarray(layer)
     if given.shape != (items,) or (items and not np.issubdtype(given.dtype, np.integer)):
-        raise ValueError(
-            f"layer must be integers of shape ({items},), got {given.dtype} of shape {given.shape}"
-        )
+        raise ValueError(f"layer must be integers of shape ({items},), got {given.dtype} of shape {given.shape}")
     return np.unique(given, return_inverse=True)[1].astype(np.int64)
 
 

@@ -49,9 +49,7 @@ def write_placement(placement: Placement) -> str:
     Raises:
         ConfigError: a layer or expert is outside what the file can hold.
     """
-    devices = [
-        f"    {json.dumps(name)}: {_write_device(name, experts)}" for name, experts in placement.items()
-    ]
+    devices = [f"    {json.dumps(name)}: {_write_device(name, experts)}" for name, experts in placement.items()]
     body = "{\n" + ",\n".join(devices) + "\n  }" if devices else "{}"
     return f'{{\n  "format": {FORMAT},\n  "devices": {body}\n}}\n'
 

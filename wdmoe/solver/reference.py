@@ -74,9 +74,7 @@ def group_by_device(experts: Int32Array, weights: Float32Array, device_of: Int32
     return Groups(works, int(np.sum(~served)))
 
 
-def _device_work(
-    device: int, token: npt.NDArray[np.intp], expert: Int32Array, weights: Float32Array
-) -> DeviceWork:
+def _device_work(device: int, token: npt.NDArray[np.intp], expert: Int32Array, weights: Float32Array) -> DeviceWork:
     by_expert = np.argsort(expert, kind="stable")  # tokens ascend already
     token_rows, rows = np.unique(token, return_inverse=True)
     experts, counts = np.unique(expert, return_counts=True)
@@ -139,9 +137,7 @@ def first_bad(values: FloatArray, positive: bool) -> int:
     return int(bad[0]) if len(bad) else -1
 
 
-def top_k(
-    gate: FloatArray, k: int, available: UInt8Array | None, normalise: bool
-) -> tuple[Int32Array, FloatArray]:
+def top_k(gate: FloatArray, k: int, available: UInt8Array | None, normalise: bool) -> tuple[Int32Array, FloatArray]:
     """See `_native.pyi`."""
     if not 1 <= k <= gate.shape[1]:
         raise ValueError(f"top_k must be 1 to {gate.shape[1]} (the number of experts), got {k}")

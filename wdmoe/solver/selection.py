@@ -65,9 +65,7 @@ def select_experts(
     allowed = usable if substitute else None
     experts, weights = _native.top_k(rows, top_k, allowed, renormalise)
     latency = _of_experts(latency_s, rows.shape[1])
-    choice = prune_experts(
-        experts, weights, latency, policy, renormalise, theta, theta_step, gamma, wlr, available
-    )
+    choice = prune_experts(experts, weights, latency, policy, renormalise, theta, theta_step, gamma, wlr, available)
     if allowed is None:
         return choice
     lost = _share_lost_to_substitution(rows, experts, top_k)
