@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 from wdmoe.records import Receipt, StageSeconds
@@ -29,18 +30,24 @@ class Ledger:
     wait_s: float = 0.0
     step_degraded: int = 0  # tokens of the current forward pass that missed a chosen expert, in its worst layer
     degraded_tokens: int = 0
-    step_devices: set[str] = field(default_factory=set)
+    step_devices: Counter[str] = field(default_factory=Counter)  # layers that each device served
 
     def open_pass(self) -> None:
         """A forward pass begins: settle the degraded tokens of the one before."""
         self.degraded_tokens += self.step_degraded
         self.step_degraded = 0
 
-    def close_step(self) -> tuple[str, ...]:
-        """A token is out. Returns the devices that worked on it."""
+    def close_step(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """A token is out. Returns the devices that worked on it, and in how many layers each did."""
         devices = tuple(sorted(self.step_devices))
+        layers = tuple(self.step_devices[device] for device in devices)
         self.step_devices.clear()
-        return devices
+        return devices, layers
+
+    @property
+    def mean_dropped(self) -> float:
+        """Mean gate weight per (token, layer) that was not computed so far."""
+        return self.dropped_weight / max(self.token_layers, 1)
 
     def receipt(self) -> Receipt:
         """What the request cost so far."""
@@ -54,7 +61,7 @@ class Ledger:
             policy=self.policy,
             degraded=self.lost_weight > 0 or self.degraded_tokens > 0,
             degraded_tokens=self.degraded_tokens,
-            dropped_weight=self.dropped_weight / pairs,
+            dropped_weight=self.mean_dropped,
             lost_weight=self.lost_weight / pairs,
             retries=self.retries,
             bytes_down=self.bytes_down,

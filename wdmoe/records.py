@@ -95,6 +95,8 @@ class TextDelta:
     text: str
     token_id: int
     devices: tuple[str, ...] = ()  # names of the devices that served this token
+    layers: tuple[int, ...] = ()  # in how many MoE layers each of these devices did
+    dropped_weight: float = 0.0  # of the answer so far, as in its receipt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

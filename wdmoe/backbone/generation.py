@@ -100,6 +100,9 @@ class _TellEachToken(StoppingCriteria):  # type: ignore[misc]
         ledger.completion_tokens += 1
         token_id = int(input_ids[0, -1])
         text = self.text.feed(token_id)
-        self._job.emit(TextDelta(text=text, token_id=token_id, devices=ledger.close_step()))
+        devices, layers = ledger.close_step()
+        self._job.emit(
+            TextDelta(text=text, token_id=token_id, devices=devices, layers=layers, dropped_weight=ledger.mean_dropped)
+        )
         done = self._job.cancelled or self.text.stopped
         return torch.full((input_ids.shape[0],), done, device=input_ids.device)

@@ -179,7 +179,7 @@ def _book(ledger: Ledger, parts: list[Part], elapsed_s: float) -> None:
         ledger.bytes_down += reply.bytes_down
         ledger.bytes_up += reply.bytes_up
         if reply.result is not None:
-            ledger.step_devices.add(part.device.name)
+            ledger.step_devices[part.device.name] += 1
             if last is None or reply.answered_s > last.answered_s:
                 last = reply
     if last is None or last.result is None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from wdmoe.records import Receipt, StageSeconds
+from wdmoe.records import Receipt, StageSeconds, TextDelta
 from wdmoe.serving.jobs import Job
 
 
@@ -28,8 +28,9 @@ def chunk(
     first: bool = False,
     reason: str | None = None,
     receipt: Receipt | None = None,
+    token: TextDelta | None = None,
 ) -> dict[str, Any]:
-    """One event of a stream. The receipt comes with the last one."""
+    """One event of a stream. `wdmoe` says who worked on its token; in the last one it is the receipt."""
     if job.chat:
         delta = {**({"role": "assistant"} if first else {}), **({"content": text} if text or first else {})}
         choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
@@ -40,6 +41,8 @@ def chunk(
         body["usage"] = None  # as OpenAI does: filled in the chunk after the last
     if receipt is not None:
         body["wdmoe"] = asdict(receipt)
+    elif token is not None and token.token_id >= 0:
+        body["wdmoe"] = _token(token)
     return body
 
 
@@ -78,6 +81,15 @@ def merge_receipts(receipts: Sequence[Receipt]) -> Receipt:
         elapsed_s=max(receipt.elapsed_s for receipt in receipts),
         stages=sum((receipt.stages for receipt in receipts), StageSeconds()),
     )
+
+
+def _token(token: TextDelta) -> dict[str, Any]:
+    return {
+        "token_id": token.token_id,
+        "devices": list(token.devices),
+        "layers": list(token.layers),
+        "dropped_weight": token.dropped_weight,
+    }
 
 
 def _mean(values: Sequence[float], weights: Sequence[int]) -> float:

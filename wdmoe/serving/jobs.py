@@ -101,4 +101,5 @@ def _sampling(body: ChatRequest | CompletionRequest, tokens: int) -> Sampling:
         top_p=_TOP_P if body.top_p is None else body.top_p,
         seed=body.seed,
         stop=body.stops,
+        ignore_eos=bool(body.ignore_eos),
     )

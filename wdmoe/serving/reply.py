@@ -94,8 +94,8 @@ class Reply(Response):
                 first = step.index not in begun
                 begun.add(step.index)
                 if isinstance(step.event, TextDelta):
-                    if step.event.text or first:
-                        await _send_event(send, answers.chunk(self._job, step.index, step.event.text, first=first))
+                    event = answers.chunk(self._job, step.index, step.event.text, first=first, token=step.event)
+                    await _send_event(send, event)  # also without text: a token was made, and somebody may count
                     continue
                 receipts.append(step.event.receipt)
                 self._service.metrics.finished(step.event.reason, step.event.receipt)

@@ -80,6 +80,7 @@ class _Sampled(BaseModel):
     stop: _Text | list[_Text] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None  # not OpenAI's: go on to max_tokens, for measurements
 
     @property
     def stops(self) -> tuple[str, ...]:
