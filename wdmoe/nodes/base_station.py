@@ -104,9 +104,9 @@ class BaseStation:
     @property
     def join_text(self) -> str:
         """What a device needs to join: a fresh token, or the plain address of an insecure station."""
-        if self._admission is None:
+        if self.admission is None:
             return self.endpoints[0]
-        token = self._admission.create_token(self._keys, self.endpoints, TOKEN_LIFE_S)
+        token = self.admission.create_token(self._keys, self.endpoints, TOKEN_LIFE_S)
         return token.text()
 
     def placement_text(self) -> str:
@@ -161,17 +161,17 @@ class BaseStation:
         context = new_context()
         self._stack.callback(context.term)
         security: StationSecurity | None = None
-        self._admission: Admission | None = None
+        self.admission: Admission | None = None
         self._entrance: Entrance = OpenEntrance()
         if settings.insecure:
             log.warning("no encryption: anyone on this network may read, inject and join")
         else:
             self._keys = station_keys(settings.state)
-            self._admission = Admission(settings.state)
-            door = Door(context, self._admission)
+            self.admission = Admission(settings.state)
+            door = Door(context, self.admission)
             self._stack.callback(door.close)
             security = StationSecurity(self._keys, door)
-            self._entrance = GuardedEntrance(self._admission)
+            self._entrance = GuardedEntrance(self.admission)
         self._control_channel = open_control_station(context, settings.bind, security, options)
         self._stack.callback(self._control_channel.close)
         bind = data_bind(self._control_channel.endpoint, settings.bind, settings.data_port)
