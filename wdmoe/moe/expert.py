@@ -6,7 +6,6 @@ outside (`wdmoe.moe.providers`), so that a device swaps CPU for TensorRT without
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from wdmoe.errors import ExpertError
 from wdmoe.records import ExpertId
+from wdmoe.solver.combining import combine_partials, is_finite
 from wdmoe.transport.messages import Activations, Float32Array, Run
 
 
@@ -89,12 +89,11 @@ class ExpertRunner:
         """
         models = [self._model(ExpertId(run.layer, expert), run.tokens.shape[1]) for expert in run.experts]
         _check(run)
-        with np.errstate(all="ignore"):  # what overflows is found here, and answered
-            total = _sum_of_one(models, run) if len(run.tokens) == 1 else _sum_of_many(models, run)
-            if not _all_finite(total):
-                experts = ", ".join(map(str, run.experts))
-                raise ExpertError(f"layer {run.layer}: the sum of experts {experts} isn't finite")
-            return total if run.tokens.dtype == np.float32 else _narrowed(total, run)
+        total = _weighted_sum(models, run)
+        if not is_finite(total):
+            experts = ", ".join(map(str, run.experts))
+            raise ExpertError(f"layer {run.layer}: the sum of experts {experts} isn't finite")
+        return total if run.tokens.dtype == np.float32 else _narrowed(total, run)
 
     def _model(self, expert: ExpertId, hidden: int) -> ExpertModel:
         model = self._models.get(expert)
@@ -106,49 +105,34 @@ class ExpertRunner:
 
 
 def _check(run: Run) -> None:
-    """Refuse lists that don't belong together. The codec bounds sizes; here it is about meaning."""
+    """Refuse lists that don't belong together, which would read past an array. Rows are checked where used."""
     served = sum(run.counts)
     if not len(run.experts) == len(run.counts) > 0 or not served == len(run.rows) == len(run.weights):
         raise ExpertError(f"layer {run.layer}: experts, counts, rows and weights of the message don't match")
-    rows = run.rows.tolist()  # a handful while decoding; two NumPy calls cost more
-    if min(run.counts) < 1 or min(rows) < 0 or max(rows) >= len(run.tokens):
-        raise ExpertError(f"layer {run.layer}: the message names tokens it doesn't carry")
-    start = 0
-    for count in run.counts:
-        if len(set(rows[start : start + count])) < count:
-            raise ExpertError(f"layer {run.layer}: an expert is asked for the same token twice")
-        start += count
+    if min(run.counts) < 1:
+        raise ExpertError(f"layer {run.layer}: the message names an expert without tokens")
 
 
-def _sum_of_one(models: list[ExpertModel], run: Run) -> Float32Array:
-    """Decoding: one token. No gathering, no scattering."""
-    outputs = np.concatenate([model.run(run.tokens) for model in models])
-    total: Float32Array = np.dot(run.weights, outputs).reshape(run.tokens.shape)
+def _weighted_sum(models: list[ExpertModel], run: Run) -> Float32Array:
+    tokens, total, start = run.tokens, np.zeros(run.tokens.shape, np.float32), 0
+    try:
+        for model, count in zip(models, run.counts, strict=True):
+            rows = run.rows[start : start + count]
+            mine = tokens if len(tokens) == 1 == count else tokens[rows]  # decoding has nothing to gather
+            combine_partials(total, model.run(mine), rows, run.weights[start : start + count])
+            start += count
+    except (IndexError, ValueError) as error:
+        raise ExpertError(f"layer {run.layer}: the message names tokens it doesn't carry: {error}") from error
     return total
-
-
-def _sum_of_many(models: list[ExpertModel], run: Run) -> Float32Array:
-    """Prefill: gather each expert's tokens, scatter its weighted outputs. Expects no row twice."""
-    total = np.zeros(run.tokens.shape, np.float32)
-    start = 0
-    for model, count in zip(models, run.counts, strict=True):
-        rows, weights = run.rows[start : start + count], run.weights[start : start + count]
-        total[rows] += weights[:, None] * model.run(run.tokens[rows])
-        start += count
-    return total
-
-
-def _all_finite(values: Float32Array) -> bool:
-    """The sum of squares is finite only if every value is; where it isn't, values may still just be huge."""
-    flat = values.ravel()
-    return math.isfinite(np.dot(flat, flat)) or bool(np.isfinite(flat).all())
 
 
 def _narrowed(total: Float32Array, run: Run) -> Activations:
     """Cast to what the base station speaks, where a finite sum may still be too large."""
-    partial = total.astype(run.tokens.dtype)
+    with np.errstate(over="ignore"):
+        partial = total.astype(run.tokens.dtype)
     if not np.isfinite(partial).all():
-        raise ExpertError(f"layer {run.layer}: a sum of {np.abs(total).max():g} doesn't fit {run.tokens.dtype}")
+        largest = float(np.abs(total).max())
+        raise ExpertError(f"layer {run.layer}: a sum of {largest:g} doesn't fit {run.tokens.dtype}")
     return partial
 
 
