@@ -100,7 +100,7 @@ def _read(file: Path) -> dict[str, Any] | None:
             entry = json.loads(opened.read(_MOST_FILE_BYTES + 1))
     except FileNotFoundError:  # deleted since the folder was listed
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         _LOG.warning("skipped %s: %s", file, error)
         return None
     if not isinstance(entry, dict) or not is_key(entry.get("key")):

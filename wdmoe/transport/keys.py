@@ -102,7 +102,7 @@ def _load(path: Path) -> KeyPair:
             raise ConfigError(f"key file {path} can be read by others (mode {mode:03o}); run: chmod 600 {path}")
         try:
             pair = pair_of_secret(json.load(file)["secret"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError(f"key file {path} is damaged; restore it, or delete it to get a new identity") from None
     return pair
 

@@ -105,9 +105,7 @@ class Roster:
 
     lease_s: float = 3.0
     devices: Mapping[str, Device] = field(default_factory=lambda: MappingProxyType({}))
-    sessions: Mapping[str, tuple[int, ...]] = field(
-        default_factory=lambda: MappingProxyType({})
-    )  # newest last
+    sessions: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: MappingProxyType({}))  # newest last
     revoked: frozenset[str] = frozenset()
     joined: int = 0  # devices so far
 
@@ -158,9 +156,7 @@ class Roster:
             return roster, actions
         return roster._with(replace(device, done=done, queued=queued, rss_bytes=rss_bytes)), actions
 
-    def ready(
-        self, *, key: str, route: bytes, generation: int, experts: Iterable[ExpertId], now: float
-    ) -> Outcome:
+    def ready(self, *, key: str, route: bytes, generation: int, experts: Iterable[ExpertId], now: float) -> Outcome:
         """The full set of experts a device can run. Of a placement older than the last one, it is only a
         sign of
         life: the device answers the new placement as well."""

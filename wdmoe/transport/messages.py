@@ -170,5 +170,18 @@ class Failure:
 
 
 Message: TypeAlias = (
-    Hello | Welcome | Place | Fetch | Chunk | Ready | Ping | Pong | Goodbye | Attach | Attached | Run | Result | Failure
+    Hello
+    | Welcome
+    | Place
+    | Fetch
+    | Chunk
+    | Ready
+    | Ping
+    | Pong
+    | Goodbye
+    | Attach
+    | Attached
+    | Run
+    | Result
+    | Failure
 )

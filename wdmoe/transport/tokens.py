@@ -88,7 +88,7 @@ def _token_of(raw: bytes) -> JoinToken:
             enrolment=pair_of_secret(fields["k"]),
             expires_unix=float(fields["t"]),
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError("the join token's content is not what a token holds; ask for a new one") from None
     if not is_key(token.server_key):
         raise ConfigError("the join token's server key is not a key; ask for a new one")
