@@ -1,4 +1,4 @@
-"""A base station and its devices in one process: real model, real codec, real ONNX Runtime; only the sockets are not."""
+"""A base station and its devices in one process: real model, codec and ONNX Runtime; only the sockets are not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Devices and base stations that die, freeze and come back, as real processes: answers go on, and say what they lost."""
+"""Devices and base stations that die, freeze and come back, as processes: answers go on and say what they lost."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_device_killed_in_mid_answer_costs_quality_not_the_answer(fleet: Fleet
         assert "fetched" not in victim.said() or "0 fetched" in victim.said().splitlines()[-1]
 
 
-def test_a_frozen_device_is_left_out_and_used_again_after_it_thaws(fleet: Fleet, bundle: Path, checkpoint: Path) -> None:
+def test_a_frozen_device_is_left_out_until_it_thaws(fleet: Fleet, bundle: Path, checkpoint: Path) -> None:
     with fleet.serve(bundle, deadline_s=DEADLINE_S, lease_s=1.0) as station:
         victim = fleet.devices[0]
         ids, _, receipt = ask(fleet, station, tokens=40, at_token={5: lambda: victim.signal(signal.SIGSTOP)})

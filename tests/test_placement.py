@@ -198,5 +198,5 @@ def test_a_placement_must_match_the_model():
         check_placement({"a": [*model, ExpertId(0, 7)]}, model)
     with pytest.raises(ConfigError, match="no device holds expert 1 in layer 0"):
         check_placement({"a": model[:1]}, model)
-    with pytest.raises(ConfigError, match="outside|cannot write"):
+    with pytest.raises(ConfigError, match="cannot write"):
         write_placement({"a": [ExpertId(-1, 0)]})

@@ -36,9 +36,7 @@ class Device:
 
 
 @contextlib.asynccontextmanager
-async def served(
-    bundle: Path, devices: int, folder: Path, **settings: Any
-) -> AsyncIterator[tuple[Any, list[Device]]]:
+async def served(bundle: Path, devices: int, folder: Path, **settings: Any) -> AsyncIterator[tuple[Any, list[Device]]]:
     """A base station in this process and devices in others, CURVE on, no link emulation."""
     from wdmoe.config import StationSettings
     from wdmoe.nodes.base_station import BaseStation

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace wdmoe {
 
@@ -13,17 +14,22 @@ inline constexpr double kSmallestPositive = 1e-100;
 
 // Index of the first value outside [low, kLargest] (NaN is outside), or n where all are inside.
 inline std::size_t first_outside(const double* values, std::size_t n, double low) {
-    constexpr std::size_t block = 64;  // no early exit within a block: this is what lets it vectorise
-    for (std::size_t start = 0; start < n; start += block) {
-        const std::size_t end = n - start < block ? n : start + block;
-        std::int64_t outside = 0;
-        for (std::size_t i = start; i < end; ++i) {
-            outside |= static_cast<std::int64_t>(!((values[i] >= low) & (values[i] <= kLargest)));
+    // Vectors by hand (a GCC and Clang extension): compilers leave the plain loop scalar, at twice the time.
+    typedef double Pair __attribute__((vector_size(16)));
+    typedef std::int64_t Mask __attribute__((vector_size(16)));
+    constexpr std::size_t block = 16;
+    std::size_t start = 0;
+    for (; n - start >= block; start += block) {
+        Mask inside = {-1, -1};
+        for (std::size_t i = start; i < start + block; i += 2) {
+            Pair pair;
+            std::memcpy(&pair, values + i, sizeof pair);
+            inside &= (pair >= low) & (pair <= kLargest);
         }
-        if (outside == 0) continue;
-        for (std::size_t i = start; i < end; ++i) {
-            if (!(values[i] >= low && values[i] <= kLargest)) return i;
-        }
+        if ((inside[0] & inside[1]) == 0) break;
+    }
+    for (; start < n; ++start) {
+        if (!(values[start] >= low && values[start] <= kLargest)) return start;
     }
     return n;
 }

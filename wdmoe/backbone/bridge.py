@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +79,7 @@ def attach(
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
     first = min(experts)
     for layer, module in experts.items():
-        seat = _Seat(layer, layer == first, int(module.num_experts), run)  # type: ignore[call-overload]
+        seat = _Seat(layer, layer == first, cast(int, module.num_experts), run)
         module._wdmoe_seat = seat  # type: ignore[assignment]
         if layer in routers:
             routers[layer].register_forward_hook(_gate_hook(seat))

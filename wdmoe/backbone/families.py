@@ -110,33 +110,53 @@ def top_k_of(model: nn.Module, config: Any) -> int:
 def on_drop_of(model: nn.Module, config: Any) -> OnDrop:
     """What the remaining weights should do when an expert of a token is dropped.
 
-    "renormalise" where the family itself makes the chosen weights sum to the same number for every token (so
-    the sum is part of the model), "keep" elsewhere. Found by running the first layer's router, with random
-    weights, on random vectors; where that cannot be run, by the config's `norm_topk_prob`.
+    "renormalise" where the family itself makes the chosen weights sum to the same number for every token (so the
+    sum is part of the model), "keep" elsewhere. Found by running the first MoE block, with random weights and up to
+    its experts, on random vectors; where it cannot be run alone, by the config's `norm_topk_prob`.
     """
-    router = router_of(model, next(iter(experts_names(model))))
-    sums = [_weight_sums(router, config, scale) for scale in _PROBE_SCALES]
+    text = config.get_text_config()
+    name = next(iter(experts_names(model).values()))
+    block = model.get_submodule(name.rpartition(".")[0])
+    sums = [_weight_sums(block, name.rpartition(".")[2], text.hidden_size, scale) for scale in _PROBE_SCALES]
     known = [values for values in sums if values is not None]
     if not known:
-        return "renormalise" if getattr(config.get_text_config(), "norm_topk_prob", False) else "keep"
+        return "renormalise" if getattr(text, "norm_topk_prob", False) else "keep"
     joined = torch.cat(known)
     spread = float((joined.max() - joined.min()) / joined.abs().max().clamp_min(1e-12))
     return "renormalise" if spread < _SUM_SPREAD else "keep"
 
 
-def _weight_sums(router: nn.Module, config: Any, scale: float) -> torch.Tensor | None:
+class _Reached(Exception):
+    """The block called its experts, with these arguments."""
+
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
+        self.arguments = arguments
+
+
+def _weight_sums(block: nn.Module, experts: str, hidden: int, scale: float) -> torch.Tensor | None:
+    """Sum of each token's gate weights as the experts get them, or None if the block cannot be run alone."""
     generator = torch.Generator().manual_seed(0)
     state = {
         name: torch.randn(tensor.shape, generator=generator) * scale * (tensor.numel() or 1) ** -0.25
-        for name, tensor in router.state_dict().items()
+        for name, tensor in block.state_dict().items()
+        if not name.startswith(f"{experts}.")
     }
-    tokens = torch.randn(_PROBE_TOKENS, config.get_text_config().hidden_size, generator=generator)
+
+    def stop(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        raise _Reached(arguments)
+
+    hook = block.get_submodule(experts).register_forward_pre_hook(stop)
     try:
         with torch.no_grad():
-            output = torch.func.functional_call(router, state, (tokens,))
-    except Exception:  # a router with an input of its own (the token ids, the former layer's logits)
+            torch.func.functional_call(block, state, (torch.randn(1, _PROBE_TOKENS, hidden, generator=generator),))
+    except _Reached as reached:
+        weights = reached.arguments[2] if len(reached.arguments) > 2 else None
+    except Exception:  # a block that wants more than hidden states (token ids, the former layer's logits, ...)
         return None
-    if not isinstance(output, tuple) or len(output) < 2 or not torch.is_tensor(output[1]):
+    else:
         return None
-    weights = output[1].float()
-    return weights.sum(-1) if weights.dim() == 2 and weights.shape[0] == _PROBE_TOKENS else None
+    finally:
+        hook.remove()
+    if not torch.is_tensor(weights) or weights.shape[:-1].numel() != _PROBE_TOKENS:
+        return None
+    return weights.float().reshape(_PROBE_TOKENS, -1).sum(-1)

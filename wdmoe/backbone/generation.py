@@ -22,7 +22,7 @@ Event: TypeAlias = TextDelta | Finished | Exception
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
-    """A request that was admitted. `emit` is thread-safe and gets events, at last a `Finished` or an exception that says why not."""
+    """A request that was admitted. `emit` is thread-safe; the last event is a `Finished` or the exception why not."""
 
     prompt_ids: tuple[int, ...]
     sampling: Sampling

@@ -45,7 +45,7 @@ def meta_model(config: Any) -> Any:
         experts_names(model)
     except BundleError as error:
         raise BundleError(f"{family}: {error}") from error
-    return model
+    return model.eval()
 
 
 def _one_line(error: Exception) -> str:

@@ -72,7 +72,7 @@ class ExpertLayers:
             parts += self._rescue(routing, layer, tokens, demand, chosen, owed, ledger)
         answers = [Answer(part.reply.result.partial, part.token_rows) for part in parts if part.reply.result]
         _record(ledger, chosen, owed)
-        return combine(*tokens.shape, answers, self._scale(chosen, owed))
+        return combine(len(tokens), tokens.shape[1], answers, self._scale(chosen, owed))
 
     def _newest_routing(self) -> Routing:
         routing = self._routing()
@@ -208,7 +208,7 @@ def _record(ledger: Ledger, chosen: Chosen, owed: Float32Array | None) -> None:
     lost = np.zeros(tokens, np.float32) if chosen.lost is None else chosen.lost
     if owed is not None:
         wanted = chosen.weights.sum(axis=1)
-        lost = lost + (1 - lost) * owed / np.where(wanted > 0, wanted, 1)
+        lost = (lost + (1 - lost) * owed / np.where(wanted > 0, wanted, 1)).astype(np.float32)
     ledger.lost_weight += float(lost.sum())
     ledger.dropped_weight += float(lost.sum())
     ledger.step_degraded = max(ledger.step_degraded, int(np.count_nonzero(lost)))

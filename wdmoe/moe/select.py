@@ -45,13 +45,13 @@ def choose(
     Args:
         demand: the gate's own choice.
         policy: "topk" keeps it; "cosine" drops by weight and latency (Algorithm 1 of WDMoE).
-        latency_s: (experts,) expected seconds per token; needed by every policy but topk.
+        latency_s: (experts,) expected seconds per token; None where nothing is known: the policy drops nothing.
         available: (experts,) bool; None where every expert is served.
         renormalise: kept weights grow to the sum of all; else they keep their values.
         gate_temperature: what the router's scores are divided by before a policy ranks by them.
     """
     kept, lost = (demand, None) if available is None else _without_unavailable(demand, available, renormalise)
-    if policy == "topk":
+    if policy == "topk" or latency_s is None:
         return Chosen(kept.experts, kept.weights, lost=lost)
     ranks = _ranks(kept, gate_temperature)
     pruned = prune_experts(kept.experts, ranks, latency_s, policy=policy, renormalise=False).experts
@@ -114,7 +114,7 @@ def _fill_empty(experts: Int32Array, weights: Float32Array, demand: Demand, avai
 
 
 def _ranks(demand: Demand, temperature: float) -> npt.NDArray[np.float64]:
-    """(tokens, top_k) what a policy ranks by: the gate's probabilities, which may differ from the weights it mixes by."""
+    """(tokens, top_k) what a policy ranks by: the gate's probabilities, which need not be the weights it mixes by."""
     if demand.gate is None or temperature == 1.0:
         return demand.weights.astype(np.float64)
     scores = demand.gate.astype(np.float64) / temperature

@@ -16,8 +16,6 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from types import TracebackType
 
-import numpy.typing as npt
-
 from wdmoe.backbone.bridge import attach
 from wdmoe.backbone.bundle import Bundle
 from wdmoe.backbone.engine import Engine
@@ -38,7 +36,7 @@ from wdmoe.transport.admission import Admission
 from wdmoe.transport.channel import Envelope
 from wdmoe.transport.exchange import Exchange
 from wdmoe.transport.keys import station_keys
-from wdmoe.transport.messages import Message
+from wdmoe.transport.messages import Float32Array, Int32Array, Message
 from wdmoe.transport.routing import Routing
 from wdmoe.transport.sockets import SocketOptions, StationSecurity, new_context
 from wdmoe.transport.zap import Door
@@ -218,12 +216,12 @@ class BaseStation:
     def _run_layer(
         self,
         layer: int,
-        tokens: npt.NDArray,
-        experts: npt.NDArray,
-        weights: npt.NDArray,
-        gate: npt.NDArray | None,
+        tokens: Float32Array,
+        experts: Int32Array,
+        weights: Float32Array,
+        gate: Float32Array | None,
         ledger: Ledger,
-    ) -> npt.NDArray:
+    ) -> Float32Array:
         """`wdmoe.backbone.bridge.RunLayer`, on the model thread."""
         return self.layers.run(layer, tokens, Demand(experts, weights, gate), ledger)
 

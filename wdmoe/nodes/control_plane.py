@@ -345,8 +345,8 @@ def _catalogue(bundle: Bundle) -> Catalogue:
     files = {file.id: file for file in bundle.manifest.experts}
     return Catalogue(
         experts=tuple(sorted(files)),
-        # ONNX Runtime on a CPU keeps what it unpacks from fp16 and int8 as fp32, and the weights once more while loading.
-        weight_bytes={expert: file.size for expert, file in files.items()},
+        # A CPU unpacks fp16 and int8 to fp32 when it loads them: four bytes for each multiply-add.
+        weight_bytes={expert: max(file.size, 2 * file.flops_per_token) for expert, file in files.items()},
         load={expert: float(file.flops_per_token) for expert, file in files.items()},
         experts_per_layer=dict(bundle.manifest.experts_per_layer),
     )

@@ -7,6 +7,7 @@ checked in C++, where it costs one pass.
 
 import numpy as np
 
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int32_t, uint8_t
 from libcpp cimport bool as cbool
 from libcpp.vector cimport vector
@@ -52,6 +53,21 @@ cdef extern from "wdmoe/selection.hpp" namespace "wdmoe" nogil:
     PruneResult native_prune "wdmoe::prune"(
         int32_t* experts, double* weights, size_t tokens, size_t k, const double* latency, size_t latency_stride,
         size_t n_experts, const uint8_t* available, const PruneOptions& options, double* dropped_weight) except +
+
+
+# Looked up once: for one token, looking names up costs as much as the work.
+cdef object empty = np.empty
+cdef object INT32 = np.dtype(np.int32)
+cdef object FLOAT32 = np.dtype(np.float32)
+
+
+cdef void* data_of(object array) except NULL:
+    """Where a non-empty contiguous array of our own making begins. The caller keeps the array alive."""
+    cdef Py_buffer view
+    PyObject_GetBuffer(array, &view, PyBUF_SIMPLE)
+    cdef void* start = view.buf
+    PyBuffer_Release(&view)
+    return start
 
 
 cdef class DeviceWork:
@@ -122,22 +138,26 @@ def group_by_device(const int32_t[:, ::1] experts not None, const float[:, ::1] 
         return groups
     cdef size_t experts_at = grouping.tokens_total, counts_at = experts_at + grouping.experts_total
     cdef size_t rows_at = counts_at + grouping.experts_total
-    flat = np.empty(rows_at + grouping.pairs_total, np.int32)
-    pair_weights = np.empty(grouping.pairs_total, np.float32)
-    cdef int32_t[::1] out = flat
-    cdef float[::1] out_weights = pair_weights
+    cdef object flat = empty(rows_at + grouping.pairs_total, INT32)
+    cdef object pair_weights = empty(grouping.pairs_total, FLOAT32)
+    cdef int32_t* out = <int32_t*>data_of(flat)
+    cdef float* out_weights = <float*>data_of(pair_weights)
     with nogil:
-        grouping.fill(&weights[0, 0], &out[0], &out[experts_at], &out[counts_at], &out[rows_at], &out_weights[0])
+        grouping.fill(&weights[0, 0], out, out + experts_at, out + counts_at, out + rows_at, out_weights)
     groups.works = tuple([
-        device_work(grouping.spans[i], flat, pair_weights, &out[0], grouping.tokens_total, grouping.experts_total)
+        device_work(grouping.spans[i], flat, pair_weights, out, grouping.tokens_total, grouping.experts_total)
         for i in range(grouping.spans.size())
     ])
     return groups
 
 
 cdef void add_reply(float[:, ::1] out, object partial, object rows, object weights, str name) except *:
-    cdef const float[:, ::1] values = np.ascontiguousarray(partial, np.float32)
-    cdef const int32_t[::1] at = np.ascontiguousarray(rows, np.int32)
+    cdef const float[:, ::1] values
+    cdef const int32_t[::1] at
+    try:
+        values, at = partial, rows
+    except (TypeError, ValueError):  # another type or layout; converting first would cost more than the sum
+        values, at = np.ascontiguousarray(partial, np.float32), np.ascontiguousarray(rows, np.int32)
     cdef const float[::1] factors = None if weights is None else np.ascontiguousarray(weights, np.float32)
     cdef size_t n = values.shape[0], tokens = out.shape[0], hidden = out.shape[1]
     if values.shape[1] != out.shape[1]:

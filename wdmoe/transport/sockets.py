@@ -18,6 +18,8 @@ from wdmoe.transport.zap import Door
 Context: TypeAlias = zmq.Context[zmq.Socket[bytes]]
 Socket: TypeAlias = zmq.Socket[bytes]
 
+_LOOKS_LIKE = "an address looks like tcp://192.168.1.2:5555"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SocketOptions:
@@ -62,6 +64,7 @@ def bind_router(
     Raises:
         TransportError: the address cannot be bound, or the door is not open.
     """
+    _require_tcp(bind)
     _hide_routing_ids()
     socket: Socket = context.socket(zmq.ROUTER)
     try:
@@ -114,6 +117,7 @@ def connect(socket: Socket, endpoint: str) -> None:
     Raises:
         TransportError: `endpoint` is not an address.
     """
+    _require_tcp(endpoint)
     try:
         socket.set(zmq.IPV6, int("[" in endpoint))
         socket.connect(endpoint)
@@ -138,6 +142,11 @@ def _common(socket: Socket, options: SocketOptions) -> None:
     socket.set(zmq.TCP_KEEPALIVE, 1)
 
 
+def _require_tcp(address: str) -> None:
+    if not address.startswith("tcp://"):  # inproc:// would go without encryption, whatever the options say
+        raise TransportError(f"cannot use {address}: {_LOOKS_LIKE}")
+
+
 def _hide_routing_ids() -> None:
     """Make the numbers that the next ROUTER gives to its connections unpredictable.
 
@@ -159,7 +168,6 @@ def _advice(error: zmq.ZMQError) -> str:
         errno.EADDRNOTAVAIL: "this machine has no such address",
         errno.ENODEV: "this machine has no such interface or address; use an IP address of it, or *",
         errno.EACCES: "no permission; use a port above 1023",
-        errno.EINVAL: "not an address; it looks like tcp://192.168.1.2:5555",
-        errno.EPROTONOSUPPORT: "only tcp:// addresses are used; it looks like tcp://192.168.1.2:5555",
+        errno.EINVAL: _LOOKS_LIKE,
     }
     return known.get(error.errno or 0, str(error))
