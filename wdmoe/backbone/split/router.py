@@ -1,0 +1,50 @@
+"""The router: which experts help a token most, from its hidden state by one matrix."""
+
+from __future__ import annotations
+
+import torch
+
+_RIDGE = 0.01  # relative to the mean diagonal of the normal equations
+
+
+def ridge_router(hidden: torch.Tensor, benefit: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Regress each expert's benefit on the hidden state.
+
+    Args:
+        hidden: (tokens, width), as the router sees it (after the norm).
+        benefit: (tokens, experts).
+        weight: (tokens,).
+    Returns:
+        (width, experts); `hidden @` it ranks experts.
+    """
+    weighted = hidden * weight[:, None]
+    normal = weighted.T @ hidden
+    normal += torch.eye(len(normal)) * (_RIDGE * normal.diagonal().mean())
+    return torch.linalg.solve(normal, weighted.T @ benefit)
+
+
+def kept_weights(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Gate weights of the family (softmax over the kept logits) times `top_k`: near 1 where kept, 0 elsewhere.
+
+    Args:
+        logits: (tokens, experts).
+    Returns:
+        (tokens, experts), each row sums to `top_k`.
+    """
+    kept = logits.topk(top_k, dim=1)
+    return torch.zeros_like(logits).scatter_(1, kept.indices, top_k * kept.values.softmax(1))
+
+
+def gate_scale(scores: torch.Tensor, share: torch.Tensor) -> float:
+    """Factor that makes softmax(factor * scores) closest to what experts really contribute.
+
+    Least cross-entropy over a fixed grid; a policy reads this distribution as "how much does this expert matter".
+
+    Args:
+        scores: (tokens, experts) router outputs.
+        share: (tokens, experts) each expert's part of a token's routed output, rows sum to 1.
+    """
+    spread = scores.std(dim=1).mean().clamp_min(1e-12)
+    factors = torch.logspace(-1.5, 1.0, 26) / spread
+    losses = [-(share * (factor * scores).log_softmax(1)).sum(1).mean() for factor in factors]
+    return float(factors[int(torch.stack(losses).argmin())])
