@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -18,6 +19,7 @@ from wdmoe.transport.zap import Door
 Context: TypeAlias = zmq.Context[zmq.Socket[bytes]]
 Socket: TypeAlias = zmq.Socket[bytes]
 
+_TCP = re.compile(r"tcp://[^\s/]+:(?P<port>\*|[0-9]{1,5})")
 _LOOKS_LIKE = "an address looks like tcp://192.168.1.2:5555"
 
 
@@ -26,7 +28,7 @@ class SocketOptions:
     """Tunable per network. The defaults suit a LAN; scale the times with the round trip."""
 
     max_message_bytes: int = MAX_MESSAGE_BYTES
-    queue_messages: int = 16  # each way, per peer: work waits where it can still be sent elsewhere
+    queue_messages: int = 16  # each way, per peer (half of it for sure): work waits where it can be sent elsewhere
     heartbeat_ms: int = 200  # a silent peer is given up after three, a stopped one after five
     handshake_ms: int = 3000
     reconnect_ms: int = 100
@@ -143,7 +145,9 @@ def _common(socket: Socket, options: SocketOptions) -> None:
 
 
 def _require_tcp(address: str) -> None:
-    if not address.startswith("tcp://"):  # inproc:// would go without encryption, whatever the options say
+    # Other transports would go without encryption whatever the options say, and libzmq cuts 65537 down to port 1.
+    form = _TCP.fullmatch(address)
+    if form is None or (form["port"] != "*" and int(form["port"]) > 65535):
         raise TransportError(f"cannot use {address}: {_LOOKS_LIKE}")
 
 

@@ -73,15 +73,15 @@ class _Messages:
         size = sum(map(len, frames))
         if size > self._limits.max_message_bytes:
             raise ProtocolError(f"a message of {size} bytes; the peer accepts {self._limits.max_message_bytes}")
-        send = self.socket.send
-        last = frames.pop()
+        if route is not None:
+            frames.insert(0, route)
         try:
-            # ZeroMQ decides with the first frame: the rest of a message that it took never fails.
-            if route is not None:
-                send(route, _MORE)
-            for frame in frames:
-                send(frame, _MORE)
-            send(last, zmq.NOBLOCK)
+            try:
+                self._hand_over(frames)
+            except zmq.Again:
+                # A queue that looks full may have drained: libzmq looks for that once a millisecond, or when asked.
+                self.socket.get(zmq.EVENTS)
+                self._hand_over(frames)
         except zmq.Again as error:
             raise PeerBusyError("the peer's queue is full, or it is not connected") from error
         except zmq.ZMQError as error:
@@ -89,6 +89,12 @@ class _Messages:
                 raise PeerGoneError("the peer is not connected any more") from error
             raise TransportError(f"cannot send: {error}") from error
         return size
+
+    def _hand_over(self, frames: Sequence[Frame]) -> None:
+        send = self.socket.send
+        for frame in frames[:-1]:
+            send(frame, _MORE)  # ZeroMQ decides with the first frame: the rest of what it took never fails
+        send(frames[-1], zmq.NOBLOCK)
 
     def take(self) -> Envelope | None:
         """The next message that waits in the socket; None where it was refused.
