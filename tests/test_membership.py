@@ -252,7 +252,7 @@ class Cell(RuleBasedStateMachine):
         if self.live(who):
             self.last_heard[who[0]] = self.now
             if device is not None and device.generation == current:
-                self.reported[who[0]] = set(experts) & self.placed[who[0]]
+                self.reported[who[0]] = set(experts) & self.placed.get(who[0], set())
 
     @rule(key=st.sampled_from("abc"), experts=st.sets(st.sampled_from(CATALOGUE)))
     def place(self, key, experts):
