@@ -10,6 +10,7 @@ import sys
 
 import click
 
+from wdmoe.cli.demo import demo
 from wdmoe.cli.failures import EXIT_INTERRUPTED, explain
 from wdmoe.cli.logs import configure_logging
 from wdmoe.cli.models import export, split, verify
@@ -39,7 +40,7 @@ def cli(verbose: int, quiet: bool) -> None:
     configure_logging(verbose=verbose, quiet=quiet)
 
 
-for command in (bs, device, export, split, status, token, verify):
+for command in (bs, demo, device, export, split, status, token, verify):
     cli.add_command(command)
 
 

@@ -27,6 +27,18 @@ class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic only since
             self.fail(str(error), param, ctx)
 
 
+class Quantities(click.ParamType):  # type: ignore[type-arg]
+    """Quantities with commas in between, handed on as a tuple of SI floats."""
+
+    def __init__(self, dimension: Dimension) -> None:
+        self.name = f"{dimension},..."
+        self._one = Quantity(dimension)
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """Read each one."""
+        return tuple(self._one.convert(part, param, ctx) for part in str(value).split(","))
+
+
 class Secret(click.ParamType):  # type: ignore[type-arg]
     """Text, or `@FILE` for the text in a file, so that it shows in no shell history and no `ps`."""
 
@@ -47,6 +59,7 @@ FREQUENCY = Quantity("frequency")
 TIME = Quantity("time")
 SIZE = Quantity("size")
 RATE = Quantity("rate")
+RATES = Quantities("rate")
 SECRET = Secret()
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)

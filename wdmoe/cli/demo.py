@@ -1,0 +1,116 @@
+"""`demo`: everything on this machine, over emulated links, in one command."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from wdmoe.cli.bundles import find_bundle
+from wdmoe.cli.failures import needs_extra
+from wdmoe.cli.params import DIRECTORY, FILE, RATES
+from wdmoe.config import POLICIES, cache_home
+
+if TYPE_CHECKING:
+    from wdmoe.nodes.demo import OpenStage
+
+_PROMPT = "Tell me a short story about a lighthouse keeper who finds a message in a bottle."
+
+
+@click.command()
+@click.argument("prompt", default=_PROMPT)
+@click.option("--devices", type=click.IntRange(1, 64), default=8, show_default=True, help="How many devices.")
+@click.option("--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Longest answer.")
+@click.option(
+    "--policy",
+    type=click.Choice(POLICIES),
+    default="cosine",
+    show_default=True,
+    help="How the first run chooses experts.",
+)
+@click.option(
+    "--links",
+    "rates_bps",
+    type=RATES,
+    default="200Mbit/s,20Mbit/s",
+    show_default=True,
+    help="Rates of the emulated links, both directions alike: one for each device; or two, the ends of a row; or one "
+    "for all; 0 emulates none.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Decides which device has the slow link.")
+@click.option("--model", "bundle", default="default", show_default=True, help="Bundle folder, or the default model.")
+@click.option("--compare/--no-compare", default=True, help="Also run plain top-k, over the same and over equal links.")
+@click.option("--cache", type=DIRECTORY, help="Folder of experts kept for the next start, shared by all devices.")
+@click.option("--no-view", is_flag=True, help="Plain text; so it is where the output is no terminal.")
+@click.option("--json", "as_json", is_flag=True, help="All figures as one JSON document, and nothing else.")
+@click.option("--picture", type=FILE, help="Save the first run's last frame and the table as an SVG image.")
+def demo(bundle: str, cache: Path | None, no_view: bool, as_json: bool, picture: Path | None, **flags: Any) -> None:
+    """Run a base station and devices on this machine, and watch them answer PROMPT.
+
+    Every part is a process of its own, all traffic is encrypted, and links of different rates are emulated. At
+    the end a table compares the chosen policy with plain top-k. The default model is made on first use, which
+    takes minutes; experts stay in the cache. Ctrl-C ends everything at any time.
+
+    \b
+    Examples:
+      wdmoe-node demo
+      wdmoe-node demo "Why is the sky blue?" --tokens 100
+      wdmoe-node demo --devices 4 --links 100Mbit/s,50Mbit/s,20Mbit/s,5Mbit/s
+      wdmoe-node demo --model ./mixtral-bundle --links 0 --json > figures.json
+    """
+    signal.signal(signal.SIGTERM, _end)
+    with needs_extra("bs"):
+        folder = find_bundle(bundle)
+    from wdmoe.backbone.bundle import Bundle
+    from wdmoe.nodes.demo import run_demo
+    from wdmoe.nodes.demo_figures import as_document
+    from wdmoe.nodes.demo_plan import DemoSettings
+    from wdmoe.nodes.demo_report import report, save_picture
+
+    settings = DemoSettings(bundle=folder, cache=cache or cache_home() / "experts", **flags)
+    opened = Bundle.open(folder)
+    views, open_stage = _stages(plain=no_view, quiet=as_json)
+    runs = run_demo(settings, opened, open_stage)
+    if picture is not None:
+        save_picture(picture, [views[0], report(runs)], "wdmoe-node demo")
+    if as_json:
+        click.echo(json.dumps(as_document(opened.manifest.model, settings.prompt, settings.seed, runs), indent=2))
+    else:
+        _console().print(report(runs))
+
+
+def _stages(*, plain: bool, quiet: bool) -> tuple[list[Any], OpenStage]:
+    """How runs are shown, and a list that their views will be in."""
+    from wdmoe.nodes.demo_plan import RunPlan
+    from wdmoe.nodes.demo_stage import LiveStage, PlainStage, Stage
+    from wdmoe.nodes.demo_view import DemoView
+
+    views: list[Any] = []
+    console = _console()
+    live = console.is_terminal and not (console.is_dumb_terminal or plain or quiet)
+
+    def open_stage(view: DemoView, plan: RunPlan) -> Stage:
+        views.append(view)
+        if live:
+            return LiveStage(view, console)
+        return PlainStage(view, plan.name, sys.stderr, None if quiet else sys.stdout)
+
+    return views, open_stage
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    return console
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)  # as a shell reports it; what is open is closed on the way

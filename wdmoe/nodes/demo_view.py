@@ -1,0 +1,93 @@
+"""What a person sees while an answer streams: the devices, their links, who works, and the text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.box import ROUNDED, SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from wdmoe.nodes.demo_plan import RunPlan, device_names
+from wdmoe.nodes.station_client import Token
+from wdmoe.units import format_quantity
+
+_BAR = 16  # characters of the fullest bar
+_TEXT_LINES = 8  # of the answer's end, so that the whole view fits a small terminal
+
+
+class DemoView:
+    """One run. Changed by the run, drawn by rich from another thread: every field is replaced, never altered."""
+
+    def __init__(self, model: str, prompt: str, plan: RunPlan, title: str) -> None:
+        self._model = model
+        self._prompt = prompt
+        self._plan = plan
+        self._title = title
+        self._experts: Mapping[str, int] = {}
+        self._phase = ""
+        self._tokens: tuple[Token, ...] = ()
+        self._text = ""
+
+    def starting(self, phase: str) -> None:
+        """The fleet is not ready yet."""
+        self._phase = phase
+
+    def streaming(self, experts: Mapping[str, int]) -> None:
+        """The fleet is ready; device name -> experts it holds."""
+        self._phase, self._experts = "", experts
+
+    def token(self, token: Token) -> None:
+        """One more token."""
+        self._tokens = (*self._tokens, token)
+        self._text += token.text
+
+    def ended(self, text: str) -> None:
+        """The answer is complete; this is all of it."""
+        self._text = text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """For rich."""
+        yield Panel(
+            Group(self._devices(), self._answer(options.max_width)),
+            title=f"[bold]{self._title}[/] {self._model}: {self._plan.name}",
+            subtitle=self._account(),
+            box=ROUNDED,
+            padding=(0, 1),
+        )
+
+    def _devices(self) -> Table:
+        last = self._tokens[-1] if self._tokens else None
+        layers = dict(zip(last.devices, last.layers, strict=True)) if last else {}
+        most_layers = max(layers.values(), default=1)
+        most_bps = max((link.downlink_bps for link in self._plan.links), default=0.0)
+        table = Table("device", "link", "", "experts", "layers of the last token", box=SIMPLE_HEAD, expand=True)
+        table.columns[3].justify = "right"
+        for name, link in zip(device_names(len(self._plan.links)), self._plan.links, strict=True):
+            served = layers.get(name, 0)
+            worked = Text.assemble(("█" * -(-_BAR * served // most_layers), "green"), f" {served}" if served else "")
+            table.add_row(
+                Text(f"● {name}", "bold green") if served else Text(f"○ {name}", "dim"),
+                format_quantity(link.downlink_bps, "rate") if link.downlink_bps else "not limited",
+                Text("━" * max(round(_BAR * link.downlink_bps / most_bps), 1) if most_bps else "", "cyan"),
+                str(self._experts.get(name, "-")),
+                worked if layers else "",
+            )
+        return table
+
+    def _answer(self, width: int) -> Group:
+        if self._phase:
+            return Group(Text(self._phase, "yellow"))
+        prompt = Text.assemble(("> ", "bold cyan"), (" ".join(self._prompt.split()), "cyan"))
+        prompt.truncate(2 * width, overflow="ellipsis")
+        lines = Text(self._text).wrap(Console(width=width, height=1, force_terminal=False), max(width - 4, 10))
+        return Group(prompt, *lines[-_TEXT_LINES:], *[Text("")] * (1 if len(lines) else 2))
+
+    def _account(self) -> str:
+        if not self._tokens:
+            return ""
+        spent_s = self._tokens[-1].at_s - self._tokens[0].at_s
+        rate = f"{(len(self._tokens) - 1) / spent_s:.1f} tokens/s, " if spent_s > 0 else ""
+        return f"{len(self._tokens)} tokens, {rate}gate weight dropped {self._tokens[-1].dropped_weight:.1%}"
