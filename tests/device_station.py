@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from expert_files import ExpertFile
 
+from tests.expert_files import ExpertFile
 from wdmoe.errors import PeerGoneError
 from wdmoe.records import ExpertId
 from wdmoe.transport.admission import Admission

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from device_station import Station, ids, running, station
-from expert_files import constant_expert, make_expert
 
+from tests.device_station import Station, ids, running, station
+from tests.expert_files import constant_expert, make_expert
 from wdmoe.config import DeviceSettings, LinkEmulation
 from wdmoe.errors import ConfigError, RefusedError
 from wdmoe.nodes.device import run_device
@@ -42,6 +42,11 @@ def settings(tmp_path):
         return dataclasses.replace(plain, **changes)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _quick_warm_up(monkeypatch):
+    monkeypatch.setattr("wdmoe.nodes.hardware.WARM_UP_S", 0.01)
 
 
 def run_async(work: Callable[[], Awaitable[None]]) -> None:
@@ -402,7 +407,7 @@ async def main():
 
 logging.basicConfig(level=logging.INFO)
 asyncio.run(main())
-heavy = {"torch", "transformers", "onnx", "greenlet"} & set(sys.modules)
+heavy = {"torch", "transformers", "onnx"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else 0)
 """
 

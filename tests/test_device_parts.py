@@ -11,8 +11,8 @@ import time
 import numpy as np
 import psutil
 import pytest
-from expert_files import ExpertFile, make_expert
 
+from tests.expert_files import ExpertFile, make_expert
 from wdmoe.config import DeviceSettings, LinkEmulation
 from wdmoe.errors import ExpertError, PeerBusyError, ProtocolError, RefusedError
 from wdmoe.moe.background_build import BackgroundBuild
