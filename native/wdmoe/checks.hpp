@@ -36,15 +36,22 @@ inline std::size_t first_outside(const double* values, std::size_t n, double low
 
 // Whether no value is NaN or infinite: those are the numbers whose exponent bits are all ones.
 inline bool all_finite(const float* values, std::size_t n) {
+    typedef std::uint32_t Quad __attribute__((vector_size(16)));
+    typedef std::int32_t Mask __attribute__((vector_size(16)));
     constexpr std::uint32_t exponent = 0x7f800000u;
-    constexpr std::size_t block = 4096;
-    for (std::size_t start = 0; start < n; start += block) {
-        const std::size_t end = n - start < block ? n : start + block;
-        std::uint32_t found = 0;
-        for (std::size_t i = start; i < end; ++i) {
-            found |= static_cast<std::uint32_t>((std::bit_cast<std::uint32_t>(values[i]) & exponent) == exponent);
+    constexpr std::size_t block = 32;
+    std::size_t start = 0;
+    for (; n - start >= block; start += block) {
+        Mask found = {0, 0, 0, 0};
+        for (std::size_t i = start; i < start + block; i += 4) {
+            Quad bits;
+            std::memcpy(&bits, values + i, sizeof bits);
+            found |= (bits & exponent) == exponent;
         }
-        if (found != 0) return false;
+        if ((found[0] | found[1] | found[2] | found[3]) != 0) return false;
+    }
+    for (; start < n; ++start) {
+        if ((std::bit_cast<std::uint32_t>(values[start]) & exponent) == exponent) return false;
     }
     return true;
 }
