@@ -190,6 +190,12 @@ def test_tensorrt_keeps_private_engines_per_file_and_board(tmp_path: Path):
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
+def test_an_engine_folder_that_cannot_be_made_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ExpertError, match=r"engine folder .*file/engines/orin"):
+        tensorrt_chain(TensorRtSite(folder=tmp_path / "file" / "engines", fingerprint="orin"), "ab" * 32, 576)
+
+
 def test_a_device_needs_neither_torch_nor_onnx():
     heavy = "{'torch', 'transformers', 'onnx'}"
     code = f"import sys, wdmoe.moe.expert, wdmoe.moe.providers; sys.exit(str({heavy} & set(sys.modules)))"

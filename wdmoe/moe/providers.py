@@ -112,11 +112,17 @@ def tensorrt_chain(site: TensorRtSite, sha256: str, hidden: int) -> ProviderChai
     """TensorRT in half precision, its engine cached for this file, board and software; then CUDA, then CPU.
 
     The folder is made private: an engine is native code, and whoever may write it may run it.
+
+    Raises:
+        ExpertError: the folder can't be made.
     """
     folder = site.folder / site.fingerprint
-    for path in (site.folder, folder):
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.chmod(0o700)
+    try:
+        for path in (site.folder, folder):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.chmod(0o700)
+    except OSError as error:
+        raise ExpertError(f"engine folder {folder}: {error.strerror or error}") from error
     options = {
         "trt_fp16_enable": "1",
         "trt_engine_cache_enable": "1",

@@ -30,7 +30,6 @@ ATTACH_AGAIN_S = 1.0  # also while attached: a connection that was lost and made
 REFUSED_RETRY_S = 2.0
 IDLE_S = 0.5
 FINE_S = 0.002  # below this a wait sleeps: sockets only know milliseconds
-REASON_CHARACTERS = 500  # what fits into a Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +203,7 @@ class ComputeThread:
             partial = self._runner.run(run)
         except ExpertError as error:
             log.warning("refused a run: %s", error)
-            self._send(link, Failure(attempt=run.attempt, reason=str(error)[:REASON_CHARACTERS]))
+            self._send(link, Failure(attempt=run.attempt, reason=str(error)))
             return
         done_s = time.monotonic()
         due_s = self._air.up.cross(done_s, partial.nbytes + REPLY_HEADER_BYTES)

@@ -70,7 +70,7 @@ async def _run(settings: DeviceSettings, dialer: Dialer, opener: ExpertOpener) -
 
 def _report(settings: DeviceSettings, opener: ExpertOpener) -> DeviceReport:
     return DeviceReport(
-        name=(settings.name or socket.gethostname())[: hardware.NAME_CHARACTERS],
+        name=settings.name or socket.gethostname(),
         hardware=hardware.board_name(),
         system=hardware.system_name(),
         provider=opener.provider,

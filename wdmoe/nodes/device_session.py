@@ -173,7 +173,7 @@ class DeviceSession:
 
     def _complain(self, line: str) -> None:
         log.warning("%s", line)
-        self._complaints.append(line[:500])
+        self._complaints.append(line)
         self._news.set()
 
     def _ping(self, sequence: int) -> Ping:

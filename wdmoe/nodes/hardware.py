@@ -18,7 +18,6 @@ from wdmoe.moe.expert import ExpertModel
 PROBE_HIDDEN = 1024
 PROBE_FLOPS = 2 * 3 * PROBE_HIDDEN * PROBE_HIDDEN  # one token through the three matrices of `probe.onnx`
 WARM_UP_S = 0.2
-NAME_CHARACTERS = 128  # what fits into a Hello
 
 
 def probe_expert() -> bytes:
@@ -30,9 +29,9 @@ def board_name(root: Path = Path("/")) -> str:
     """Model of the board (Jetson, Raspberry Pi), else of the CPU."""
     try:
         text = (root / "proc/device-tree/model").read_text(encoding="utf-8", errors="replace")
-        return text.strip("\0\n ")[:NAME_CHARACTERS]
+        return text.strip("\0\n ")
     except OSError:
-        return _cpu_name(root)[:NAME_CHARACTERS]
+        return _cpu_name(root)
 
 
 def _cpu_name(root: Path) -> str:
@@ -65,7 +64,7 @@ def tensorrt_version() -> str:
 
 def system_name() -> str:
     """Operating system and architecture."""
-    return f"{platform.system()} {platform.release()} {platform.machine()}"[:NAME_CHARACTERS]
+    return f"{platform.system()} {platform.release()} {platform.machine()}"
 
 
 def free_memory_bytes() -> int:

@@ -20,7 +20,8 @@ from wdmoe.transport.messages import Place
 log = logging.getLogger(__name__)
 
 AT_ONCE = 3  # experts on their way from disk or air into memory
-RETRY_S = 5.0  # before what couldn't be loaded is tried again
+RETRY_S = 5.0  # before what couldn't be loaded is tried again, doubling
+LONGEST_RETRY_S = 60.0
 
 FetchExpert = Callable[[WantedExpert], Awaitable[bytes]]
 
@@ -59,6 +60,7 @@ class Holdings:
             complain: called with a line for the base station.
         Cancelling leaves whole experts only.
         """
+        delay_s = RETRY_S
         while True:
             todo = changes(wanted_experts(place), self._runner.loaded(), self._memory_bytes)
             for expert in todo.unload:
@@ -71,7 +73,8 @@ class Holdings:
             if not tally.failed:
                 return
             complain(f"can't load {len(tally.failed)} experts: {tally.failed[0]}")
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, LONGEST_RETRY_S)
 
     async def _load(self, todo: Changes, place: Place, fetch: FetchExpert, progress: Callable[[], None]) -> _Tally:
         tally = _Tally()
