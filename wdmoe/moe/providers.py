@@ -157,6 +157,8 @@ class OnnxExpert:
             )
         except Exception as error:  # the runtime has a dozen exception types with no common base
             raise ExpertError(f"ONNX Runtime can't open an expert: {_first_line(error)}") from error
+        if self._session.get_providers()[0] != chain[0][0]:
+            raise ExpertError(f"ONNX Runtime fell back from {chain[0][0]} to {self._session.get_providers()[0]}")
         self.hidden = _hidden_of(self._session)
         self._longest = LONGEST_BATCH if chain[0][0] == RUNTIME_NAMES[TENSORRT] else 0
         self._row: _OneRow | None = None
