@@ -33,6 +33,7 @@ class Lab:
     def __post_init__(self) -> None:
         self.context: Context = new_context()
         self.devices: Context = new_context()
+        self.strangers: Context = new_context()
         self.admission = Admission(self.state)
         self.door = Door(self.context, self.admission)
         self.security = StationSecurity(self.keys, self.door)
@@ -59,6 +60,7 @@ class Lab:
         for end in self._open:
             end.close()
         self.devices.destroy(0)
+        self.strangers.destroy(0)
         self.door.close()
         self.context.destroy(0)
 

@@ -48,6 +48,10 @@ class HandshakeWatch:
         """
         while int(self.socket.get(zmq.EVENTS)) & zmq.POLLIN:
             self._note(parse_monitor_message(self.socket.recv_multipart(zmq.NOBLOCK))["event"])
+        self.raise_verdict()
+
+    def raise_verdict(self) -> None:
+        """As `check`, from what was read before: costs nothing."""
         if self._refusal is not None:
             raise RefusedError(self._refusal)
 

@@ -191,6 +191,8 @@ class _Blocking:
 
     def _wait(self, until: float) -> bool:
         """Sleep until something happens, at most `until`. True: it was a wake."""
+        if self._watch is not None:
+            self._watch.raise_verdict()
         ready: Sequence[tuple[Any, int]] = self._spin(until) if self._spin_s else []
         if not ready:
             ready = zmq.zmq_poll(self._sources, max(0, int((until - time.monotonic()) * 1000) + 1))
