@@ -293,6 +293,9 @@ class ControlPlane:
             manifest_sha256=manifest.digest,
         )
         self._post(action.route, welcome)
+        device = self.roster.by_route(action.route)
+        if device is not None and device.generation >= 0:
+            self._send_place(device)  # it came over another connection, where the last one may have been lost
 
     def _place_soon(self) -> None:
         if self._placing is None:
@@ -325,9 +328,13 @@ class ControlPlane:
         self._generation += 1
         # The roster's news of this is of our own making: `_rearrange` publishes it.
         self.roster, _ = self.roster.place(key=device.key, generation=self._generation, experts=experts)
+        self._send_place(self.roster.devices[device.key])
+
+    def _send_place(self, device: Device) -> None:
+        experts = sorted(device.placed)
         files = [self._bundle.expert_file(expert) for expert in experts]
         place = Place(
-            generation=self._generation,
+            generation=device.generation,
             experts=np.array(experts, np.int32).reshape(-1, 2),
             sha256=np.array([list(bytes.fromhex(f.sha256)) for f in files], np.uint8).reshape(-1, 32),
             size=np.array([f.size for f in files], np.int64),

@@ -64,12 +64,17 @@ def choose_targets(
         weight_bytes=np.array([catalogue.weight_bytes[e] for e in free], np.int64),
         load=np.array([catalogue.load[e] for e in free], np.float64),
         memory_bytes=np.maximum(np.array(room, np.int64), 0),
-        speed=np.array([max(host.report.flops, 1.0) for host in hosts], np.float64),
+        speed=np.array([_speed(host.report) for host in hosts], np.float64),
         layer=np.array([e.layer for e in free], np.int32),
         sticky=np.array([index.get(before.get(e, ""), -1) for e in free], np.int32),
     )
     targets = dict(fixed) | {e: hosts[h].device_id for e, h in zip(free, homes, strict=True) if h >= 0}
     return targets, tuple(e for e, h in zip(free, homes, strict=True) if h < 0)
+
+
+def _speed(report: DeviceReport) -> float:
+    """What a device says of itself, as far as it can be true; else the slowest."""
+    return report.flops if 1.0 <= report.flops < 1e18 else 1.0
 
 
 def holdings(hosts: Sequence[Host], targets: Mapping[ExpertId, str]) -> dict[str, tuple[ExpertId, ...]]:
