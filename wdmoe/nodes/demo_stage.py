@@ -10,7 +10,7 @@ from typing import Protocol, TextIO
 from rich.console import Console
 from rich.live import Live
 
-from wdmoe.nodes.demo_view import DemoView
+from wdmoe.nodes.demo_view import DemoView, shown
 from wdmoe.nodes.station_client import Token
 
 FRAMES_PER_S = 8  # each costs a few milliseconds of the machine that is being measured
@@ -113,7 +113,7 @@ class PlainStage:
     def token(self, token: Token) -> None:
         """See `Stage`."""
         self.view.token(token)
-        self._write(token.text)
+        self._write(shown(token.text))
 
     def ended(self, text: str) -> None:
         """See `Stage`."""

@@ -15,6 +15,7 @@ from wdmoe.nodes.station_client import Token
 from wdmoe.units import format_quantity
 
 _BAR = 16  # characters of the fullest bar
+_WIDE = 80  # columns from which on there is room for all of the table
 _TEXT_LINES = 8  # of the answer's end, so that the whole view fits a small terminal
 
 
@@ -42,47 +43,54 @@ class DemoView:
     def token(self, token: Token) -> None:
         """One more token."""
         self._tokens = (*self._tokens, token)
-        self._text += token.text
+        self._text += shown(token.text)
 
     def ended(self, text: str) -> None:
         """The answer is complete; this is all of it."""
-        self._text = text
+        self._text = shown(text)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """For rich."""
         yield Panel(
-            Group(self._devices(), self._answer(options.max_width)),
-            title=f"[bold]{self._title}[/] {self._model}: {self._plan.name}",
+            Group(self._devices(options.max_width), self._answer(console, max(options.max_width - 4, 10))),
+            title=Text.assemble((self._title, "bold"), f"  {shown(self._model)}: {self._plan.name}"),
             subtitle=self._account(),
             box=ROUNDED,
             padding=(0, 1),
         )
 
-    def _devices(self) -> Table:
+    def _devices(self, width: int) -> Table:
         last = self._tokens[-1] if self._tokens else None
         layers = dict(zip(last.devices, last.layers, strict=True)) if last else {}
         most_layers = max(layers.values(), default=1)
-        most_bps = max((link.downlink_bps for link in self._plan.links), default=0.0)
-        table = Table("device", "link", "", "experts", "layers of the last token", box=SIMPLE_HEAD, expand=True)
-        table.columns[3].justify = "right"
-        for name, link in zip(device_names(len(self._plan.links)), self._plan.links, strict=True):
+        most_bps = max(link.downlink_bps for link in self._plan.links) or 1.0
+        wide = width >= _WIDE
+        names = device_names(len(self._plan.links))
+        table = Table("device", "link", *([""] if wide else []), "experts", box=SIMPLE_HEAD, expand=True)
+        table.columns[-1].justify = "right"
+        table.add_column("layers of the last token" if wide else "last token")
+        for column in table.columns:
+            column.no_wrap = True
+        table.columns[0].min_width = max(len(name) for name in names) + 2
+        for name, link in zip(names, self._plan.links, strict=True):
             served = layers.get(name, 0)
-            worked = Text.assemble(("█" * -(-_BAR * served // most_layers), "green"), f" {served}" if served else "")
+            bar = "█" * -(-_BAR * served // most_layers) if wide else ""
+            worked = Text.assemble((bar, "green"), f" {served}" if served else "")
             table.add_row(
                 Text(f"● {name}", "bold green") if served else Text(f"○ {name}", "dim"),
                 format_quantity(link.downlink_bps, "rate") if link.downlink_bps else "not limited",
-                Text("━" * max(round(_BAR * link.downlink_bps / most_bps), 1) if most_bps else "", "cyan"),
+                *([Text("━" * max(round(_BAR * link.downlink_bps / most_bps), 1), "cyan")] if wide else []),
                 str(self._experts.get(name, "-")),
                 worked if layers else "",
             )
         return table
 
-    def _answer(self, width: int) -> Group:
+    def _answer(self, console: Console, width: int) -> Group:
         if self._phase:
             return Group(Text(self._phase, "yellow"))
-        prompt = Text.assemble(("> ", "bold cyan"), (" ".join(self._prompt.split()), "cyan"))
+        prompt = Text.assemble(("> ", "bold cyan"), (shown(" ".join(self._prompt.split())), "cyan"))
         prompt.truncate(2 * width, overflow="ellipsis")
-        lines = Text(self._text).wrap(Console(width=width, height=1, force_terminal=False), max(width - 4, 10))
+        lines = Text(self._text).wrap(console, width)
         return Group(prompt, *lines[-_TEXT_LINES:], *[Text("")] * (1 if len(lines) else 2))
 
     def _account(self) -> str:
@@ -91,3 +99,8 @@ class DemoView:
         spent_s = self._tokens[-1].at_s - self._tokens[0].at_s
         rate = f"{(len(self._tokens) - 1) / spent_s:.1f} tokens/s, " if spent_s > 0 else ""
         return f"{len(self._tokens)} tokens, {rate}gate weight dropped {self._tokens[-1].dropped_weight:.1%}"
+
+
+def shown(text: str) -> str:
+    """The text without what would steer a terminal: a model may write anything."""
+    return "".join(character for character in text if character.isprintable() or character in "\n\t")
