@@ -6,11 +6,11 @@ import shutil
 from contextlib import suppress
 from dataclasses import replace
 
-import families
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests import families
 from wdmoe.backbone.bundle import (
     MANIFEST_NAME,
     MAX_READ_BYTES,

@@ -10,11 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-import families
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests import families
 from wdmoe.backbone import journal
 from wdmoe.backbone.bundle import MANIFEST_NAME, Bundle
 from wdmoe.backbone.export import ExportSettings, export_bundle

@@ -1,9 +1,9 @@
 """Every family of the list: exported, loaded without experts, computed with ONNX Runtime."""
 
-import families
 import pytest
 import torch
 
+from tests import families
 from wdmoe.backbone.bundle import Bundle
 from wdmoe.backbone.export import ExportSettings, export_bundle
 from wdmoe.backbone.station import load_station

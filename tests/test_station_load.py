@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import families
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests import families
 from wdmoe.backbone.bundle import Bundle
 from wdmoe.backbone.export import ExportSettings, export_bundle
 from wdmoe.backbone.station import experts_modules, load_station, router_of
