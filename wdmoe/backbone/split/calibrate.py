@@ -5,6 +5,7 @@ The split stream is what a layer will really see at run time, the dense stream i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,26 +31,33 @@ def dense_model(source: DenseModel) -> Any:
 class Streams:
     """Hidden states of all calibration windows, (windows, length, width), in front of one layer after another."""
 
-    def __init__(self, model: Any, windows: torch.Tensor) -> None:
+    def __init__(self, model: Any, windows: torch.Tensor, *, with_dense: bool) -> None:
         self.split: torch.Tensor = model.model.embed_tokens(windows)
-        self.dense: torch.Tensor = self.split.clone()
+        self.dense: torch.Tensor | None = self.split.clone() if with_dense else None
         self._positions = model.model.rotary_emb(self.split[:1], torch.arange(windows.shape[1])[None])
 
     def attend(self, layer: Any) -> None:
-        """Add the layer's attention to both streams."""
-        for stream in (self.split, self.dense):
-            for part in stream.split(_WINDOWS):  # views: changed in place
+        """Add the layer's attention."""
+        for stream in (self.split, self.dense) if self.dense is not None else (self.split,):
+            for part in _parts(stream):
                 normed = layer.input_layernorm(part)
                 part += layer.self_attn(normed, position_embeddings=self._positions, attention_mask=None)[0]
 
     def step_dense(self, layer: Any) -> None:
         """Add the layer's dense FFN to the dense stream."""
-        for part in self.dense.split(_WINDOWS):
-            part += layer.mlp(layer.post_attention_layernorm(part))
+        if self.dense is not None:
+            for part in _parts(self.dense):
+                part += layer.mlp(layer.post_attention_layernorm(part))
 
     def add_split(self, output: torch.Tensor) -> None:
         """Add a split FFN's output, (tokens, width), to the split stream."""
         self.split += output.view_as(self.split)
+
+
+def _parts(stream: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Views of a few windows each, to be changed in place."""
+    for start in range(0, len(stream), _WINDOWS):
+        yield stream[start : start + _WINDOWS]
 
 
 def activations(layer: Any, hidden: torch.Tensor) -> torch.Tensor:

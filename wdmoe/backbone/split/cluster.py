@@ -5,11 +5,17 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from wdmoe.backbone.split.router import RidgeSolver, kept_mask
+
 _ROUNDS = 12
 _SAMPLE = 2048  # tokens looked at for co-activation
+_ROUTED_ROUNDS = 4
+_ROUTED_SAMPLE = 4096
 
 
-def strongest(acts: torch.Tensor, down: torch.Tensor, weight: torch.Tensor, count: int) -> torch.Tensor:
+def strongest(
+    acts: torch.Tensor, down: torch.Tensor, weight: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Split neurons by the mean square of what they add to the hidden state.
 
     Args:
@@ -45,6 +51,47 @@ def co_activation_clusters(acts: torch.Tensor, clusters: int, seed: int) -> torc
             break
         centres = functional.normalize(torch.stack([points[owner == c].mean(0) for c in range(clusters)]), dim=1)
     return owner
+
+
+def routed_clusters(
+    acts: torch.Tensor, down: torch.Tensor, hidden: torch.Tensor, owner: torch.Tensor, clusters: int, top_k: int
+) -> torch.Tensor:
+    """Better clusters for a linear router: fit it, then give each neuron the expert that is kept when it matters.
+
+    The two steps alternate a few times, as in k-means; clusters stay balanced.
+
+    Args:
+        acts: (tokens, neurons), weighted by token.
+        down: (width, neurons).
+        hidden: (tokens, width), what the router sees.
+        owner: (neurons,) clusters to start from.
+    Returns:
+        (neurons,) cluster of each.
+    """
+    acts, hidden = acts[:_ROUTED_SAMPLE], hidden[:_ROUTED_SAMPLE]
+    router = RidgeSolver(hidden)
+    energy = acts.square().mul_(down.square().sum(0))
+    fair = energy.sum(0).clamp_min(1e-20).rsqrt()  # between counting neurons and counting energy
+    for _ in range(_ROUTED_ROUNDS):
+        members = owner.argsort(stable=True).view(clusters, -1)
+        norms = expert_energy(acts, down, members).sqrt()
+        kept = kept_mask(hidden @ router.solve(norms), top_k)
+        owner = balanced_assignment((energy.T @ kept) * fair[:, None])
+    return owner
+
+
+def expert_energy(acts: torch.Tensor, down: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+    """Squared norm of each expert's output.
+
+    Args:
+        acts: (tokens, neurons).
+        down: (width, neurons).
+        members: (experts, size) neurons of each expert.
+    Returns:
+        (tokens, experts).
+    """
+    outputs = (acts[:, neurons] @ down[:, neurons].T for neurons in members)
+    return torch.stack([output.square().sum(1) for output in outputs], dim=1)
 
 
 def balanced_assignment(score: torch.Tensor) -> torch.Tensor:

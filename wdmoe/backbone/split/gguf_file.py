@@ -96,7 +96,9 @@ class GgufLlama:
         tokenizer.pre_tokenizer = cut()
         tokenizer.decoder = decoders.ByteLevel()
         kinds = self._field("tokenizer.ggml.token_type")
-        tokenizer.add_special_tokens([token for token, kind in zip(tokens, kinds) if kind == _CONTROL_TOKEN])
+        tokenizer.add_special_tokens(
+            [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL_TOKEN]
+        )
         special = {role: self._special(tokens, key) for role, key in _SPECIAL_TOKENS.items()}
         return PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,

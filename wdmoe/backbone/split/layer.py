@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from wdmoe.backbone.split.calibrate import Streams, activations
-from wdmoe.backbone.split.cluster import co_activation_clusters, strongest
+from wdmoe.backbone.split.cluster import co_activation_clusters, expert_energy, routed_clusters, strongest
 from wdmoe.backbone.split.correct import refit
-from wdmoe.backbone.split.router import gate_scale, kept_weights, ridge_router
+from wdmoe.backbone.split.router import RidgeSolver, gate_scale, kept_weights
 from wdmoe.backbone.split.settings import SplitSettings
 
 
@@ -36,15 +36,13 @@ def split_layer(layer: Any, streams: Streams, settings: SplitSettings) -> SplitL
     acts = activations(layer, hidden)
     down = layer.mlp.down_proj.weight
     weight = _token_weights(before)
-    target = acts @ down.T
-
     size = settings.expert_size(len(down.T))
     shared, routed = strongest(acts, down, weight, len(down.T) - settings.experts * size)
-    owner = co_activation_clusters(acts[:, routed] * weight.sqrt()[:, None], settings.experts, settings.seed)
-    members = routed[owner.argsort(stable=True)].view(settings.experts, size)
+    members = _experts(acts, down, hidden, weight, routed, settings)
 
-    energy = _expert_energy(acts, down, members)
-    scores = hidden @ (router := ridge_router(hidden, energy.sqrt() * weight.sqrt()[:, None], torch.ones_like(weight)))
+    energy = expert_energy(acts, down, members) * weight[:, None]
+    router = RidgeSolver(hidden).solve(energy.sqrt())
+    scores = hidden @ router
     scale = gate_scale(scores, energy / energy.sum(1, keepdim=True).clamp_min(1e-20)) * settings.gate_temperature
     kept = kept_weights(scale * scores, settings.top_k)
 
@@ -52,13 +50,27 @@ def split_layer(layer: Any, streams: Streams, settings: SplitSettings) -> SplitL
     features = acts[:, order]
     features[:, len(shared) :].view(-1, settings.experts, size).mul_(kept[:, :, None])
     output_weights = down.T[order]
-    if settings.correct:
+    if streams.dense is not None:
         streams.step_dense(layer)
         wanted = streams.dense.flatten(0, 1) - before
         output_weights = refit(features, wanted, weight, output_weights, settings.ridge)
-    del target
     streams.add_split(features @ output_weights)
     return _assemble(layer, shared, members, router * scale, output_weights, settings.top_k)
+
+
+def _experts(
+    acts: torch.Tensor,
+    down: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    routed: torch.Tensor,
+    settings: SplitSettings,
+) -> torch.Tensor:
+    """(experts, size) neurons of each expert."""
+    seen, out = acts[:, routed] * weight.sqrt()[:, None], down[:, routed]
+    owner = co_activation_clusters(seen, settings.experts, settings.seed)
+    owner = routed_clusters(seen, out, hidden, owner, settings.experts, settings.top_k)
+    return routed[owner.argsort(stable=True)].view(settings.experts, -1)
 
 
 def _token_weights(hidden: torch.Tensor) -> torch.Tensor:
@@ -67,12 +79,6 @@ def _token_weights(hidden: torch.Tensor) -> torch.Tensor:
     It also keeps the few tokens with huge hidden states (the first of a text) from ruling every fit.
     """
     return 1 / hidden.square().mean(1).clamp_min(1e-12)
-
-
-def _expert_energy(acts: torch.Tensor, down: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-    """(tokens, experts) squared norm of each expert's output."""
-    outputs = (acts[:, neurons] @ down[:, neurons].T for neurons in members)
-    return torch.stack([output.square().sum(1) for output in outputs], dim=1)
 
 
 def _assemble(

@@ -7,20 +7,24 @@ import torch
 _RIDGE = 0.01  # relative to the mean diagonal of the normal equations
 
 
-def ridge_router(hidden: torch.Tensor, benefit: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Regress each expert's benefit on the hidden state.
+class RidgeSolver:
+    """Ridge regression on one set of hidden states, factorised once for several targets."""
 
-    Args:
-        hidden: (tokens, width), as the router sees it (after the norm).
-        benefit: (tokens, experts).
-        weight: (tokens,).
-    Returns:
-        (width, experts); `hidden @` it ranks experts.
-    """
-    weighted = hidden * weight[:, None]
-    normal = weighted.T @ hidden
-    normal += torch.eye(len(normal)) * (_RIDGE * normal.diagonal().mean())
-    return torch.linalg.solve(normal, weighted.T @ benefit)
+    def __init__(self, hidden: torch.Tensor) -> None:
+        """`hidden`: (tokens, width), as the router sees it (after the norm)."""
+        normal = hidden.T @ hidden
+        normal.diagonal().add_(_RIDGE * normal.diagonal().mean() + 1e-30)
+        self._factor = torch.linalg.cholesky(normal)
+        self._hidden = hidden
+
+    def solve(self, wanted: torch.Tensor) -> torch.Tensor:
+        """(width, experts) such that `hidden @` it is near `wanted`, (tokens, experts)."""
+        return torch.cholesky_solve(self._hidden.T @ wanted, self._factor)
+
+
+def kept_mask(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    """(tokens, experts): 1 at the `top_k` highest scores of each token, 0 elsewhere."""
+    return torch.zeros_like(scores).scatter_(1, scores.topk(top_k, dim=1).indices, 1.0)
 
 
 def kept_weights(logits: torch.Tensor, top_k: int) -> torch.Tensor:

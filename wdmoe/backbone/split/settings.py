@@ -10,6 +10,7 @@ from typing import Any
 
 from wdmoe.errors import ConfigError
 
+_ALIGN = 8  # grouped matrix products want rows of a multiple of 16 bytes, in 16 bits too
 Progress = Callable[[str, float], None]  # (stage, fraction of that stage done)
 
 
@@ -50,13 +51,13 @@ class SplitSettings:
             raise ConfigError(f"calibration and held-out tokens must be at least one window ({self.window})")
 
     def expert_size(self, neurons: int) -> int:
-        """Neurons per expert of an FFN with `neurons`; what is left over joins the shared part.
+        """Neurons per expert of an FFN with `neurons`, a multiple of 8; what is left over joins the shared part.
 
         Raises:
             ConfigError: there are too few neurons for so many experts.
         """
-        size = int((1 - self.shared) * neurons) // self.experts
-        if size < 1:
+        size = int((1 - self.shared) * neurons) // self.experts // _ALIGN * _ALIGN
+        if size == 0:
             raise ConfigError(f"{neurons} neurons are too few for {self.experts} experts with {self.shared} shared")
         return size
 

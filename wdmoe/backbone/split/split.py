@@ -70,7 +70,7 @@ def _split_layers(
     source: DenseModel, windows: torch.Tensor, settings: SplitSettings, progress: Progress
 ) -> list[SplitLayer]:
     model = dense_model(source)
-    streams = Streams(model, windows)
+    streams = Streams(model, windows, with_dense=settings.correct)
     layers: list[SplitLayer] = []
     for index, layer in enumerate(model.model.layers):
         progress("split", index / len(model.model.layers))
