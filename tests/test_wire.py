@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -298,3 +299,12 @@ def test_an_insecure_channel_insists_on_the_checksum() -> None:
 
 def test_tensors_describe_themselves_for_the_documentation() -> None:
     assert str(Tensor(("f32", "f16"), ("tokens", "hidden"))) == "f16/f32 (tokens, hidden)"
+
+
+def test_the_documentation_has_the_table_as_it_is(repository: Path) -> None:
+    page = (repository / "docs" / "wire.md").read_text()
+    for schema in BY_NUMBER.values():
+        fields = ", ".join(
+            f"{name}: {field}" if isinstance(field, Tensor) else name for name, field in schema.fields.items()
+        )
+        assert f"| {schema.number} | {schema.kind.__name__} | {fields} |" in page
