@@ -159,6 +159,9 @@ class OnnxExpert:
             raise ExpertError(f"ONNX Runtime can't open an expert: {_first_line(error)}") from error
         if self._session.get_providers()[0] != chain[0][0]:
             raise ExpertError(f"ONNX Runtime fell back from {chain[0][0]} to {self._session.get_providers()[0]}")
+        self._session.disable_fallback()  # an error is answered, not papered over by a new session
+        # The file stays in this attribute only for that fallback: as much memory again as the weights take.
+        self._session._model_bytes = b""
         self.hidden = _hidden_of(self._session)
         self._longest = LONGEST_BATCH if chain[0][0] == RUNTIME_NAMES[TENSORRT] else 0
         self._row: _OneRow | None = None
