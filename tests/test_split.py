@@ -94,14 +94,28 @@ def test_a_small_temperature_is_exact(dense: Path, words: Path, tmp_path: Path) 
     torch.testing.assert_close(logits(tmp_path / "moe", ids), logits(dense, ids), atol=LOGIT_TOLERANCE, rtol=0)
 
 
-def test_corrections_bring_the_layer_outputs_nearer(dense: Path, words: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def redundant(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dense model with every neuron there twice, with different output weights: what is dropped can be made up."""
+    folder = tmp_path_factory.mktemp("redundant")
+    model = LlamaForCausalLM.from_pretrained(dense)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for weight in (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight):
+                weight[36:] = weight[:36]
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def test_corrections_make_up_for_what_is_dropped(redundant: Path, words: Path, tmp_path: Path) -> None:
     ids = torch.randint(0, 60, (8, 60), generator=torch.Generator().manual_seed(3))
     errors = []
     for correct_it in (False, True):
         out = tmp_path / f"moe-{correct_it}"
-        split_checkpoint(dense, out, settings(words, correct=correct_it, ridge=0.1))
-        errors.append(float((logits(out, ids) - logits(dense, ids)).square().mean()))
-    assert errors[1] < errors[0]
+        split_checkpoint(redundant, out, settings(words, correct=correct_it, ridge=0.1))
+        errors.append(float((logits(out, ids) - logits(redundant, ids)).square().mean()))
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_the_folder_is_whole(dense: Path, words: Path, tmp_path: Path) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig, GraniteMoeSharedConfig, GraniteMoeSharedForCausalLM
+from transformers.utils import logging as hub_logging
 
 from wdmoe.backbone.split.dense import DenseModel
 from wdmoe.backbone.split.layer import SplitLayer
@@ -94,7 +96,8 @@ def write_checkpoint(model: Any, tokenizer: Any, card: str, out: Path) -> None:
     except OSError as error:
         raise BundleError(f"cannot write to {out.parent}: {error.strerror or error}") from error
     try:
-        model.save_pretrained(part)
+        with _no_progress_bar():
+            model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         (part / "README.md").write_text(card, "utf-8")
         part.chmod(0o755)  # mkdtemp makes it private
@@ -103,6 +106,18 @@ def write_checkpoint(model: Any, tokenizer: Any, card: str, out: Path) -> None:
         raise BundleError(f"cannot write {out}: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws its own bar while saving, across the caller's."""
+    shown = hub_logging.is_progress_bar_enabled()
+    hub_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hub_logging.enable_progress_bar()
 
 
 def model_card(source: DenseModel, settings: SplitSettings, figures: dict[str, Any]) -> str:
