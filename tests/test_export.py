@@ -165,6 +165,19 @@ def test_half_finished_export_of_something_else_is_refused(source, tmp_path):
         export_bundle(source, tmp_path / "out", ExportSettings(precision="int8"))
 
 
+def test_two_exports_into_one_folder_are_refused(source, tmp_path):
+    class Second:
+        def start(self, total_bytes):
+            pass
+
+        def advance(self, source_bytes, what):
+            with pytest.raises(BundleError, match="by another export"):
+                export_bundle(source, tmp_path / "out", ExportSettings())
+
+    export_bundle(source, tmp_path / "out", ExportSettings(), Second())
+    Bundle.open(tmp_path / "out").verify()
+
+
 def test_folder_that_is_not_empty_is_refused(source, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/letter.txt").write_text("keep me")

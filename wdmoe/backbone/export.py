@@ -81,9 +81,7 @@ class _Plan:
     shards: tuple[tuple[str, tuple[Group, ...]], ...]  # path in the bundle, what is in it
 
 
-def export_bundle(
-    model: Path, out: Path, settings: ExportSettings, progress: ExportProgress | None = None
-) -> Manifest:
+def export_bundle(model: Path, out: Path, settings: ExportSettings, progress: ExportProgress | None = None) -> Manifest:
     """Export a checkpoint folder. Running it again with the same arguments resumes; a finished bundle is
     refused.
 
@@ -102,33 +100,17 @@ def export_bundle(
     if missing := conversion.missing():
         raise BundleError(f"{model} has no weights for {missing[0]!r} ({len(missing)} are missing in all)")
     plan = _plan(skeleton, conversion, checkpoint)
-    work = _Work(
-        checkpoint, conversion, skeleton, Journal(out, _identity(checkpoint, small, settings)), progress
-    )
-    with torch.no_grad():
+    about = _about(skeleton, config, small, settings.name or model.resolve().name)
+    with Journal(out, _identity(checkpoint, small, settings)) as journal, torch.no_grad():
+        work = _Work(checkpoint, conversion, skeleton, journal, progress)
         try:
             station = [*work.copies(small), *work.station(plan)]
             experts, width = work.experts(plan, settings.precision)
         except BundleError as error:
             raise BundleError(f"{config.model_type}: {error}") from error
-    about = _about(skeleton, config, small, settings.name or model.resolve().name)
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        hidden=width,
-        moe_layers=tuple(layer.number for layer in plan.layers),
-        experts_per_layer={
-            layer.number: sum(file.id.layer == layer.number for file in experts) for layer in plan.layers
-        },
-        precision=settings.precision,
-        activations="f32",
-        experts=tuple(experts),
-        station=tuple(sorted(station, key=lambda file: file.path)),
-        digest="",
-        **about,
-    )
-    data = manifest_bytes(manifest)
-    finished = parse_manifest(data)  # what is written can be read
-    work.journal.close(MANIFEST_NAME, data)
+        data = manifest_bytes(_manifest(plan, settings, station, experts, width, about))
+        finished = parse_manifest(data)  # what is written can be read
+        journal.close(MANIFEST_NAME, data)
     return finished
 
 
@@ -146,7 +128,7 @@ class _Work:
         self._checkpoint = checkpoint
         self._conversion = conversion
         self._skeleton = skeleton
-        self.journal = journal
+        self._journal = journal
         self._progress = progress
         if progress is not None:
             progress.start(sum(self._size(group) for group in conversion.groups.values()))
@@ -154,17 +136,17 @@ class _Work:
     def copies(self, small: dict[str, bytes]) -> Iterator[StationFile]:
         """Config and tokenizer."""
         for path, data in small.items():
-            yield _station_file(self.journal.finished(path) or self.journal.write(path, [data]))
+            yield _station_file(self._journal.finished(path) or self._journal.write(path, [data]))
 
     def station(self, plan: _Plan) -> Iterator[StationFile]:
         """The weights that stay at the base station."""
         for path, groups in plan.shards:
-            entry = self.journal.finished(path)
+            entry = self._journal.finished(path)
             if entry is None:
                 tensors: dict[str, torch.Tensor] = {}
                 for group in groups:
                     tensors.update(self._conversion.convert(group, self._checkpoint.read))
-                entry = self.journal.write(path, safetensors_parts(tensors))
+                entry = self._journal.write(path, safetensors_parts(tensors))
             yield _station_file(entry)
             self._advance(groups, "station")
 
@@ -192,11 +174,11 @@ class _Work:
         files = []
         for number in range(experts.count):
             path = expert_path(ExpertId(layer.number, number))
-            entry = self.journal.finished(path)
+            entry = self._journal.finished(path)
             if entry is None:
                 graph = experts.graph(number, precision)
                 about = {"flops_per_token": graph.flops_per_token, "weight_bytes": graph.weight_bytes}
-                entry = self.journal.write(path, [graph.data], **about)
+                entry = self._journal.write(path, [graph.data], **about)
             files.append(_expert_file(layer.number, number, entry))
         return files
 
@@ -204,7 +186,7 @@ class _Work:
         """The layer's files if all of them are there, else nothing."""
         files = []
         for number in range(module.down_proj.shape[0]):
-            entry = self.journal.finished(expert_path(ExpertId(layer.number, number)))
+            entry = self._journal.finished(expert_path(ExpertId(layer.number, number)))
             if entry is None:
                 return []
             files.append(_expert_file(layer.number, number, entry))
@@ -239,15 +221,35 @@ def _plan(skeleton: Any, conversion: Conversion, checkpoint: Checkpoint) -> _Pla
                 room = _SHARD_BYTES
             shards[-1].append(group)
             room -= size
-    names = (
-        ["station"] if len(shards) == 1 else [f"station-{number:05d}" for number in range(1, len(shards) + 1)]
-    )
+    names = ["station"] if len(shards) == 1 else [f"station-{number:05d}" for number in range(1, len(shards) + 1)]
     return _Plan(
         tuple(_Layer(layer, prefixes[layer], tuple(groups)) for layer, groups in of_layer.items()),
         tuple(
-            (f"{STATION_FOLDER}/{name}.safetensors", tuple(groups))
-            for name, groups in zip(names, shards, strict=True)
+            (f"{STATION_FOLDER}/{name}.safetensors", tuple(groups)) for name, groups in zip(names, shards, strict=True)
         ),
+    )
+
+
+def _manifest(
+    plan: _Plan,
+    settings: ExportSettings,
+    station: list[StationFile],
+    experts: list[ExpertFile],
+    width: int,
+    about: dict[str, Any],
+) -> Manifest:
+    counts = {layer.number: sum(file.id.layer == layer.number for file in experts) for layer in plan.layers}
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        hidden=width,
+        moe_layers=tuple(counts),
+        experts_per_layer=counts,
+        precision=settings.precision,
+        activations="f32",
+        experts=tuple(experts),
+        station=tuple(sorted(station, key=lambda file: file.path)),
+        digest="",
+        **about,
     )
 
 

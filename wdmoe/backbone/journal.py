@@ -5,10 +5,12 @@ later.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,15 @@ class Journal:
     """Writes an export's files and remembers which are done, so that an interrupted export can go on.
 
     The first line names the work (source and settings); each other line is a finished file. A file counts as
-    done only if its bytes still have the hash that was written down.
+    done only if its bytes still have the hash that was written down. A context manager: leaving it lets go of the
+    folder, whatever has happened.
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
         """Start or resume.
 
         Raises:
-            BundleError: the folder holds a bundle, something else, or a half-finished export of something
-                else.
+            BundleError: the folder holds a bundle, another export, something else, or is in use.
         """
         self._folder = folder
         self._path = folder / JOURNAL_NAME
@@ -43,14 +45,31 @@ class Journal:
                 raise BundleError(f"{folder} is not empty: give a new folder, or delete it first")
             else:
                 self._path.write_text(json.dumps({"identity": identity}) + "\n")
+            self._lock()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stream.close()
+
+    def _lock(self) -> None:
+        """One export at a time: the lock goes when the stream is closed or the process ends."""
+        torn = not self._path.read_bytes().endswith(b"\n")  # by an end of the process in mid-line
+        self._stream = self._path.open("a")
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._stream.close()
+            raise BundleError(f"{self._folder} is being written by another export") from None
+        if torn:
+            self._stream.write("\n")
 
     def _resume(self, identity: str) -> dict[str, dict[str, Any]]:
         lines = self._path.read_text(errors="replace").splitlines()
         entries = [entry for line in lines if (entry := _entry(line)) is not None]
         if entries and entries[0].get("identity") != identity:
-            raise BundleError(
-                f"{self._folder} holds a half-finished export of something else: delete it first"
-            )
+            raise BundleError(f"{self._folder} holds a half-finished export of something else: delete it first")
         if not entries:
             self._path.write_text(json.dumps({"identity": identity}) + "\n")
         return {entry["path"]: entry for entry in entries[1:] if "path" in entry and "sha256" in entry}
@@ -92,8 +111,8 @@ class Journal:
             finally:
                 partial.unlink(missing_ok=True)
             entry = {"path": name, "sha256": digest.hexdigest(), "size": size, **about}
-            with self._path.open("a") as journal:
-                journal.write(json.dumps(entry) + "\n")
+            self._stream.write(json.dumps(entry) + "\n")
+            self._stream.flush()
         return entry
 
     def close(self, manifest_name: str, manifest: bytes) -> None:
@@ -111,20 +130,14 @@ def _entry(line: str) -> dict[str, Any] | None:
     return plain if isinstance(plain, dict) else None
 
 
-class _disk:
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
     """Turns the failures of a disk into one line."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, OSError):
-            return
+    try:
+        yield
+    except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BundleError(
-                f"the disk is full at {self._path}: make room and run the same command again to go on"
+                f"the disk is full at {path}: make room and run the same command again to go on"
             ) from error
-        raise BundleError(f"cannot write {self._path}: {error.strerror or error}") from error
+        raise BundleError(f"cannot write {path}: {error.strerror or error}") from error
