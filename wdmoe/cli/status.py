@@ -19,7 +19,7 @@ from wdmoe.units import Dimension, format_quantity
 
 _MOST_BYTES = 64 << 20  # of an answer
 _TIMEOUT_S = 10.0
-_COLUMNS = ("device", "hardware", "provider", "experts", "placed", "memory", "speed", "per token", "queued", "link")
+_COLUMNS = ("device", "hardware", "provider", "experts", "ready", "memory", "speed", "per token", "queued", "link")
 
 
 @click.command()
@@ -78,8 +78,8 @@ def _show(state: Mapping[str, Any]) -> None:
     devices = state.get("devices")
     rows = [_row(each) for each in devices if isinstance(each, dict)] if isinstance(devices, list) else []
     print_table(_COLUMNS, rows, right=3)
-    if {"experts", "experts_served"} <= state.keys():
-        click.echo(printable(f"{state['experts_served']} of {state['experts']} experts are served"))
+    if {"experts", "unserved"} <= state.keys():
+        click.echo(printable(f"{state['unserved']} of {state['experts']} experts are not served"))
 
 
 def _row(device: Mapping[str, Any]) -> list[object]:
@@ -89,10 +89,10 @@ def _row(device: Mapping[str, Any]) -> list[object]:
         device.get("hardware"),
         str(device.get("provider", "-")).removesuffix("ExecutionProvider"),
         device.get("experts"),
-        device.get("experts_placed"),
+        device.get("ready"),
         _quantity(device, "memory_bytes", "size"),
         None if speed is None else f"{speed / 1e9:.3g} GFLOP/s",
-        _quantity(device, "token_s", "time"),
+        _quantity(device, "rtt_s", "time"),
         device.get("queued"),
         {True: "up", False: "no data"}.get(device.get("attached", 0)),
     ]
