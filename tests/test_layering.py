@@ -26,6 +26,7 @@ LAYERS = {
     "serving": 4,
     "simulation": 4,
     "cli": 5,
+    "__main__": 6,
 }
 FACES = {"wdmoe.broadcast", "wdmoe.solver"}  # hand public names on to programs outside
 # How one expert is computed is a chain of its own: the runner opens models through providers.
