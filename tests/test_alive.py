@@ -149,4 +149,11 @@ def test_a_revoked_device_is_cut_off_while_the_others_go_on(fleet: Fleet, bundle
         while "revoked" not in fleet.devices[0].said() and time.monotonic() < limit:
             time.sleep(0.1)
         assert "revoked" in fleet.devices[0].said()
+        # The token it still holds opens no door any more, under whatever key.
+        fleet.add_device()
+        limit = time.monotonic() + PATIENCE_S
+        while "refused" not in fleet.devices[-1].said() and time.monotonic() < limit:
+            time.sleep(0.1)
+        assert "refused" in fleet.devices[-1].said()
+        assert names(station) == {device.name for device in fleet.devices[1:3]}
 

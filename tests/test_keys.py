@@ -242,3 +242,12 @@ def _until(condition: object) -> None:
     while not condition():
         assert time.monotonic() < limit
         time.sleep(0.02)
+
+
+def test_revoking_ends_the_tokens_that_the_board_may_hold(admission: Admission) -> None:
+    token = admission.create_token(new_key_pair(), ["tcp://127.0.0.1:5555"], ttl_s=60)
+    admission.enrol(token.enrolment.public, new_key_pair().public, "kit")
+    admission.revoke("kit")
+    assert admission.kind_of(token.enrolment.public) == "unknown"
+    with pytest.raises(RefusedError, match="join token"):
+        admission.enrol(token.enrolment.public, new_key_pair().public, "kit again")

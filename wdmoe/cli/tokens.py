@@ -86,3 +86,4 @@ def revoke(state: Path, device: str) -> None:
 
     for gone in Admission(state).revoke(device):
         click.echo(f"{printable(gone.name)} ({gone.fingerprint}) may not join any more")
+    click.echo("all join tokens have ended; devices that joined stay admitted")

@@ -199,6 +199,8 @@ class ControlPlane:
                 await self._fetch(device, message)
         elif isinstance(message, Goodbye):
             self._apply(self.roster.goodbye(key=key, route=envelope.route))
+        elif isinstance(message, Failure):
+            log.warning("%s says: %s", _who(device), message.reason)
         else:
             log.warning("%s sent a %s, which a device never does", _who(device), type(message).__name__)
 

@@ -176,6 +176,8 @@ class Admission:
     def revoke(self, name_or_fingerprint: str) -> Sequence[AdmittedDevice]:
         """Take devices off the list: all of a name, or by fingerprint (its first 8 digits or more).
 
+        All join tokens end with it: the board that is shut out may hold one, and come back with another key.
+
         Returns:
             Who was removed. Their connections carry nothing from 0.2 s on.
         Raises:
@@ -193,6 +195,8 @@ class Admission:
         for device in meant:
             self._devices.delete(device.key)
             _LOG.info("revoked device %s (%s)", device.fingerprint, device.name)
+        for key in self._tokens.entries():
+            self._tokens.delete(key)
         return meant
 
     def create_token(
