@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import families
-from wdmoe.backbone import journal
+from wdmoe.backbone import export, journal
 from wdmoe.backbone.bundle import MANIFEST_NAME, Bundle
 from wdmoe.backbone.export import ExportSettings, export_bundle
 from wdmoe.backbone.journal import JOURNAL_NAME
+from wdmoe.backbone.station import load_station
 from wdmoe.errors import BundleError, ConfigError
 
 
@@ -73,6 +74,26 @@ def test_bf16_checkpoint_keeps_its_station_and_widens_its_experts(tmp_path):
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     assert not any(".experts." in name for name in weights)
     assert manifest.experts[0].weight_bytes == 4 * 3 * 32 * 48
+
+
+def test_shards_make_no_difference(source, tmp_path, monkeypatch):
+    """A checkpoint in many files gives the same experts, and a station in many files the same weights."""
+    whole = export_bundle(source, tmp_path / "whole", ExportSettings())
+    sharded = tmp_path / "sharded"
+    families.reference(source).save_pretrained(sharded, max_shard_size="20KB")
+    families.save_tiny_tokenizer(sharded)
+    assert len(list(sharded.glob("*.safetensors"))) > 3
+    monkeypatch.setattr(export, "_SHARD_BYTES", 20_000)
+    parts = export_bundle(sharded, tmp_path / "parts", ExportSettings())
+    assert [file.sha256 for file in parts.experts] == [file.sha256 for file in whole.experts]
+    weights = [load_file(path) for path in Bundle.open(tmp_path / "parts").station_weights()]
+    assert len(weights) > 3
+    assert weights[0].keys().isdisjoint(weights[1])
+    joined = {name: tensor for part in weights for name, tensor in part.items()}
+    expected = load_file(tmp_path / "whole/station/station.safetensors")
+    assert joined.keys() == expected.keys()
+    assert all(torch.equal(joined[name], expected[name]) for name in expected)
+    assert load_station(Bundle.open(tmp_path / "parts"), device="cpu").manifest == parts
 
 
 def test_progress_counts_every_byte(source, tmp_path):

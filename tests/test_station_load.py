@@ -81,6 +81,14 @@ def test_dtype_is_as_asked(tmp_path, dtype):
     assert bias.dtype == torch.float32  # the family keeps it so
 
 
+def test_generation_config_of_the_checkpoint_is_kept(tmp_path):
+    source = families.save_tiny("mixtral", tmp_path / "model", num_hidden_layers=1)
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 7]}))
+    export_bundle(source, tmp_path / "bundle", ExportSettings())
+    station = load_station(Bundle.open(tmp_path / "bundle"), device="cpu")
+    assert station.model.generation_config.eos_token_id == [257, 7]
+
+
 def test_loading_leaves_the_experts_class_as_it_was(tmp_path):
     bundle = Bundle.open(export(tmp_path))
     load_station(bundle, device="cpu")

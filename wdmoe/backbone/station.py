@@ -54,6 +54,8 @@ def load_station(bundle: Bundle, device: str = "auto", dtype: str = "auto") -> S
     with experts_on_meta(classes), no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=kind)
     _load_weights(model, bundle, kind)
+    if (bundle.station_folder / "generation_config.json").is_file():  # end-of-text tokens, and more of them
+        model.generation_config = _generation_config(bundle)
     model.eval().requires_grad_(False)
     experts = experts_modules(model)
     if tuple(experts) != bundle.manifest.moe_layers:
@@ -80,9 +82,7 @@ def _load_weights(model: Any, bundle: Bundle, kind: torch.dtype) -> None:
             with safe_open(path, framework="pt") as file:
                 names = set(file.keys())
                 if strange := names - (wanted.keys() - on_meta):
-                    raise BundleError(
-                        f"{path.name} of the station holds {min(strange)!r}, which has no place there"
-                    )
+                    raise BundleError(f"{path.name} of the station holds {min(strange)!r}, which has no place there")
                 tensors = {name: _as_wanted(model, name, file.get_tensor(name), kind) for name in names}
         except SafetensorError as error:
             raise BundleError(f"{path.name} of the station is damaged: {error}") from error
@@ -145,12 +145,21 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
+def _generation_config(bundle: Bundle) -> Any:
+    try:
+        return transformers.GenerationConfig.from_pretrained(bundle.station_folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds
+        raise BundleError(f"{bundle.root}: generation_config.json cannot be read: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _tokenizer(bundle: Bundle) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(
             bundle.station_folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises many kinds
-        raise BundleError(
-            f"{bundle.root}: the tokenizer cannot be loaded: {' '.join(str(error).split())}"
-        ) from error
+        raise BundleError(f"{bundle.root}: the tokenizer cannot be loaded: {' '.join(str(error).split())}") from error
