@@ -73,9 +73,7 @@ def _nothing_left_running() -> Iterator[None]:
 
 def _threads() -> set[threading.Thread]:
     # The pool of an event loop that a fixture of wider scope runs grows when a test first needs it.
-    return {
-        each for each in threading.enumerate() if not each.daemon and not each.name.startswith("asyncio_")
-    }
+    return {each for each in threading.enumerate() if not each.daemon and not each.name.startswith("asyncio_")}
 
 
 def _children() -> set[psutil.Process]:

@@ -119,9 +119,7 @@ class Server:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        serving = serve_http(
-            self.engine, self._host, 0, self._api_key, limits=self._limits, ready=self._on_ready
-        )
+        serving = serve_http(self.engine, self._host, 0, self._api_key, limits=self._limits, ready=self._on_ready)
         self._task = asyncio.create_task(serving)
         try:
             await self._task

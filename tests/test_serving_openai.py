@@ -184,9 +184,7 @@ def test_values_that_ask_for_nothing_and_unknown_fields_pass(client):
         "metadata": {"a": "b"},
         "user": "me",
     }
-    answer = _ask(
-        client, max_tokens=1, extra_body={**harmless, "response_format": {"type": "text"}, "new": 1}
-    )
+    answer = _ask(client, max_tokens=1, extra_body={**harmless, "response_format": {"type": "text"}, "new": 1})
     assert answer.choices[0].message.content == "one"
 
 

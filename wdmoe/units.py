@@ -51,9 +51,7 @@ _SCALES: dict[Dimension, _Scale] = {
         example="23dBm", linear={"W": 1.0, "mW": 1e-3}, decibel={"dBm": 1e-3, "dBW": 1.0}, shown=("mW", "W")
     ),
     "gain": _Scale(example="-90dB", linear={}, decibel={"dB": 1.0}, shown=("dB",)),
-    "noise density": _Scale(
-        example="-174dBm/Hz", linear={"W/Hz": 1.0}, decibel={"dBm/Hz": 1e-3}, shown=("dBm/Hz",)
-    ),
+    "noise density": _Scale(example="-174dBm/Hz", linear={"W/Hz": 1.0}, decibel={"dBm/Hz": 1e-3}, shown=("dBm/Hz",)),
 }
 
 _QUANTITY = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-z/]*)\s*")
@@ -70,9 +68,7 @@ def parse_quantity(text: str, dimension: Dimension) -> float:
     scale = _SCALES[dimension]
     match = _QUANTITY.fullmatch(text)
     if match is None:
-        raise ConfigError(
-            f"{text!r} is not a {dimension}: write a number with its unit, as in {scale.example}"
-        )
+        raise ConfigError(f"{text!r} is not a {dimension}: write a number with its unit, as in {scale.example}")
     number, unit = float(match[1]), match[2]
     if unit in scale.decibel:
         value = _from_decibel(number) * scale.decibel[unit]

@@ -64,16 +64,17 @@ def demo(bundle: str, cache: Path | None, no_view: bool, as_json: bool, picture:
       wdmoe-node demo --model ./mixtral-bundle --links 0 --json > figures.json
     """
     signal.signal(signal.SIGTERM, _end)
-    with needs_extra("bs"):
-        folder = find_bundle(bundle)
     from wdmoe.backbone.bundle import Bundle
     from wdmoe.nodes.demo import run_demo
     from wdmoe.nodes.demo_figures import as_document
     from wdmoe.nodes.demo_plan import DemoSettings
     from wdmoe.nodes.demo_report import report, save_picture
 
-    settings = DemoSettings(bundle=folder, cache=cache or cache_home() / "experts", **flags)
-    opened = Bundle.open(folder)
+    settings = DemoSettings(cache=cache or cache_home() / "experts", **flags)
+    if bundle == "default" and not sys.stderr.isatty():  # where it is, a bar says so
+        click.echo("default model: found in the cache, or made now, which takes minutes", err=True)
+    with needs_extra("bs"):
+        opened = Bundle.open(find_bundle(bundle))
     views, open_stage = _stages(plain=no_view, quiet=as_json)
     runs = run_demo(settings, opened, open_stage)
     if picture is not None:

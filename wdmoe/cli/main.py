@@ -29,6 +29,7 @@ def cli(verbose: int, quiet: bool) -> None:
     The base station holds attention and gate, devices hold the experts. First steps:
 
     \b
+      wdmoe-node demo                        # see it all on this machine
       wdmoe-node bs default                  # base station with the default model; prints a join token
       wdmoe-node device --join TOKEN         # on every device
       wdmoe-node status                      # who takes part, and how fast
