@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from wdmoe.nodes.demo_figures import Run
 from wdmoe.nodes.demo_plan import DemoSettings, RunPlan, deal_experts, device_names, placement_text, plan_runs
 from wdmoe.nodes.demo_stage import Stage
 from wdmoe.nodes.demo_view import DemoView
-from wdmoe.nodes.fleet import DevicePlan, Fleet, FleetPlan, held_experts
-from wdmoe.nodes.station_client import StationClient, Token
+from wdmoe.nodes.fleet import LAST_WORDS_S, DevicePlan, Fleet, FleetPlan, held_experts
+from wdmoe.nodes.station_client import End, StationClient, Token
 
 WARM_UP_TOKENS = 4  # so that no figure holds a first time, and the policy knows the links
 
@@ -68,12 +68,25 @@ def _answer(settings: DemoSettings, plan: RunPlan, fleet: Fleet, stage: Stage, l
     try:
         stage.tell("warming up", 1.0)
         path, body = _warm_up(fleet.client, settings.prompt)
-        stage.streaming(held_experts(fleet.client.status()))
+        experts = held_experts(fleet.client.status())
+        stage.streaming(experts)
         body |= {"max_tokens": length or settings.tokens, "ignore_eos": length is not None}
-        return _stream(fleet, plan, stage, path, body)
+        asked_s = time.monotonic()
+        tokens, end = _stream(fleet.client.stream(path, body), stage)
     except TransportError:
-        fleet.check()  # a process that ended says more
+        fleet.check(LAST_WORDS_S)
         raise
+    text = "".join(token.text for token in tokens) + end.text
+    stage.ended(text)
+    return Run(
+        plan=plan,
+        asked_s=asked_s,
+        tokens=tokens,
+        text=text,
+        reason=end.reason,
+        receipt=end.receipt,
+        experts=experts,
+    )
 
 
 def _warm_up(client: StationClient, prompt: str) -> tuple[str, dict[str, Any]]:
@@ -93,24 +106,11 @@ def _exhaust(client: StationClient, path: str, body: Mapping[str, Any]) -> None:
         pass
 
 
-def _stream(fleet: Fleet, plan: RunPlan, stage: Stage, path: str, body: Mapping[str, Any]) -> Run:
-    experts = held_experts(fleet.client.status())
+def _stream(events: Iterator[Token | End], stage: Stage) -> tuple[tuple[Token, ...], End]:
     tokens: list[Token] = []
-    asked_s = time.monotonic()
-    for event in fleet.client.stream(path, body):
-        if isinstance(event, Token):
-            tokens.append(event)
-            stage.token(event)
-            continue
-        text = "".join(token.text for token in tokens) + event.text
-        stage.ended(text)
-        return Run(
-            plan=plan,
-            asked_s=asked_s,
-            tokens=tuple(tokens),
-            text=text,
-            reason=event.reason,
-            receipt=event.receipt,
-            experts=experts,
-        )
+    for event in events:
+        if isinstance(event, End):
+            return tuple(tokens), event
+        tokens.append(event)
+        stage.token(event)
     raise TransportError("the answer has no end")

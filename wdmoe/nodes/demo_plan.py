@@ -19,7 +19,6 @@ MOST_DEVICES = 64
 class DemoSettings:
     """One demo."""
 
-    bundle: Path
     cache: Path  # of experts, shared by all devices and kept
     prompt: str
     devices: int = 8
@@ -38,6 +37,7 @@ class DemoSettings:
             raise ConfigError(f"policy must be one of {', '.join(POLICIES)}; got {self.policy!r}")
         if not self.prompt.strip():
             raise ConfigError("the prompt is empty")
+        unequal_links(self.devices, self.rates_bps, self.seed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +56,7 @@ class RunPlan:
 
 def plan_runs(settings: DemoSettings) -> tuple[RunPlan, ...]:
     """The chosen policy over unequal links; then top-k over the same links and over equal ones of the same total
-    rate, so that what the policy does and what the links do can be told apart.
-
-    Raises:
-        ConfigError: the link rates do not fit.
-    """
+    rate, so that what the policy does and what the links do can be told apart."""
     links = unequal_links(settings.devices, settings.rates_bps, settings.seed)
     runs = [RunPlan(policy=settings.policy, equal=len(set(links)) == 1, links=links)]
     if settings.compare:

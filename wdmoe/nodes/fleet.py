@@ -27,6 +27,7 @@ LEASE = "15s"  # ten processes may share two cores, and starting them is the bus
 PREFILL_CHUNK = 64
 STUCK_S = 300.0  # without any progress
 FAREWELL_S = 5.0
+LAST_WORDS_S = 1.0  # from when a process cannot be reached until it has surely ended
 _POLL_S = 0.1
 _SILENCE_S = 120.0
 _TOKEN = re.compile(r"^Join token[^:\n]*: (\S+)\n", re.MULTILINE)
@@ -93,10 +94,15 @@ class Fleet:
             self._start_device(device, token)
         self._wait_for(self._joined, tell)
 
-    def check(self) -> None:
-        """Raises ChildError if one of the processes has ended."""
-        for child in self._children:
-            child.check()
+    def check(self, patience_s: float = 0.0) -> None:
+        """Raises ChildError if one of the processes has ended, or does so within `patience_s`."""
+        until_s = time.monotonic() + patience_s
+        while True:
+            for child in self._children:
+                child.check()
+            if time.monotonic() >= until_s:
+                return
+            time.sleep(_POLL_S)
 
     def _start_station(self) -> Child:
         placement = self._folder / "placement.json"
@@ -143,7 +149,11 @@ class Fleet:
         before, since_s = "", time.monotonic()
         while True:
             self.check()
-            found, words, done = look()
+            try:
+                found, words, done = look()
+            except TransportError:
+                self.check(LAST_WORDS_S)  # why it ended says more than that it cannot be reached
+                raise
             if found is not None:
                 return found
             if words != before:
