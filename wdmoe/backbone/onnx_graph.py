@@ -123,13 +123,11 @@ class _Graph:
         if self._precision == "fp16":
             if np.abs(weight).max(initial=0) > np.finfo(np.float16).max:
                 raise BundleError("a weight is too large for fp16; export with --precision fp32 or int8")
-            self.node(
-                "Cast", [self._store(f"{name}.f16", weight.astype(np.float16))], name, to=TensorProto.FLOAT
-            )
+            self.node("Cast", [self._store(f"{name}.f16", weight.astype(np.float16))], name, to=TensorProto.FLOAT)
             return name
         whole, scale = quantise(weight)
         parts = [self._store(f"{name}.int8", whole), self._store(f"{name}.scale", scale)]
-        # ONNX Runtime 1.20 and later turns this into one 8-bit product, others widen it: see docs/bundle.md
+        # ONNX Runtime (seen in 1.32) makes one 8-bit product of this and the MatMul: see docs/bundle.md
         self.node("DequantizeLinear", parts, name, axis=1)
         return name
 
@@ -151,9 +149,7 @@ class _Graph:
             [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["tokens", width_out])],
             self._weights,
         )
-        model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
-        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
         data = model.SerializeToString(deterministic=True)
         return ExpertGraph(data=data, flops_per_token=self._flops, weight_bytes=self._bytes)
 
@@ -190,9 +186,7 @@ def check_graph(path: Path, name: str, hidden: int) -> None:
         raise BundleError(f"{name} is not an ONNX graph") from error
     opsets = [(entry.domain, entry.version) for entry in model.opset_import]
     if model.ir_version > IR_VERSION or opsets != [("", OPSET)] or model.functions:
-        raise BundleError(
-            f"{name} must use opset {OPSET}, IR {IR_VERSION} at most and no functions of its own"
-        )
+        raise BundleError(f"{name} must use opset {OPSET}, IR {IR_VERSION} at most and no functions of its own")
     for node in model.graph.node:
         if node.domain or node.op_type not in OPERATORS:
             raise BundleError(f"{name} uses the operator {node.op_type!r}, which is not on the list")
