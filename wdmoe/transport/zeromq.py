@@ -158,20 +158,24 @@ class _Blocking:
 
     def receive(self, timeout_s: float) -> Envelope | None:
         """See `DataStation.receive`."""
-        take = self._messages.take
-        until = 0.0
+        if self._watch is not None:
+            self._watch.raise_verdict()
+        until = time.monotonic() + timeout_s
+        left_s = timeout_s
         while True:
-            try:
-                envelope = take()  # asking ZeroMQ first: while work flows there is nothing to wait for
-            except zmq.Again:
-                envelope = None
-                if timeout_s <= 0:
+            # Polling first: it takes 1.7 us, where asking an empty socket takes 5.2 for the exception.
+            ready = self._poll(left_s)
+            for source, _ in ready:  # in the order of the sources: a message goes before a wake
+                if source is self._messages.socket:
+                    if (envelope := self._messages.take()) is not None:
+                        return envelope
+                elif source == self._wake_fd:
+                    os.eventfd_read(self._wake_fd)
                     return None
-            if envelope is not None:
-                return envelope
-            now = time.monotonic()
-            until = until or now + timeout_s
-            if now >= until or self._wait(until):
+                elif self._watch is not None:
+                    self._watch.check()
+            left_s = until - time.monotonic()
+            if left_s <= 0:
                 return None
 
     def wake(self) -> None:
@@ -189,27 +193,15 @@ class _Blocking:
         self._messages.socket.close(0)
         os.close(self._wake_fd)
 
-    def _wait(self, until: float) -> bool:
-        """Sleep until something happens, at most `until`. True: it was a wake."""
-        if self._watch is not None:
-            self._watch.raise_verdict()
-        ready: Sequence[tuple[Any, int]] = self._spin(until) if self._spin_s else []
-        if not ready:
-            ready = zmq.zmq_poll(self._sources, max(0, int((until - time.monotonic()) * 1000) + 1))
-        for source, _ in ready:
-            if source == self._wake_fd:
-                os.eventfd_read(self._wake_fd)
-                return True
-            if self._watch is not None and source is self._watch.socket:
-                self._watch.check()
-        return False
-
-    def _spin(self, until: float) -> Sequence[tuple[Any, int]]:
-        stop = min(until, time.monotonic() + self._spin_s)
-        while time.monotonic() < stop:
-            if ready := zmq.zmq_poll(self._sources, 0):
-                return ready
-        return []
+    def _poll(self, left_s: float) -> Sequence[tuple[Any, int]]:
+        if left_s <= 0:
+            return zmq.zmq_poll(self._sources, 0)
+        if self._spin_s:
+            stop = time.monotonic() + min(self._spin_s, left_s)
+            while time.monotonic() < stop:
+                if ready := zmq.zmq_poll(self._sources, 0):
+                    return ready
+        return zmq.zmq_poll(self._sources, int(left_s * 1000) + 1)
 
 
 class ZmqDataStation(_Blocking):
