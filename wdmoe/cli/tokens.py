@@ -38,7 +38,7 @@ def token(ctx: click.Context) -> None:
     "endpoints",
     multiple=True,
     help="Where devices reach the base station; may be repeated, best first.  "
-    "[default: this machine's addresses, port 5555]",
+    "[default: where it was reached last, else this machine's addresses, port 5555]",
 )
 @click.option("--ttl", type=TIME, default="24h", show_default=True, help="How long devices may join with it.")
 @click.option("--uses", type=click.IntRange(min=1), help="How many devices may join.  [default: any number]")
@@ -50,12 +50,11 @@ def create(state: Path, endpoints: tuple[str, ...], ttl: float, uses: int | None
       wdmoe-node token create --uses 1 > token.txt
       wdmoe-node token create --endpoint tcp://192.0.2.7:5555 --ttl 10min
     """
-    from wdmoe.nodes.addresses import dial_endpoints
+    from wdmoe.nodes.addresses import last_endpoints
     from wdmoe.transport.admission import Admission
     from wdmoe.transport.keys import station_keys
 
-    places = endpoints or dial_endpoints("tcp://*:5555", "")
-    made = Admission(state).create_token(station_keys(state), places, ttl, uses)
+    made = Admission(state).create_token(station_keys(state), endpoints or last_endpoints(state), ttl, uses)
     click.echo(made.text())
 
 

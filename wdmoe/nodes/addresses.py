@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import socket
+from pathlib import Path
 
 import psutil
 
 from wdmoe.errors import ConfigError
+from wdmoe.transport.keys import write_private_json
 
 MOST_ADDRESSES = 4
+LAST_ENDPOINTS = "endpoints.json"  # in the state folder, so that a token made beside a running station fits it
 
 
 def data_bind(control_endpoint: str, bind: str, data_port: int) -> str:
@@ -39,6 +43,29 @@ def dial_endpoints(control_endpoint: str, advertise: str) -> tuple[str, ...]:
     if host not in ("0.0.0.0", "[::]", "*"):  # noqa: S104 - compared, not bound
         return (f"tcp://{host}:{port}",)
     return tuple(f"tcp://{address}:{port}" for address in _own_addresses())
+
+
+def remember_endpoints(state: Path, endpoints: tuple[str, ...]) -> None:
+    """Note where a station is reached.
+
+    Raises:
+        ConfigError: the state folder cannot be written.
+    """
+    try:
+        write_private_json(state / LAST_ENDPOINTS, {"endpoints": list(endpoints)})
+    except OSError as error:
+        raise ConfigError(f"state folder {state}: {error.strerror or error}") from error
+
+
+def last_endpoints(state: Path) -> tuple[str, ...]:
+    """Where the station of this state folder was reached last; before its first start, where it will be by default."""
+    try:
+        found = json.loads((state / LAST_ENDPOINTS).read_text(encoding="utf-8"))["endpoints"]
+    except (OSError, ValueError, TypeError, KeyError):  # never started, or not ours: the default is as good
+        found = None
+    if isinstance(found, list) and found and all(isinstance(each, str) for each in found):
+        return tuple(found)
+    return dial_endpoints("tcp://*:5555", "")
 
 
 def _own_addresses() -> list[str]:

@@ -26,7 +26,7 @@ from wdmoe.errors import ConfigError, TransportError
 from wdmoe.ledger import Ledger
 from wdmoe.moe.layer import ExpertLayers, LayerRules
 from wdmoe.moe.select import Demand
-from wdmoe.nodes.addresses import data_bind, dial_endpoints
+from wdmoe.nodes.addresses import data_bind, dial_endpoints, remember_endpoints
 from wdmoe.nodes.control_plane import ControlPlane
 from wdmoe.nodes.entrance import Entrance, GuardedEntrance, OpenEntrance
 from wdmoe.nodes.overview import describe
@@ -176,6 +176,8 @@ class BaseStation:
         self._data = open_data_station(context, bind, security, options)
         self._stack.callback(self._data.close)
         self.endpoints = dial_endpoints(self._control_channel.endpoint, settings.advertise)
+        if not settings.insecure:
+            remember_endpoints(settings.state, self.endpoints)
 
     async def _end_control(self) -> None:
         self._control_task.cancel()
