@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_RIDGE = 0.01  # relative to the mean diagonal of the normal equations
+_RIDGE = 0.1  # relative to the mean diagonal of the normal equations
 
 
 class RidgeSolver:

@@ -31,7 +31,7 @@ class SplitSettings:
     held_out_tokens: int = 4096
     window: int = 512  # tokens of context in calibration and perplexity
     correct: bool = True  # False: cut only, so that with top_k == experts nothing changes
-    ridge: float = 0.5  # pull of the refitted weights towards the original, relative to the data
+    ridge: float = 1.0  # pull of the refitted weights towards the original, relative to the data
     gate_temperature: float = 0.01
     seed: int = 0
 
