@@ -358,6 +358,7 @@ def _catalogue(bundle: Bundle) -> Catalogue:
         weight_bytes={expert: max(file.size, 2 * file.flops_per_token) for expert, file in files.items()},
         load={expert: float(file.flops_per_token) for expert, file in files.items()},
         experts_per_layer=dict(bundle.manifest.experts_per_layer),
+        top_k=bundle.manifest.top_k,
     )
 
 

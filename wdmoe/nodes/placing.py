@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,8 +20,9 @@ class Catalogue:
 
     experts: tuple[ExpertId, ...]
     weight_bytes: Mapping[ExpertId, int]  # in a device's memory
-    load: Mapping[ExpertId, float]  # relative work, FLOP per token
+    load: Mapping[ExpertId, float]  # FLOP per token
     experts_per_layer: Mapping[int, int]
+    top_k: int  # experts that a token uses in a layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -31,6 +34,9 @@ class Host:
     ready: frozenset[ExpertId] = field(default_factory=frozenset)
     route: bytes | None = None  # its data connection, None while not attached
 
+
+MESSAGE_S = 0.3e-3  # what one more device costs a layer, measured with tools/bench_decode
+LEAST_SPAN = 2
 
 Targets = dict[ExpertId, str]  # expert -> device_id that shall hold it
 
@@ -60,16 +66,49 @@ def choose_targets(
     room = [host.report.memory_bytes for host in hosts]
     for expert, device_id in fixed.items():
         room[index[device_id]] -= catalogue.weight_bytes[expert]
+    parcels = _parcels(catalogue, free, span(catalogue, hosts))
     homes = place_experts(
-        weight_bytes=np.array([catalogue.weight_bytes[e] for e in free], np.int64),
-        load=np.array([catalogue.load[e] for e in free], np.float64),
+        weight_bytes=np.array([sum(catalogue.weight_bytes[e] for e in p) for p in parcels], np.int64),
+        load=np.array([sum(catalogue.load[e] for e in p) for p in parcels], np.float64),
         memory_bytes=np.maximum(np.array(room, np.int64), 0),
         speed=np.array([_speed(host.report) for host in hosts], np.float64),
-        layer=np.array([e.layer for e in free], np.int32),
-        sticky=np.array([index.get(before.get(e, ""), -1) for e in free], np.int32),
+        layer=np.array([p[0].layer for p in parcels], np.int32),
+        sticky=np.array([_home(p, before, index) for p in parcels], np.int32),
     )
-    targets = dict(fixed) | {e: hosts[h].device_id for e, h in zip(free, homes, strict=True) if h >= 0}
-    return targets, tuple(e for e, h in zip(free, homes, strict=True) if h < 0)
+    targets = dict(fixed) | {e: hosts[h].device_id for p, h in zip(parcels, homes, strict=True) for e in p if h >= 0}
+    return targets, tuple(e for p, h in zip(parcels, homes, strict=True) for e in p if h < 0)
+
+
+def span(catalogue: Catalogue, hosts: Sequence[Host]) -> int:
+    """Over how many devices each layer is spread.
+
+    Every further device computes in parallel, but costs a message each way, with the token's hidden state in it. So a
+    layer is cut as often as the arithmetic of a token outweighs a message; and at least once, so that no device's
+    loss takes a whole layer with it.
+    """
+    if not catalogue.experts:
+        return 1
+    speed = sum(_speed(host.report) for host in hosts) / len(hosts)
+    expert_s = sum(catalogue.load.values()) / len(catalogue.load) / speed
+    worth = math.ceil(catalogue.top_k * expert_s / MESSAGE_S)
+    return min(max(worth, LEAST_SPAN), len(hosts))
+
+
+def _parcels(
+    catalogue: Catalogue, experts: Sequence[ExpertId], per_layer: int
+) -> tuple[tuple[ExpertId, ...], ...]:
+    """Neighbouring experts of a layer, tied together so that the layer falls into about `per_layer` parcels."""
+    parcels: dict[tuple[int, int], list[ExpertId]] = {}
+    for expert in experts:
+        piece = expert.expert * per_layer // catalogue.experts_per_layer[expert.layer]
+        parcels.setdefault((expert.layer, piece), []).append(expert)
+    return tuple(tuple(parcel) for parcel in parcels.values())
+
+
+def _home(parcel: Sequence[ExpertId], before: Mapping[ExpertId, str], index: Mapping[str, int]) -> int:
+    """The device that has most of a parcel already, -1 where none has any of it."""
+    homes = Counter(index[home] for e in parcel if (home := before.get(e, "")) in index)
+    return homes.most_common(1)[0][0] if homes else -1
 
 
 def _speed(report: DeviceReport) -> float:
