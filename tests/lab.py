@@ -121,5 +121,5 @@ class Lab:
             device.close()
         self._data.close()
 
-    def _run(self, layer, tokens, experts, weights, gate, ledger):  # type: ignore[no-untyped-def]
-        return self.layers.run(layer, tokens, Demand(experts, weights, gate), ledger)
+    def _run(self, layer, tokens, experts, weights, gate, ledger, meanwhile):  # type: ignore[no-untyped-def]
+        return self.layers.run(layer, tokens, Demand(experts, weights, gate), ledger, meanwhile)

@@ -6,7 +6,7 @@ Since version 5 every MoE family of transformers calls its experts through one r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from wdmoe.backbone.overlap import SharedExpert, wrap_shared_expert
 from wdmoe.ledger import Ledger
 
 IMPLEMENTATION = "wdmoe"
@@ -35,6 +36,7 @@ class RunLayer(Protocol):
         weights: npt.NDArray[np.float32],
         gate: npt.NDArray[np.float32] | None,
         ledger: Ledger,
+        meanwhile: Callable[[], object] | None,
     ) -> npt.NDArray[np.float32]:
         """Compute the gate-weighted sum of experts.
 
@@ -45,6 +47,7 @@ class RunLayer(Protocol):
             weights: (tokens, top_k), 0 where empty.
             gate: (tokens, experts) router scores, None where the family does not give them.
             ledger: the request's account.
+            meanwhile: to be called once the work is on its way; None where there is nothing to do.
         Returns:
             (tokens, hidden).
         """
@@ -59,6 +62,7 @@ class _Seat:
     first: bool  # the first MoE layer of the model: a forward pass begins here
     experts: int
     run: RunLayer
+    shared: SharedExpert | None
     gate: torch.Tensor | None = None
 
 
@@ -79,7 +83,8 @@ def attach(
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
     first = min(experts)
     for layer, module in experts.items():
-        seat = _Seat(layer, layer == first, cast(int, module.num_experts), run)
+        shared = wrap_shared_expert(model, module)
+        seat = _Seat(layer, layer == first, cast(int, module.num_experts), run, shared)
         module._wdmoe_seat = seat  # type: ignore[assignment]
         if layer in routers:
             routers[layer].register_forward_hook(_gate_hook(seat))
@@ -119,6 +124,7 @@ def _experts_forward(
         weights,
         None if gate is None or len(gate) != len(experts) else _to_numpy(gate, torch.float32),
         ledger,
+        None if seat.shared is None else seat.shared.ahead(),
     )
     return torch.from_numpy(out).to(hidden_states.device, hidden_states.dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from wdmoe.solver.grouping import group_by_device
@@ -29,6 +30,7 @@ def dispatch(
     devices: tuple[DeviceRoute, ...],
     device_of: Int32Array,
     wait_s: float,
+    meanwhile: Callable[[], object],
 ) -> list[Part]:
     """Send each device its tokens and wait for the answers, `wait_s` seconds at most.
 
@@ -37,6 +39,7 @@ def dispatch(
         experts: (tokens, top_k), -1 where dropped.
         weights: (tokens, top_k) gate weights.
         device_of: (experts,) index into `devices`, -1 where not served.
+        meanwhile: called once the orders are on their way.
     """
     groups = group_by_device(experts, weights, device_of)
     everyone = tokens.shape[0]
@@ -52,7 +55,7 @@ def dispatch(
         )
         for group in groups
     ]
-    replies = exchange.call(orders, wait_s)
+    replies = exchange.call(orders, wait_s, meanwhile)
     return [
         Part(devices[group.device], group.token_rows, order, reply)
         for group, order, reply in zip(groups, orders, replies, strict=True)

@@ -51,7 +51,14 @@ class ExpertLayers:
         self.health = DeviceHealth()
         self._seen = Routing()
 
-    def run(self, layer: int, tokens: Activations, demand: Demand, ledger: Ledger) -> Float32Array:
+    def run(
+        self,
+        layer: int,
+        tokens: Activations,
+        demand: Demand,
+        ledger: Ledger,
+        meanwhile: Callable[[], object] | None = None,
+    ) -> Float32Array:
         """Compute one layer for some tokens.
 
         Args:
@@ -59,6 +66,7 @@ class ExpertLayers:
             tokens: (tokens, hidden) float32, C-contiguous.
             demand: the gate's choice.
             ledger: the request's account.
+            meanwhile: work for the base station while the devices compute.
         Returns:
             (tokens, hidden) float32: the gate-weighted sum over the experts that answered.
         Raises:
@@ -66,7 +74,7 @@ class ExpertLayers:
         """
         routing = self._newest_routing()
         chosen = self._choose(routing, layer, demand)
-        parts = self._ask(routing, layer, tokens, chosen, ledger)
+        parts = self._ask(routing, layer, tokens, chosen, ledger, meanwhile)
         owed = _owed(len(tokens), parts)
         if owed is not None or not parts:
             parts += self._rescue(routing, layer, tokens, demand, chosen, owed, ledger)
@@ -99,9 +107,17 @@ class ExpertLayers:
             raise ExpertsUnavailableError(f"layer {layer}: no device serves any of its experts")
         return device_of
 
-    def _ask(self, routing: Routing, layer: int, tokens: Activations, chosen: Chosen, ledger: Ledger) -> list[Part]:
+    def _ask(
+        self,
+        routing: Routing,
+        layer: int,
+        tokens: Activations,
+        chosen: Chosen,
+        ledger: Ledger,
+        meanwhile: Callable[[], object] | None = None,
+    ) -> list[Part]:
         """Dispatch, and book what it took."""
-        started_s = time.monotonic()
+        started_s, busy = time.monotonic(), _Busy(meanwhile)
         parts = dispatch(
             self._exchange,
             layer,
@@ -111,10 +127,11 @@ class ExpertLayers:
             routing.devices,
             self._device_of(routing, layer),
             self._rules.deadline_s + len(tokens) * self._rules.deadline_per_token_s,
+            busy,
         )
         for part in parts:
             self._judge(part)
-        _book(ledger, parts, time.monotonic() - started_s)
+        _book(ledger, parts, time.monotonic() - started_s, busy.seconds)
         return parts
 
     def _judge(self, part: Part) -> None:
@@ -171,8 +188,27 @@ def _owed(tokens: int, parts: list[Part]) -> Float32Array | None:
     return missing_weight(tokens, missing) if missing else None
 
 
-def _book(ledger: Ledger, parts: list[Part], elapsed_s: float) -> None:
-    """Split the time away from the base station by what the device that answered last says of it."""
+class _Busy:
+    """Runs what the base station can do meanwhile, and takes the time."""
+
+    def __init__(self, work: Callable[[], object] | None) -> None:
+        self._work = work
+        self.seconds = 0.0
+
+    def __call__(self) -> None:
+        if self._work is not None:
+            started_s = time.monotonic()
+            self._work()
+            self.seconds = time.monotonic() - started_s
+
+
+def _book(ledger: Ledger, parts: list[Part], elapsed_s: float, busy_s: float) -> None:
+    """Split the time the base station waited by what the device that answered last says of it.
+
+    What passed while the base station computed something else (`busy_s`) hides part of the trip: it counts as the base
+    station's, and the wire is what remains of the trip without it.
+    """
+    elapsed_s -= busy_s
     last = None
     for part in parts:
         reply = part.reply
@@ -188,9 +224,13 @@ def _book(ledger: Ledger, parts: list[Part], elapsed_s: float) -> None:
     result = last.result
     trip_s = last.answered_s - last.sent_s
     # Clocks are not shared, so what neither side saw is the wire's, half each way.
-    wire_s = max(trip_s - result.residence_s - result.link_down_s - result.link_up_s, 0.0)
-    down_s, up_s = result.link_down_s + wire_s / 2, result.link_up_s + wire_s / 2
-    compute_s = min(result.compute_s, max(elapsed_s - down_s - up_s, 0.0))
+    seen_s = result.residence_s + result.link_down_s + result.link_up_s
+    wire_s = max(trip_s - seen_s - busy_s, 0.0)
+    left_s = max(elapsed_s - wire_s, 0.0)
+    link_s = min(result.link_down_s + result.link_up_s, left_s)
+    down_share = result.link_down_s / max(result.link_down_s + result.link_up_s, 1e-12)
+    down_s, up_s = link_s * down_share + wire_s / 2, link_s * (1 - down_share) + wire_s / 2
+    compute_s = min(result.compute_s, left_s - link_s)
     ledger.wire_down_s += down_s
     ledger.wire_up_s += up_s
     ledger.device_compute_s += compute_s

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from types import TracebackType
 
@@ -223,9 +223,10 @@ class BaseStation:
         weights: Float32Array,
         gate: Float32Array | None,
         ledger: Ledger,
+        meanwhile: Callable[[], object] | None,
     ) -> Float32Array:
         """`wdmoe.backbone.bridge.RunLayer`, on the model thread."""
-        return self.layers.run(layer, tokens, Demand(experts, weights, gate), ledger)
+        return self.layers.run(layer, tokens, Demand(experts, weights, gate), ledger, meanwhile)
 
     def publish(self, table: Routing) -> None:
         """`DataPlane.publish`: one assignment, so the model thread sees the old table or the new one, never a mix."""

@@ -117,11 +117,13 @@ class Exchange:
         except (PeerGoneError, PeerBusyError) as error:
             log.debug("not sent: %s", error)
 
-    def call(self, orders: Sequence[Order], wait_s: float) -> list[Reply]:
+    def call(
+        self, orders: Sequence[Order], wait_s: float, meanwhile: Callable[[], object] | None = None
+    ) -> list[Reply]:
         """Send all orders and wait until each is answered, refused, or `wait_s` has passed.
 
         In a greenlet that `spawn` started, other greenlets run meanwhile. A reply that comes later is counted and
-        thrown away, so an expert is never mixed in twice.
+        thrown away, so an expert is never mixed in twice. `meanwhile` is called once the orders are on their way.
         """
         now_s = time.monotonic()
         batch = _Batch(now_s + min(wait_s, MAX_ORDER_S), [])
@@ -130,6 +132,8 @@ class Exchange:
         if batch.open:
             self._batches.add(batch)
             try:
+                if meanwhile is not None:
+                    meanwhile()
                 self._wait(batch)
             finally:
                 self._close(batch)
@@ -184,8 +188,11 @@ class Exchange:
     def _wait(self, batch: _Batch) -> None:
         current = getcurrent()
         if current.parent is None:  # the thread's main greenlet: nobody else to run
-            while batch.open and time.monotonic() < batch.deadline_s:
-                self.pump(batch.deadline_s - time.monotonic())
+            while batch.open:
+                left_s = batch.deadline_s - time.monotonic()
+                self.pump(max(left_s, 0.0))  # once even if it is late: replies may have come meanwhile
+                if left_s <= 0:
+                    return
             return
         batch.waiter = current
         current.parent.switch()
