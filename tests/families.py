@@ -140,9 +140,7 @@ def save_tiny_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def save_tiny(
-    family: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
-) -> Path:
+def save_tiny(family: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
     """Write a tiny checkpoint as its family keeps it on disk; returns the folder."""
     model = tiny_model(tiny_config(family, **overrides), seed).to(dtype)
     model.save_pretrained(folder)
@@ -170,9 +168,7 @@ def local_experts(bundle: Bundle, station: Station) -> ExpertsFunction:
     }
     layers = {id(module): layer for layer, module in station.experts.items()}
 
-    def run(
-        module: torch.nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
+    def run(module: torch.nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         layer, output = layers[id(module)], torch.zeros_like(hidden)
         for expert in range(bundle.manifest.experts_per_layer[layer]):  # other indices mean: no expert
             rows, places = torch.where(index == expert)

@@ -156,4 +156,3 @@ def test_a_revoked_device_is_cut_off_while_the_others_go_on(fleet: Fleet, bundle
             time.sleep(0.1)
         assert "refused" in fleet.devices[-1].said()
         assert names(station) == {device.name for device in fleet.devices[1:3]}
-

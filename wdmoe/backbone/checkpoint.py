@@ -149,9 +149,7 @@ def _entries(file: Path, header: dict[str, Any], start: int, file_size: int) -> 
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(f"{file}: the entry of {name!r} is malformed") from error
         if kind not in DTYPES:
-            raise BundleError(
-                f"{file}: {name!r} is stored as {kind}; only unquantised checkpoints can be exported"
-            )
+            raise BundleError(f"{file}: {name!r} is stored as {kind}; only unquantised checkpoints can be exported")
         dtype = DTYPES[kind]
         if not plain or last - first != torch.Size(shape).numel() * dtype.itemsize:
             raise BundleError(f"{file}: the entry of {name!r} is malformed")

@@ -95,9 +95,7 @@ class Conversion:
         except BundleError:
             raise
         except Exception as error:  # transformers' operations raise whatever torch does
-            raise BundleError(
-                f"cannot convert {group.sources[0][0]!r} to {group.target!r}: {error}"
-            ) from error
+            raise BundleError(f"cannot convert {group.sources[0][0]!r} to {group.target!r}: {error}") from error
         for name, value in values.items():
             if name not in self._state or value.shape != self._state[name].shape:
                 wanted = tuple(self._state[name].shape) if name in self._state else "no such parameter"

@@ -71,9 +71,7 @@ class LayerExperts:
             expected, got = self._eager(expert, x), run_graph(data, x)
             deviation = float(np.abs(expected - got).max() / max(np.abs(expected).max(), 1e-30))
             if not deviation <= TOLERANCE:  # also refuses NaN
-                raise BundleError(
-                    f"its experts compute something else than their attributes say ({deviation:.1e})"
-                )
+                raise BundleError(f"its experts compute something else than their attributes say ({deviation:.1e})")
 
     def _shape(self, name: str) -> tuple[int, int]:
         """(in, out) of a stack of matrices."""

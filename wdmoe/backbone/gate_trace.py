@@ -49,9 +49,7 @@ class _Translation:
         self._nodes: list[onnx.NodeProto] = []
         self._constants: list[tuple[str, npt.NDArray[Any]]] = []
         self._columns: dict[str, slice] = {}
-        self._values: dict[
-            torch.fx.Node, Any
-        ] = {}  # a name in the graph, a slice of the argument, or a tuple
+        self._values: dict[torch.fx.Node, Any] = {}  # a name in the graph, a slice of the argument, or a tuple
         self._fresh = 0
 
     def run(self) -> Steps:

@@ -94,9 +94,7 @@ def span(catalogue: Catalogue, hosts: Sequence[Host]) -> int:
     return min(max(worth, LEAST_SPAN), len(hosts))
 
 
-def _parcels(
-    catalogue: Catalogue, experts: Sequence[ExpertId], per_layer: int
-) -> tuple[tuple[ExpertId, ...], ...]:
+def _parcels(catalogue: Catalogue, experts: Sequence[ExpertId], per_layer: int) -> tuple[tuple[ExpertId, ...], ...]:
     """Neighbouring experts of a layer, tied together so that the layer falls into about `per_layer` parcels."""
     parcels: dict[tuple[int, int], list[ExpertId]] = {}
     for expert in experts:

@@ -170,18 +170,5 @@ class Failure:
 
 
 Message: TypeAlias = (
-    Hello
-    | Welcome
-    | Place
-    | Fetch
-    | Chunk
-    | Ready
-    | Ping
-    | Pong
-    | Goodbye
-    | Attach
-    | Attached
-    | Run
-    | Result
-    | Failure
+    Hello | Welcome | Place | Fetch | Chunk | Ready | Ping | Pong | Goodbye | Attach | Attached | Run | Result | Failure
 )
