@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,17 @@ async def settled(station: Any, devices: int) -> None:
         )
         quiet = quiet + 1 if at_home and len(roster.live()) == devices else 0
         await asyncio.sleep(0.1)
+
+
+def pin_apart(fleet: list[Device]) -> None:
+    """Give the model thread of this process the first core to itself, and the devices the others."""
+    first, *others = sorted(os.sched_getaffinity(0))
+    for thread in threading.enumerate():
+        if thread.name == "wdmoe-model" and thread.native_id is not None:
+            os.sched_setaffinity(thread.native_id, {first})
+    for device in fleet:
+        for task in os.listdir(f"/proc/{device.process.pid}/task"):
+            os.sched_setaffinity(int(task), set(others) or {first})
 
 
 def spread(values: list[float], scale: float = 1.0) -> dict[str, float]:
