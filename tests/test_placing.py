@@ -1,0 +1,102 @@
+"""Where experts live: spread as far as it pays, moved without a hole, pinned where the user says so."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from wdmoe.nodes.placing import Catalogue, Host, choose_targets, holdings, routing, span
+from wdmoe.records import DeviceReport, ExpertId
+
+LAYERS, EXPERTS = 6, 8
+SMALL_FLOP, LARGE_FLOP = 0.3e6, 350e6
+
+
+def catalogue(flop: float = SMALL_FLOP) -> Catalogue:
+    experts = tuple(ExpertId(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS))
+    return Catalogue(
+        experts=experts,
+        weight_bytes=dict.fromkeys(experts, 1000),
+        load=dict.fromkeys(experts, flop),
+        experts_per_layer=dict.fromkeys(range(LAYERS), EXPERTS),
+        top_k=4,
+    )
+
+
+def host(name: str, memory: int = 10**9, flops: float = 30e9, **more: object) -> Host:
+    report = DeviceReport(
+        name=name, hardware="", system="", provider="cpu", threads=1, memory_bytes=memory, flops=flops
+    )
+    return Host(device_id=f"id-{name}", report=report, **more)  # type: ignore[arg-type]
+
+
+def devices_of_layer(targets: dict[ExpertId, str], layer: int) -> set[str]:
+    return {home for expert, home in targets.items() if expert.layer == layer}
+
+
+@pytest.mark.parametrize(("flop", "want"), [(SMALL_FLOP, 2), (LARGE_FLOP, 4)])
+def test_a_layer_is_spread_as_far_as_it_pays(flop: float, want: int) -> None:
+    hosts = [host(name) for name in "abcd"]
+    assert span(catalogue(flop), hosts) == want
+    targets, unplaced = choose_targets(catalogue(flop), hosts, {}, {})
+    assert not unplaced
+    assert set(targets) == set(catalogue().experts)
+    assert {len(devices_of_layer(targets, layer)) for layer in range(LAYERS)} == {want}
+    held = [sum(home == h.device_id for home in targets.values()) for h in hosts]
+    assert max(held) - min(held) <= EXPERTS // want
+
+
+@pytest.mark.parametrize("flops", [0.0, float("nan"), float("inf"), -1.0])
+def test_a_device_that_lies_about_its_speed_breaks_nothing(flops: float) -> None:
+    targets, unplaced = choose_targets(catalogue(), [host("a"), host("b", flops=flops)], {}, {})
+    assert len(targets) == LAYERS * EXPERTS
+    assert not unplaced
+
+
+def test_without_devices_nothing_is_placed() -> None:
+    assert choose_targets(catalogue(), [], {}, {}) == ({}, catalogue().experts)
+
+
+def test_what_fits_nowhere_is_named() -> None:
+    targets, unplaced = choose_targets(catalogue(), [host("a", memory=8000), host("b", memory=8000)], {}, {})
+    assert len(targets) + len(unplaced) == LAYERS * EXPERTS
+    assert len(targets) == 16
+
+
+def test_the_users_placement_comes_first_while_its_device_lives() -> None:
+    pinned = {"b": frozenset(ExpertId(0, e) for e in range(EXPERTS)), "gone": frozenset({ExpertId(1, 0)})}
+    targets, unplaced = choose_targets(catalogue(), [host("a"), host("b")], {}, pinned)
+    assert devices_of_layer(targets, 0) == {"id-b"}
+    assert ExpertId(1, 0) in targets
+    assert not unplaced
+
+
+def test_a_newcomer_takes_its_share_and_nothing_else_moves() -> None:
+    before, _ = choose_targets(catalogue(), [host("a"), host("b")], {}, {})
+    after, _ = choose_targets(catalogue(), [host("a"), host("b"), host("c")], before, {})
+    moved = {expert for expert in before if before[expert] != after[expert]}
+    assert {after[expert] for expert in moved} == {"id-c"}
+    assert EXPERTS <= len(moved) <= LAYERS * EXPERTS // 3  # parcels of four, and none moves for little
+
+
+def test_the_old_home_serves_until_the_new_one_is_ready() -> None:
+    expert = ExpertId(0, 0)
+    targets = {expert: "id-b"}
+    old, new = host("a", ready=frozenset({expert}), route=b"a"), host("b", route=b"b")
+    assert holdings([old, new], targets) == {"id-a": (expert,), "id-b": (expert,)}
+    table = routing(catalogue(), [old, new], targets)
+    assert table.devices[table.device_of[0][0]].device_id == "id-a"
+    new = host("b", ready=frozenset({expert}), route=b"b")
+    assert holdings([old, new], targets) == {"id-a": (), "id-b": (expert,)}
+    table = routing(catalogue(), [old, new], targets)
+    assert table.devices[table.device_of[0][0]].device_id == "id-b"
+
+
+def test_only_attached_devices_are_routed_to() -> None:
+    everything = frozenset(catalogue().experts)
+    table = routing(catalogue(), [host("a", ready=everything)], {})
+    assert table.devices == ()
+    assert not table.complete
+    table = routing(catalogue(), [host("a", ready=everything, route=b"a")], {})
+    assert table.complete == frozenset(range(LAYERS))
+    assert all(np.all(row == 0) for row in table.device_of.values())
