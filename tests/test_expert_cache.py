@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -67,21 +68,24 @@ def test_a_damaged_file_is_removed_and_never_returned(tmp_path, damage, caplog):
     assert cache.get(sha256) == data
 
 
-@pytest.fixture
+@contextmanager
 def disk_takes_only_2_kib_more():
-    """A limit on the size of files: the only full disk that needs no root."""
+    """A limit on the size of files: the only full disk that needs no root. Within the test alone, since it holds for
+    what pytest itself writes, too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 * KIB, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.usefixtures("disk_takes_only_2_kib_more")
 def test_a_full_disk_is_said_once_and_lived_with(tmp_path, caplog):
     cache, (first, second) = ExpertCache(tmp_path, 64 * KIB), (blob(1), blob(2, 8 * KIB))
-    cache.put(*first)
-    cache.put(*second)
-    cache.put(*blob(3, 8 * KIB))
+    with disk_takes_only_2_kib_more():
+        cache.put(*first)
+        cache.put(*second)
+        cache.put(*blob(3, 8 * KIB))
     assert cache.get(first[0]) == first[1]
     assert cache.get(second[0]) is None
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
