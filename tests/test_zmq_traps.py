@@ -1,6 +1,6 @@
 """ZeroMQ's traps, Z1 to Z15 of docs/wire.md: each is closed, or shown not to apply."""
 
-from __future__ import contextlib
+from __future__ import annotations
 
 import os
 import signal
