@@ -129,6 +129,32 @@ def test_from_bundle_to_answer(bundle, tmp_path, nodes):
     station.stop(signal.SIGINT)
 
 
+def test_devices_rejoin_after_the_base_station_was_killed(bundle, tmp_path, nodes):
+    """kill -9: no goodbye, no clean-up. Same state folder and address, so the same key and the same devices."""
+    words = ("bs", str(bundle), "--bind", f"tcp://127.0.0.1:{two_free_ports()}", "--http", "127.0.0.1:0")
+    words += ("--state", str(tmp_path / "bs"))
+    station = Node(tmp_path, "bs", *words)
+    nodes.append(station)
+    (tmp_path / "token").write_text(station.wait_for(r"Join token.*: (\S+)"))
+    for name in ("kitchen", "attic"):
+        join = ("--join", f"@{tmp_path / 'token'}", "--name", name, "--state", str(tmp_path / name))
+        nodes.append(Node(tmp_path, name, "device", *join, "--cache", str(tmp_path / "cache")))
+    texts = []
+    for life in ("first", "second"):
+        url = station.wait_for(r"HTTP: (http://\S+)/v1")
+        assert _is_ok(url), life
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            answer = client.completions.create(model="tiny", prompt="hello", max_tokens=8, temperature=0)
+        assert not answer.wdmoe["degraded"]
+        texts.append(answer.choices[0].text)
+        station.close()
+        if life == "first":
+            station = Node(tmp_path, "bs again", *words)
+            nodes.append(station)
+    assert texts[0] == texts[1]
+    assert all(node.process.poll() is None for node in nodes[1:3])  # the devices never restarted
+
+
 def test_ports_that_are_taken(bundle, tmp_path, free_port):
     state = ("--state", str(tmp_path / "bs"))
     with socket.create_server(("127.0.0.1", 0)) as holder:
