@@ -91,7 +91,7 @@ class Lab:
         homes = [[f.id for f in manifest.experts if f.id.expert % devices == d] for d in range(devices)]
         self.devices = [LabDevice(self._data, bundle, f"device {d}", homes[d]) for d in range(devices)]
         self.routing = Routing()
-        exchange = Exchange(self._data, lambda envelope: None, lambda route: None)
+        exchange = self.exchange = Exchange(self._data, lambda envelope: None, lambda route: None)
         defaults = {"renormalise": manifest.on_drop == "renormalise", "gate_temperature": manifest.gate_temperature}
         all_rules = LayerRules(**{**defaults, "deadline_s": 30.0, **(rules or {})})  # type: ignore[arg-type]
         self.layers = ExpertLayers(exchange, lambda: self.routing, all_rules)

@@ -15,7 +15,7 @@ from tests.families import reference, save_tiny
 from tests.lab import Lab
 from wdmoe.backbone.bundle import Bundle
 from wdmoe.backbone.export import ExportSettings, export_bundle
-from wdmoe.errors import ExpertsUnavailableError, OverloadedError, RequestError
+from wdmoe.errors import ExpertsUnavailableError, OverloadedError, RequestError, TransportError
 from wdmoe.records import Finished, GenerationRequest, Receipt, Sampling, TextDelta
 from wdmoe.transport.messages import Message, Result, Run
 
@@ -242,3 +242,23 @@ def test_finished_is_always_the_last_event(lab: Lab) -> None:
         return events[-1]
 
     assert isinstance(asyncio.run(last()), Finished)
+
+
+def test_a_model_thread_that_dies_leaves_no_request_hanging(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def die() -> None:
+        request = GenerationRequest(request_id="t", prompt=PROMPT, sampling=Sampling(max_tokens=200, ignore_eos=True))
+        stream = lab.engine.stream(request)
+        await stream.__anext__()
+        monkeypatch.setattr(lab.exchange, "pump", _raise)
+        async for _ in stream:
+            pass
+
+    with pytest.raises(TransportError, match="a bug in the exchange"):
+        asyncio.run(asyncio.wait_for(die(), 30))
+    assert lab.thread.load == 0
+    with pytest.raises(TransportError, match="a bug in the exchange"):
+        ask(lab)
+
+
+def _raise(longest_s: float) -> None:
+    raise RuntimeError("a bug in the exchange")

@@ -22,10 +22,10 @@ STOP_S = 10.0  # how long running tasks may take to notice that the thread stops
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Task:
-    """Work for the model thread. Exactly one of `run` (to its end) and `fail` happens."""
+    """Work for the model thread. Exactly one of `run` to its end, and `fail`, happens."""
 
     run: Callable[[], None]  # in a greenlet of its own; must not let exceptions out
-    fail: Callable[[Exception], None]  # the task was never started
+    fail: Callable[[Exception], None]  # the task was never started, or its thread died under it
     cancel: Callable[[], None]  # asks a running task to end soon
 
 
@@ -91,6 +91,7 @@ class ModelThread:
             self._failure = error
         finally:
             self._refuse_waiting()
+            self._abandon_active()
 
     def _loop(self) -> None:
         while not self._stopping:
@@ -122,6 +123,13 @@ class ModelThread:
         while self._waiting:
             self._waiting.popleft().fail(RequestError("the base station is shutting down"))
             self._finished()
+
+    def _abandon_active(self) -> None:
+        """Tell whoever still waits for a task that can never end now: nobody may be left hanging."""
+        for task in self._active:
+            task.fail(TransportError(f"the model thread has ended: {self._failure or 'the base station stops'}"))
+            self._finished()
+        self._active.clear()
 
     def _finished(self) -> None:
         with self._lock:
