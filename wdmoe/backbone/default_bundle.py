@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 from pathlib import Path
 
 from wdmoe.backbone.bundle import FORMAT_VERSION, MANIFEST_NAME
 from wdmoe.backbone.default_model import NAME, default_checkpoint
 from wdmoe.backbone.export import ExportProgress, ExportSettings, export_bundle
+from wdmoe.backbone.made_once import make_once
 from wdmoe.backbone.split.settings import Progress, quiet
 from wdmoe.config import cache_home
-from wdmoe.errors import BundleError
 
 
 def default_bundle(
@@ -35,12 +34,4 @@ def default_bundle(
     manifest = folder / MANIFEST_NAME  # written last
     if manifest.is_file():
         return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with Path(f"{folder}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, also by a crash
-            if not manifest.is_file():
-                export_bundle(checkpoint, folder, settings, exporting)
-    except OSError as error:
-        raise BundleError(f"cannot write to {folder.parent}: {error.strerror or error}") from error
-    return folder
+    return make_once(folder, manifest.is_file, lambda: export_bundle(checkpoint, folder, settings, exporting))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from dataclasses import asdict
 from importlib import util
 from pathlib import Path
 
+from wdmoe.backbone.made_once import make_once
 from wdmoe.backbone.split.dense import sha256_of
 from wdmoe.backbone.split.settings import Progress, SplitSettings, quiet
 from wdmoe.backbone.split.split import ALGORITHM, split_checkpoint
@@ -56,15 +56,7 @@ def default_checkpoint(progress: Progress = quiet, settings: SplitSettings | Non
     if folder.is_dir():
         return folder
     source = default_source()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with Path(f"{folder}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, also by a crash
-            if not folder.is_dir():
-                split_checkpoint(source, folder, settings, progress)
-    except OSError as error:
-        raise BundleError(f"cannot write to {folder.parent}: {error.strerror or error}") from error
-    return folder
+    return make_once(folder, folder.is_dir, lambda: split_checkpoint(source, folder, settings, progress))
 
 
 def checkpoint_folder(settings: SplitSettings) -> Path:
