@@ -9,10 +9,6 @@ class ConfigError(WdmoeError):
     """A flag, file or setting has a value that cannot be used."""
 
 
-class ShapeError(ValueError):
-    """Arrays that belong together have shapes that do not."""
-
-
 class MissingExtraError(WdmoeError):
     """A command needs an optional part of the installation."""
 

@@ -130,20 +130,12 @@ class _ThreadInbox:
             self._condition.notify()
 
 
-class MemoryDataStation:
-    """See `DataStation`."""
+class _Station:
+    """What the stations of both planes have in common."""
 
-    def __init__(
-        self,
-        *,
-        faults: Faults = Faults(),
-        rng: np.random.Generator | None = None,
-        limits: Limits = DEFAULT_LIMITS,
-    ) -> None:
+    def __init__(self, *, faults: Faults, rng: np.random.Generator | None, limits: Limits) -> None:
         self.limits = limits
         self._air = _Air(faults, rng)
-        self._inbox = _ThreadInbox(_STATION_QUEUE)
-        self._links: dict[bytes, MemoryDataLink] = {}
         self._numbers = itertools.count(1)
         self._refusals = Refusals(_LOG)
 
@@ -160,6 +152,21 @@ class MemoryDataStation:
     def counters(self) -> Mapping[str, int]:
         """Refused messages by kind."""
         return self._refusals.counters
+
+
+class MemoryDataStation(_Station):
+    """See `DataStation`."""
+
+    def __init__(
+        self,
+        *,
+        faults: Faults = Faults(),
+        rng: np.random.Generator | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        super().__init__(faults=faults, rng=rng, limits=limits)
+        self._inbox = _ThreadInbox(_STATION_QUEUE)
+        self._links: dict[bytes, MemoryDataLink] = {}
 
     def connect(self, key: str = "") -> MemoryDataLink:
         """A new device end. `key` is what the station sees as the proven key."""
@@ -287,7 +294,7 @@ class _LoopInbox:
         return self._parcels.popleft()  # nothing is awaited after this: a cancelled `get` loses no parcel
 
 
-class MemoryControlStation:
+class MemoryControlStation(_Station):
     """See `ControlStation`."""
 
     def __init__(
@@ -297,26 +304,9 @@ class MemoryControlStation:
         rng: np.random.Generator | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        self.limits = limits
-        self._air = _Air(faults, rng)
+        super().__init__(faults=faults, rng=rng, limits=limits)
         self._inbox = _LoopInbox(_STATION_QUEUE)
         self._links: dict[bytes, MemoryControlLink] = {}
-        self._numbers = itertools.count(1)
-        self._refusals = Refusals(_LOG)
-
-    @property
-    def faults(self) -> Faults:
-        """What the air does. Set it to change the weather of all links."""
-        return self._air.faults
-
-    @faults.setter
-    def faults(self, faults: Faults) -> None:
-        self._air.faults = faults
-
-    @property
-    def counters(self) -> Mapping[str, int]:
-        """Refused messages by kind."""
-        return self._refusals.counters
 
     def connect(self, key: str = "") -> MemoryControlLink:
         """A new device end. `key` is what the station sees as the proven key."""
