@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from wdmoe.backbone.gate_trace import trace
+from wdmoe.backbone.gate_function import trace
 from wdmoe.backbone.onnx_graph import ExpertGraph, Float32Array, Linear, Steps, build_expert, run_graph
 from wdmoe.errors import BundleError
 

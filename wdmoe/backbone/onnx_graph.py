@@ -43,7 +43,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Elementwise work between the matrices, translated from a torch function (`gate_trace.trace`).
+    """Elementwise work between the matrices, translated from a torch function (`gate_function.trace`).
 
     `columns[i]` says which columns of the function's argument its input `inputs[i]` is; a graph builds them
     as separate matrices and never cuts an activation.

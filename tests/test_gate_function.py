@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.activations import ACT2CLS, ACT2FN
 
-from wdmoe.backbone.gate_trace import trace
+from wdmoe.backbone.gate_function import trace
 from wdmoe.backbone.onnx_graph import OPERATORS, Linear, build_expert, quantise, run_graph
 from wdmoe.errors import BundleError
 
