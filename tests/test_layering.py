@@ -14,6 +14,7 @@ LAYERS = {
     "errors": 0,
     "units": 0,
     "config": 1,
+    "gate_trace": 1,
     "ledger": 1,
     "records": 1,
     "solver": 2,

@@ -17,6 +17,7 @@ from wdmoe.cli.models import export, split, verify
 from wdmoe.cli.nodes import bs, device
 from wdmoe.cli.status import status
 from wdmoe.cli.tokens import token
+from wdmoe.cli.trace import trace
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -41,7 +42,7 @@ def cli(verbose: int, quiet: bool) -> None:
     configure_logging(verbose=verbose, quiet=quiet)
 
 
-for command in (bs, demo, device, export, split, status, token, verify):
+for command in (bs, demo, device, export, split, status, token, trace, verify):
     cli.add_command(command)
 
 

@@ -1,0 +1,56 @@
+"""A gate trace of a whole checkpoint reading text on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wdmoe.backbone.default_model import default_checkpoint
+from wdmoe.backbone.split import text as texts
+from wdmoe.backbone.trace_recorder import TraceRecorder
+from wdmoe.errors import BundleError, ConfigError
+from wdmoe.gate_trace import GateTrace
+
+
+@torch.no_grad()
+def record_trace(
+    model: str,
+    text: tuple[Path, ...],
+    tokens: int,
+    window: int,
+    similarity: bool,
+    progress: Callable[[str, float], None],
+) -> GateTrace:
+    """Let a model read text and record its gates.
+
+    Args:
+        model: folder of a transformers MoE checkpoint, or "default".
+        text: files to read; () for the shipped held-out text.
+        tokens: to record; cut to whole windows.
+        window: tokens of one sequence.
+        similarity: also record how alike neighbouring hidden states are.
+        progress: told (stage, fraction done).
+    Raises:
+        BundleError: the model cannot be loaded or has no experts.
+        ConfigError: the text cannot be read or is too short, or `tokens` is less than a window.
+    """
+    if tokens < window:
+        raise ConfigError(f"tokens ({tokens}) must be at least one window ({window})")
+    folder = default_checkpoint(progress) if model == "default" else Path(model)
+    progress("load", 0.0)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{folder} is no checkpoint that transformers loads: {str(error).splitlines()[0]}") from error
+    documents = texts.read_documents(text, texts.SHIPPED_HELD_OUT)
+    windows = texts.token_windows(documents, tokenizer, window, tokens // window)
+    with TraceRecorder(loaded, folder.name, similarity=similarity) as recorder:
+        for done, ids in enumerate(windows):
+            progress("read", done / len(windows))
+            loaded(input_ids=ids[None], use_cache=False)
+    progress("read", 1.0)
+    return recorder.trace()

@@ -1,0 +1,43 @@
+"""The command that records a gate trace: `trace`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from wdmoe.cli.failures import needs_extra
+from wdmoe.cli.params import FILE
+from wdmoe.units import format_quantity
+
+
+@click.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--text", type=FILE, multiple=True, help="What it reads; may be repeated.  [default: shipped text]"
+)
+@click.option("--tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="How many, in all.")
+@click.option("--window", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens of one sequence.")
+@click.option("--similarity", is_flag=True, help="Also record how alike neighbouring tokens' hidden states are.")
+def trace(model: str, out: Path, text: tuple[Path, ...], tokens: int, window: int, similarity: bool) -> None:
+    """Record what a model's gates ask for.
+
+    MODEL is the folder of a Mixture-of-Experts checkpoint, or the word default. It reads text on this machine, and
+    the scores and choices of every gate go to the file OUT (.npz), which holds no text. Simulations replay it.
+
+    \b
+    Examples:
+      wdmoe-node trace default gate.npz
+      wdmoe-node trace ./OLMoE-1B-7B olmoe.npz --text book.txt --tokens 4096
+    """
+    with needs_extra("bs"):
+        from wdmoe.backbone.record_trace import record_trace
+    from wdmoe.cli.progress import StageProgress
+
+    with StageProgress("trace") as progress:
+        made = record_trace(model, text, tokens, window, similarity, progress.reach)
+    made.save(out)
+    layers, count, experts = made.gate.shape
+    size = format_quantity(out.stat().st_size, "size")
+    click.echo(f"{out}: {made.model}, {count} tokens through {layers} layers of {experts} experts, {size}")

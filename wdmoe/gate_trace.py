@@ -1,0 +1,160 @@
+"""Gate traces: which experts a model's gates asked for, token by token, to be replayed without the model.
+
+A trace is one `.npz` file of plain arrays (never pickled objects):
+
+    version     ()                         1
+    model       ()                         name, text
+    layers      (layers,)                  int32   decoder layer indices, ascending
+    position    (tokens,)                  int32   place of the token in its sequence; 0 begins a new one
+    gate        (layers, tokens, experts)  float16 the router's scores (before any softmax)
+    experts     (layers, tokens, top_k)    int16   what the gate chose, -1 where it left a slot empty
+    weights     (layers, tokens, top_k)    float16 what the model multiplies with, 0 where empty
+    similarity  (layers, tokens)           float16 cosine of the token's hidden state to that of the token before it in
+                                           the same sequence, 0 at position 0; left out where it was not recorded
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wdmoe.errors import ConfigError
+
+VERSION = 1
+MAX_BYTES = 2 << 30  # of all arrays, unpacked: a small file may claim to be huge
+_DTYPES: dict[str, Any] = {
+    "layers": np.int32,
+    "position": np.int32,
+    "gate": np.float16,
+    "experts": np.int16,
+    "weights": np.float16,
+    "similarity": np.float16,
+}
+_REQUIRED = {"version", "model", *_DTYPES} - {"similarity"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GateTrace:
+    """A recorded trace; shapes as in the module's table. Arrays must not be written to."""
+
+    model: str
+    layers: npt.NDArray[np.int32]
+    position: npt.NDArray[np.int32]
+    gate: npt.NDArray[np.float16]
+    experts: npt.NDArray[np.int16]
+    weights: npt.NDArray[np.float16]
+    similarity: npt.NDArray[np.float16] | None = None
+
+    def __post_init__(self) -> None:
+        if problem := self._problem():
+            raise ConfigError(f"gate trace: {problem}")
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were recorded."""
+        return len(self.position)
+
+    @property
+    def expert_count(self) -> int:
+        """Routed experts of a layer."""
+        return int(self.gate.shape[2])
+
+    def probabilities(self, temperature: float = 1.0) -> npt.NDArray[np.float64]:
+        """(layers, tokens, experts) softmax of the scores over `temperature`: what selection policies rank by.
+
+        Raises:
+            ConfigError: the temperature is not positive.
+        """
+        if not 0 < temperature < np.inf:
+            raise ConfigError(f"temperature must be positive and finite, got {temperature}")
+        scores = self.gate.astype(np.float64) / temperature
+        scores = np.exp(scores - scores.max(axis=2, keepdims=True))
+        shares: npt.NDArray[np.float64] = scores / scores.sum(axis=2, keepdims=True)
+        return shares
+
+    def activation_frequency(self) -> npt.NDArray[np.float64]:
+        """(layers, experts) share of the tokens that ask for each expert; each row sums to the mean top-k."""
+        counts = np.zeros((len(self.layers), self.expert_count))
+        for row, chosen in zip(counts, self.experts, strict=True):
+            row += np.bincount(chosen[chosen >= 0].astype(np.int64), minlength=self.expert_count)
+        return counts / max(self.tokens, 1)
+
+    def save(self, file: Path) -> None:
+        """Write the trace; an existing file is replaced only by a whole one.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        arrays = {name: getattr(self, name) for name in _DTYPES if getattr(self, name) is not None}
+        partial = file.with_name(f".{file.name}.part")
+        try:
+            with partial.open("wb") as stream:
+                np.savez_compressed(stream, version=np.int32(VERSION), model=np.str_(self.model), **arrays)
+            partial.replace(file)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise ConfigError(f"gate trace {file} cannot be written: {error}") from error
+
+    @staticmethod
+    def load(file: Path) -> GateTrace:
+        """Read a trace that anybody may have made.
+
+        Raises:
+            ConfigError: it cannot be read, or is no sound trace.
+        """
+        try:
+            arrays = _read(file)
+            version = int(arrays.pop("version"))
+            if version != VERSION:
+                raise ConfigError(f"version {version} is not known; this program reads {VERSION}")
+            return GateTrace(model=str(arrays.pop("model")), **arrays)
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, ConfigError) as error:
+            raise ConfigError(f"gate trace {file} cannot be used: {error}".splitlines()[0]) from error
+
+    def _problem(self) -> str:
+        """What contradicts the table; empty where nothing does."""
+        for name, dtype in _DTYPES.items():
+            array = getattr(self, name)
+            if array is not None and array.dtype != dtype:
+                return f"{name} must be {np.dtype(dtype).name}, got {array.dtype}"
+        if self.gate.ndim != 3 or self.experts.ndim != 3 or 0 in self.gate.shape or 0 in self.experts.shape:
+            return f"gate {self.gate.shape} and experts {self.experts.shape} must have three dimensions, none empty"
+        layers, tokens, experts = self.gate.shape
+        expected = {
+            "layers": (layers,),
+            "position": (tokens,),
+            "experts": (layers, tokens, self.experts.shape[2]),
+            "weights": (layers, tokens, self.experts.shape[2]),
+            "similarity": (layers, tokens),
+        }
+        for name, shape in expected.items():
+            array = getattr(self, name)
+            if array is not None and array.shape != shape:
+                return f"{name} must have shape {shape}, got {array.shape}"
+        if not (np.isfinite(self.gate).all() and np.isfinite(self.weights).all()):
+            return "gate and weights must be finite"
+        if self.experts.min() < -1 or self.experts.max() >= experts:
+            return f"experts must be from -1 to {experts - 1}"
+        if (np.diff(self.layers) <= 0).any() or self.layers[0] < 0 or self.position.min() < 0:
+            return "layers must ascend, and neither layers nor positions be negative"
+        return ""
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """All arrays of the file by name, refused before they are unpacked where they are too large."""
+    with zipfile.ZipFile(file) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+        names = {entry.filename.removesuffix(".npy") for entry in archive.infolist()}
+    if size > MAX_BYTES:
+        raise ConfigError(f"it unpacks to {size} bytes, at most {MAX_BYTES} are read")
+    if missing := _REQUIRED - names:
+        raise ConfigError(f"it lacks {', '.join(sorted(missing))}")
+    if unknown := names - _REQUIRED - {"similarity"}:
+        raise ConfigError(f"it holds {sorted(unknown)[0]!r}, which no trace has")
+    with np.load(file, allow_pickle=False) as archive:
+        return {name: archive[name] for name in names}
