@@ -51,11 +51,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("similarity", [None, np.zeros((2, 6), np.float16)])
 def test_what_is_saved_is_loaded(tmp_path: Path, similarity: object) -> None:
-    trace = a_trace(similarity=similarity)
+    trace = a_trace(similarity=similarity, temperature=0.01)
     trace.save(tmp_path / "t.npz")
     again = GateTrace.load(tmp_path / "t.npz")
     for name in ("layers", "position", "gate", "experts", "weights"):
         np.testing.assert_array_equal(getattr(again, name), getattr(trace, name))
+    assert (again.model, again.temperature) == ("m", 0.01)
     assert (again.similarity is None) == (similarity is None)
     assert [path.name for path in tmp_path.iterdir()] == ["t.npz"]
 
@@ -68,6 +69,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path, similarity: object) -> None:
         ({"experts": np.full((2, 6, 2), 4, np.int16)}, "from -1 to 3"),
         ({"weights": np.zeros((2, 6, 3), np.float16)}, "weights must have shape"),
         ({"layers": np.array([3, 1], np.int32)}, "ascend"),
+        ({"temperature": 0.0}, "temperature must be positive"),
         ({"position": np.full(6, -1, np.int32)}, "negative"),
         ({"gate": np.zeros((2, 0, 4), np.float16)}, "none empty"),
     ],
@@ -113,10 +115,9 @@ def _saved(folder: Path, trace: GateTrace) -> Path:
 def test_frequencies_and_probabilities() -> None:
     trace = a_trace()
     assert np.allclose(trace.activation_frequency().sum(axis=1), 2)
-    assert np.allclose(trace.probabilities(0.5).sum(axis=2), 1)
-    assert (trace.probabilities(0.01).max(axis=2) >= trace.probabilities(1.0).max(axis=2)).all()
-    with pytest.raises(ConfigError, match="temperature"):
-        trace.probabilities(0)
+    assert np.allclose(trace.probabilities().sum(axis=2), 1)
+    sharp = a_trace(temperature=0.01)
+    assert (sharp.probabilities().max(axis=2) >= trace.probabilities().max(axis=2)).all()
 
 
 def test_recorded_is_what_the_routers_said(checkpoint: Path) -> None:

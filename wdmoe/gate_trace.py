@@ -4,6 +4,7 @@ A trace is one `.npz` file of plain arrays (never pickled objects):
 
     version     ()                         1
     model       ()                         name, text
+    temperature ()                         float64 what the scores are divided by before a policy ranks by them
     layers      (layers,)                  int32   decoder layer indices, ascending
     position    (tokens,)                  int32   place of the token in its sequence; 0 begins a new one
     gate        (layers, tokens, experts)  float16 the router's scores (before any softmax)
@@ -35,7 +36,7 @@ _DTYPES: dict[str, Any] = {
     "weights": np.float16,
     "similarity": np.float16,
 }
-_REQUIRED = {"version", "model", *_DTYPES} - {"similarity"}
+_REQUIRED = {"version", "model", "temperature", *_DTYPES} - {"similarity"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,6 +44,7 @@ class GateTrace:
     """A recorded trace; shapes as in the module's table. Arrays must not be written to."""
 
     model: str
+    temperature: float = 1.0
     layers: npt.NDArray[np.int32]
     position: npt.NDArray[np.int32]
     gate: npt.NDArray[np.float16]
@@ -64,15 +66,9 @@ class GateTrace:
         """Routed experts of a layer."""
         return int(self.gate.shape[2])
 
-    def probabilities(self, temperature: float = 1.0) -> npt.NDArray[np.float64]:
-        """(layers, tokens, experts) softmax of the scores over `temperature`: what selection policies rank by.
-
-        Raises:
-            ConfigError: the temperature is not positive.
-        """
-        if not 0 < temperature < np.inf:
-            raise ConfigError(f"temperature must be positive and finite, got {temperature}")
-        scores = self.gate.astype(np.float64) / temperature
+    def probabilities(self) -> npt.NDArray[np.float64]:
+        """(layers, tokens, experts) softmax of the scores over the temperature: what selection policies rank by."""
+        scores = self.gate.astype(np.float64) / self.temperature
         scores = np.exp(scores - scores.max(axis=2, keepdims=True))
         shares: npt.NDArray[np.float64] = scores / scores.sum(axis=2, keepdims=True)
         return shares
@@ -94,7 +90,7 @@ class GateTrace:
         partial = file.with_name(f".{file.name}.part")
         try:
             with partial.open("wb") as stream:
-                np.savez_compressed(stream, version=np.int32(VERSION), model=np.str_(self.model), **arrays)
+                np.savez_compressed(stream, **self._scalars(), **arrays)
             partial.replace(file)
         except OSError as error:
             partial.unlink(missing_ok=True)
@@ -112,12 +108,22 @@ class GateTrace:
             version = int(arrays.pop("version"))
             if version != VERSION:
                 raise ConfigError(f"version {version} is not known; this program reads {VERSION}")
-            return GateTrace(model=str(arrays.pop("model")), **arrays)
+            temperature = float(arrays.pop("temperature"))
+            return GateTrace(model=str(arrays.pop("model")), temperature=temperature, **arrays)
         except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, ConfigError) as error:
             raise ConfigError(f"gate trace {file} cannot be used: {error}".splitlines()[0]) from error
 
+    def _scalars(self) -> dict[str, Any]:
+        return {
+            "version": np.int32(VERSION),
+            "model": np.str_(self.model),
+            "temperature": np.float64(self.temperature),
+        }
+
     def _problem(self) -> str:
         """What contradicts the table; empty where nothing does."""
+        if not 0 < self.temperature < np.inf:
+            return f"temperature must be positive and finite, got {self.temperature}"
         for name, dtype in _DTYPES.items():
             array = getattr(self, name)
             if array is not None and array.dtype != dtype:

@@ -30,7 +30,7 @@ from wdmoe.backbone.bundle import (
 from wdmoe.backbone.checkpoint import Checkpoint
 from wdmoe.backbone.conversion import Conversion, Group
 from wdmoe.backbone.expert_export import LayerExperts
-from wdmoe.backbone.families import experts_names, on_drop_of, top_k_of
+from wdmoe.backbone.families import experts_names, gate_temperature, on_drop_of, top_k_of
 from wdmoe.backbone.journal import Journal
 from wdmoe.backbone.skeleton import meta_model, read_config
 from wdmoe.backbone.station_files import safetensors_parts, small_files
@@ -266,7 +266,7 @@ def _about(skeleton: Any, config: Any, small: dict[str, bytes], name: str) -> di
         "vocabulary": text.vocab_size,
         "top_k": top_k_of(skeleton, config),
         "on_drop": ours.get("on_drop") or on_drop_of(skeleton, config),
-        "gate_temperature": float(ours.get("gate_temperature", 1.0)),
+        "gate_temperature": gate_temperature(config),
     }
 
 

@@ -107,6 +107,12 @@ def top_k_of(model: nn.Module, config: Any) -> int:
     raise BundleError("neither the router nor config.json says how many experts serve a token")
 
 
+def gate_temperature(config: Any) -> float:
+    """What a policy divides the router's scores by before their softmax ranks experts; `wdmoe-node split` sets it."""
+    marks = getattr(config, "wdmoe", None)
+    return float(marks.get("gate_temperature", 1.0)) if isinstance(marks, dict) else 1.0
+
+
 def on_drop_of(model: nn.Module, config: Any) -> OnDrop:
     """What the remaining weights should do when an expert of a token is dropped.
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from wdmoe.backbone.families import experts_modules, router_of
+from wdmoe.backbone.families import experts_modules, gate_temperature, router_of
 from wdmoe.errors import BundleError
 from wdmoe.gate_trace import GateTrace
 
@@ -83,6 +83,7 @@ class TraceRecorder:
         position = np.concatenate(self._positions)
         return GateTrace(
             model=self._name,
+            temperature=gate_temperature(self._model.config),
             layers=np.array(list(self._layers), np.int32),
             position=position,
             gate=np.stack([np.concatenate(note.gate) for note in notes]),
