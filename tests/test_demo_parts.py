@@ -10,11 +10,11 @@ from rich.console import Console
 
 from wdmoe.config import LinkEmulation
 from wdmoe.errors import ConfigError
-from wdmoe.nodes.demo_figures import Run, agreement, as_document, figures, percentile
-from wdmoe.nodes.demo_links import equal_links, unequal_links
-from wdmoe.nodes.demo_plan import DemoSettings, RunPlan, plan_runs
-from wdmoe.nodes.demo_report import report
-from wdmoe.nodes.demo_view import DemoView
+from wdmoe.nodes.demo.figures import Run, agreement, as_document, figures, percentile
+from wdmoe.nodes.demo.links import equal_links, unequal_links
+from wdmoe.nodes.demo.plan import DemoSettings, RunPlan, plan_runs
+from wdmoe.nodes.demo.report import report
+from wdmoe.nodes.demo.view import DemoView
 from wdmoe.nodes.station_client import Token
 from wdmoe.records import Receipt, StageSeconds
 

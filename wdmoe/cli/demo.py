@@ -17,7 +17,7 @@ from wdmoe.cli.params import DIRECTORY, FILE, RATES
 from wdmoe.config import POLICIES, cache_home
 
 if TYPE_CHECKING:
-    from wdmoe.nodes.demo import OpenStage
+    from wdmoe.nodes.demo.run import OpenStage
 
 _PROMPT = "Tell me a short story about a lighthouse keeper who finds a message in a bottle."
 
@@ -65,10 +65,10 @@ def demo(bundle: str, cache: Path | None, no_view: bool, as_json: bool, picture:
     """
     signal.signal(signal.SIGTERM, _end)
     from wdmoe.backbone.bundle import Bundle
-    from wdmoe.nodes.demo import run_demo
-    from wdmoe.nodes.demo_figures import as_document
-    from wdmoe.nodes.demo_plan import DemoSettings
-    from wdmoe.nodes.demo_report import report, save_picture
+    from wdmoe.nodes.demo.figures import as_document
+    from wdmoe.nodes.demo.plan import DemoSettings
+    from wdmoe.nodes.demo.report import report, save_picture
+    from wdmoe.nodes.demo.run import run_demo
 
     settings = DemoSettings(cache=cache or cache_home() / "experts", **flags)
     if bundle == "default" and not sys.stderr.isatty():  # where it is, a bar says so
@@ -87,9 +87,9 @@ def demo(bundle: str, cache: Path | None, no_view: bool, as_json: bool, picture:
 
 def _stages(*, plain: bool, quiet: bool) -> tuple[list[Any], OpenStage]:
     """How runs are shown, and a list that their views will be in."""
-    from wdmoe.nodes.demo_plan import RunPlan
-    from wdmoe.nodes.demo_stage import LiveStage, PlainStage, Stage
-    from wdmoe.nodes.demo_view import DemoView
+    from wdmoe.nodes.demo.plan import RunPlan
+    from wdmoe.nodes.demo.stage import LiveStage, PlainStage, Stage
+    from wdmoe.nodes.demo.view import DemoView
 
     views: list[Any] = []
     console = _console()

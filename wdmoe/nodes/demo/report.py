@@ -14,7 +14,7 @@ from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
 from wdmoe.errors import ConfigError
-from wdmoe.nodes.demo_figures import Agreement, Figures, Run, agreement, figures
+from wdmoe.nodes.demo.figures import Agreement, Figures, Run, agreement, figures
 from wdmoe.units import format_quantity
 
 PICTURE_COLUMNS = 110

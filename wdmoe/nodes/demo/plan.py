@@ -9,7 +9,7 @@ from pathlib import Path
 from wdmoe.backbone.bundle import ExpertFile
 from wdmoe.config import POLICIES
 from wdmoe.errors import ConfigError
-from wdmoe.nodes.demo_links import Links, equal_links, unequal_links
+from wdmoe.nodes.demo.links import Links, equal_links, unequal_links
 from wdmoe.solver.placement_file import write_placement
 
 MOST_DEVICES = 64

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from wdmoe.nodes.demo_plan import RunPlan, device_names
+from wdmoe.nodes.demo.plan import RunPlan, device_names
 from wdmoe.nodes.station_client import Token
 from wdmoe.records import Receipt, StageSeconds
 

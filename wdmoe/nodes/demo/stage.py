@@ -10,7 +10,7 @@ from typing import Protocol, TextIO
 from rich.console import Console
 from rich.live import Live
 
-from wdmoe.nodes.demo_view import DemoView, shown
+from wdmoe.nodes.demo.view import DemoView, shown
 from wdmoe.nodes.station_client import Token
 
 FRAMES_PER_S = 8  # each costs a few milliseconds of the machine that is being measured

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from wdmoe.nodes.demo_plan import RunPlan, device_names
+from wdmoe.nodes.demo.plan import RunPlan, device_names
 from wdmoe.nodes.station_client import Token
 from wdmoe.units import format_quantity
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from wdmoe.backbone.bundle import Bundle
 from wdmoe.errors import RequestError, TransportError
-from wdmoe.nodes.demo_figures import Run
-from wdmoe.nodes.demo_plan import DemoSettings, RunPlan, deal_experts, device_names, placement_text, plan_runs
-from wdmoe.nodes.demo_stage import Stage
-from wdmoe.nodes.demo_view import DemoView
+from wdmoe.nodes.demo.figures import Run
+from wdmoe.nodes.demo.plan import DemoSettings, RunPlan, deal_experts, device_names, placement_text, plan_runs
+from wdmoe.nodes.demo.stage import Stage
+from wdmoe.nodes.demo.view import DemoView
 from wdmoe.nodes.fleet import LAST_WORDS_S, DevicePlan, Fleet, FleetPlan, held_experts
 from wdmoe.nodes.station_client import End, StationClient, Token
 
