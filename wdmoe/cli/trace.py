@@ -14,9 +14,7 @@ from wdmoe.units import format_quantity
 @click.command()
 @click.argument("model")
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
-@click.option(
-    "--text", type=FILE, multiple=True, help="What it reads; may be repeated.  [default: shipped text]"
-)
+@click.option("--text", type=FILE, multiple=True, help="What it reads; may be repeated.  [default: shipped text]")
 @click.option("--tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="How many, in all.")
 @click.option("--window", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens of one sequence.")
 @click.option("--similarity", is_flag=True, help="Also record how alike neighbouring tokens' hidden states are.")
