@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.full_disk import PAGE, fill, small_disk
 from wdmoe.nodes.expert_cache import ExpertCache
 
 KIB = 1024
@@ -93,6 +94,22 @@ def test_a_full_disk_is_said_once_and_lived_with(tmp_path, caplog):
     assert [path.suffix for path in tmp_path.iterdir()] == [".onnx"]  # no half file stays
 
 
+def test_a_disk_without_room_is_lived_with(tmp_path, caplog):
+    with small_disk(tmp_path / "small") as disk:
+        cache, (first, second) = ExpertCache(disk / "cache", 2048 * KIB), (blob(1), blob(2, 8 * KIB))
+        cache.put(*first)
+        filler = fill(disk, PAGE)
+        cache.put(*second)  # half of it fits
+        cache.put(*blob(3))
+        filler.unlink()
+        again = ExpertCache(disk / "cache", 2048 * KIB)
+        assert again.get(first[0]) == first[1]
+        assert again.get(second[0]) is None
+        assert [path.name for path in (disk / "cache").iterdir()] == [f"{first[0]}.onnx"]
+    assert [r.levelno for r in caplog.records] == [logging.WARNING]
+    assert "can't be written: No space left on device; going on without it" in caplog.text
+
+
 def test_a_folder_that_cannot_be_made_is_lived_without(tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     cache = ExpertCache(tmp_path / "file" / "cache", KIB)
@@ -104,6 +121,7 @@ def test_a_folder_that_cannot_be_made_is_lived_without(tmp_path, caplog):
 WRITER = """
 import hashlib, sys
 from pathlib import Path
+from tests.full_disk import PAGE, fill, small_disk
 from wdmoe.nodes.expert_cache import ExpertCache
 cache = ExpertCache(Path(sys.argv[1]), 20_000)
 for round in range(20):

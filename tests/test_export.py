@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import families
+from tests.full_disk import PAGE, fill, small_disk
+from tests.test_cli import fails, run
 from wdmoe.backbone import export, journal
 from wdmoe.backbone.bundle import MANIFEST_NAME, Bundle
 from wdmoe.backbone.export import ExportSettings, export_bundle
-from wdmoe.backbone.journal import JOURNAL_NAME
+from wdmoe.backbone.journal import JOURNAL_NAME, Journal
 from wdmoe.backbone.station import load_station
 from wdmoe.errors import BundleError, ConfigError
 
@@ -222,6 +224,43 @@ def test_full_disk_is_one_line_and_can_be_resumed(source, tmp_path):
     assert not list(out.rglob("*.part"))
     export_bundle(source, out, ExportSettings())
     Bundle.open(out).verify()
+
+
+# Room for: nothing, the journal alone, some of the station's files, some of the experts.
+@pytest.mark.parametrize("pages", [0, 1, 12, 100])
+def test_disk_without_room_leaves_nothing_to_trust(source, tmp_path, pages):
+    whole = export_bundle(source, tmp_path / "whole", ExportSettings())
+    with small_disk(tmp_path / "small") as disk:
+        out, filler = disk / "bundle", fill(disk, pages * PAGE)
+        refused(source, out, "disk is full")
+        assert not list(out.rglob("*.part"))
+        with pytest.raises(BundleError, match="is not a bundle"):
+            Bundle.open(out)
+        filler.unlink()
+        assert export_bundle(source, out, ExportSettings()) == whole
+        assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_export_command_on_a_full_disk_is_one_line(source, tmp_path):
+    with small_disk(tmp_path / "small") as disk:
+        fill(disk, 12 * PAGE)
+        line = fails(run("export", str(source), str(disk / "bundle")))
+    assert "disk is full" in line
+    assert "run the same command again" in line
+
+
+def test_disk_that_is_full_at_a_line_of_the_journal(tmp_path):
+    with small_disk(tmp_path / "small") as disk:
+        with Journal(disk / "bundle", "work") as journal:
+            filler = fill(disk)
+            with pytest.raises(BundleError, match="disk is full"):
+                journal.write("empty", [], note="x" * PAGE)  # the file needs no room, its line does
+        filler.unlink()
+        with Journal(disk / "bundle", "work") as journal:
+            assert journal.finished("empty") is None
+            journal.write("empty", [])
+        with Journal(disk / "bundle", "work") as journal:
+            assert journal.finished("empty") is not None
 
 
 def test_disk_full_says_what_to_do(tmp_path):

@@ -14,6 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.full_disk import fill, small_disk
+from tests.test_cli import fails, run
 from wdmoe.errors import ConfigError, RefusedError
 from wdmoe.transport.admission import Admission
 from wdmoe.transport.keys import (
@@ -43,6 +45,19 @@ def test_a_key_survives_restarts_and_only_its_owner_can_read_it(tmp_path: Path) 
     assert state.stat().st_mode & 0o777 == 0o700
     assert device_keys(state) != first
     assert sorted(file.name for file in state.iterdir()) == ["device.key", "station.key"], "no temporary file stays"
+
+
+def test_a_state_folder_without_room_gets_no_half_key(tmp_path: Path) -> None:
+    pair = station_keys(tmp_path / "bs")
+    token = Admission(tmp_path / "bs").create_token(pair, list(ENDPOINTS), 60.0).text()
+    with small_disk(tmp_path / "small") as disk:
+        filler = fill(disk)
+        line = fails(run("device", "--join", token, "--state", str(disk / "state")))
+        assert "No space left on device" in line
+        assert str(disk / "state") in line
+        assert not [path for path in (disk / "state").rglob("*") if path.is_file()]
+        filler.unlink()
+        assert device_keys(disk / "state") == device_keys(disk / "state")
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o666])

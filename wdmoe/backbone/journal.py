@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ class Journal:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stream.close()
+        with suppress(OSError):  # a line that found no room was told of by `write`, and would be tried again here
+            self._stream.close()
 
     def _lock(self) -> None:
         """One export at a time: the lock goes when the stream is closed or the process ends."""
