@@ -121,14 +121,15 @@ class ModelThread:
 
     def _refuse_waiting(self) -> None:
         while self._waiting:
-            self._waiting.popleft().fail(RequestError("the base station is shutting down"))
-            self._finished()
+            task = self._waiting.popleft()
+            self._finished()  # first: whoever hears of the failure may ask for the load
+            task.fail(RequestError("the base station is shutting down"))
 
     def _abandon_active(self) -> None:
         """Tell whoever still waits for a task that can never end now: nobody may be left hanging."""
         for task in self._active:
-            task.fail(TransportError(f"the model thread has ended: {self._failure or 'the base station stops'}"))
             self._finished()
+            task.fail(TransportError(f"the model thread has ended: {self._failure or 'the base station stops'}"))
         self._active.clear()
 
     def _finished(self) -> None:
