@@ -96,7 +96,7 @@ def write_checkpoint(model: Any, tokenizer: Any, card: str, out: Path) -> None:
     except OSError as error:
         raise BundleError(f"cannot write to {out.parent}: {error.strerror or error}") from error
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         (part / "README.md").write_text(card, "utf-8")
@@ -109,7 +109,7 @@ def write_checkpoint(model: Any, tokenizer: Any, card: str, out: Path) -> None:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """transformers draws its own bar while saving, across the caller's."""
     shown = hub_logging.is_progress_bar_enabled()
     hub_logging.disable_progress_bar()
