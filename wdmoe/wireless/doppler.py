@@ -16,7 +16,7 @@ from wdmoe.wireless.fading import ComplexArray, draw_rayleigh, k_ratio, with_ste
 from wdmoe.wireless.pathloss import LIGHT_M_S
 
 MOST_ORDER = 200
-_LOADING = 1e-9  # J0's matrices are all but singular at low Doppler (Baddour and Beaulieu, section II-B)
+_LOADING = 1e-9  # J0's matrices are all but singular at low Doppler (Baddour and Beaulieu)
 _SERIES_UP_TO = 25.0
 _SERIES_POINTS = 128  # J_128(25) < 1e-60 bounds the error of the sum
 _ASYMPTOTIC_TERMS = 16
@@ -90,7 +90,7 @@ class BlockFading:
         order: lags, in blocks, at which the correlation is Jakes'; 1 to 200.
     Raises:
         ConfigError: a value is not as above, or shapes do not fit.
-    Source: K. E. Baddour and N. C. Beaulieu, IEEE Trans. Wireless Commun. 4(4), 2005, equations 5 to 9.
+    Source: K. E. Baddour and N. C. Beaulieu, IEEE Trans. Wireless Commun. 4(4), 2005, section II.
     """
 
     def __init__(

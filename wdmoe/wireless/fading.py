@@ -36,7 +36,7 @@ def draw_rician(rng: np.random.Generator, k_factor: npt.ArrayLike, shape: tuple[
         Amplitudes of mean power 1, shape of `k_factor` and `shape` together.
     Raises:
         ConfigError: K is negative or NaN, or shapes do not fit.
-    Source: Tse and Viswanath, equation 2.54.
+    Source: Tse and Viswanath, section 2.4.2.
     """
     ratio = k_ratio(k_factor)
     common = broadcast(k_factor=ratio, draws=np.empty(shape))
