@@ -92,3 +92,9 @@ def test_two_processes_make_it_once(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert sorted(answer[1] for answer in answers) == ["False", "True"]
     config = json.loads((Path(answers[0][0]) / "config.json").read_text())
     assert (config["num_local_experts"], config["num_experts_per_tok"]) == (8, 4)
+
+
+def test_finding_a_bundle_that_is_there_takes_no_torch() -> None:
+    asked = "import sys, wdmoe.backbone.default_bundle; print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True, timeout=60)
+    assert said.stdout.strip() == "False", "it costs the demo seconds on every start"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wdmoe.backbone.bundle import FORMAT_VERSION, MANIFEST_NAME
 from wdmoe.backbone.default_model import NAME, default_checkpoint
-from wdmoe.backbone.export import ExportProgress, ExportSettings, export_bundle
 from wdmoe.backbone.made_once import make_once
 from wdmoe.backbone.split.settings import Progress, quiet
 from wdmoe.config import cache_home
+
+if TYPE_CHECKING:
+    from wdmoe.backbone.export import ExportProgress
 
 
 def default_bundle(
@@ -29,9 +32,11 @@ def default_bundle(
         BundleError: the cache folder cannot be written.
     """
     checkpoint = default_checkpoint(splitting)
-    settings = ExportSettings(precision=precision, name=NAME)
     folder = cache_home() / "bundles" / f"{checkpoint.name}-{precision}-v{FORMAT_VERSION}"
     manifest = folder / MANIFEST_NAME  # written last
     if manifest.is_file():
         return folder
+    from wdmoe.backbone.export import ExportSettings, export_bundle  # torch: seconds, and only here needed
+
+    settings = ExportSettings(precision=precision, name=NAME)
     return make_once(folder, manifest.is_file, lambda: export_bundle(checkpoint, folder, settings, exporting))

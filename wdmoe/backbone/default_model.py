@@ -1,4 +1,7 @@
-"""The default model: SmolLM2-135M-Instruct from an installed package, split once and kept in the cache."""
+"""The default model: SmolLM2-135M-Instruct from an installed package, split once and kept in the cache.
+
+What makes it imports torch, which takes seconds; so that happens only where it is made.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,7 @@ from importlib import util
 from pathlib import Path
 
 from wdmoe.backbone.made_once import make_once
-from wdmoe.backbone.split.dense import sha256_of
-from wdmoe.backbone.split.settings import Progress, SplitSettings, quiet
-from wdmoe.backbone.split.split import ALGORITHM, split_checkpoint
+from wdmoe.backbone.split.settings import ALGORITHM, Progress, SplitSettings, quiet
 from wdmoe.config import cache_home
 from wdmoe.errors import BundleError, MissingExtraError
 
@@ -36,6 +37,8 @@ def default_source() -> Path:
     file = Path(next(iter(spec.submodule_search_locations))) / _FILE
     if not file.is_file():
         raise MissingExtraError(f"{file} is missing; reinstall it: {_INSTALL}")
+    from wdmoe.backbone.split.dense import sha256_of
+
     found = sha256_of([file])
     if found != SOURCE_SHA256:
         raise BundleError(f"{file} has SHA-256 {found}, expected {SOURCE_SHA256}; reinstall it: {_INSTALL}")
@@ -55,6 +58,8 @@ def default_checkpoint(progress: Progress = quiet, settings: SplitSettings | Non
     folder = checkpoint_folder(settings)
     if folder.is_dir():
         return folder
+    from wdmoe.backbone.split.split import split_checkpoint
+
     source = default_source()
     return make_once(folder, folder.is_dir, lambda: split_checkpoint(source, folder, settings, progress))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from wdmoe.errors import ConfigError
 
+ALGORITHM = 1  # raised whenever the same settings give another model
 _ALIGN = 8  # grouped matrix products want rows of a multiple of 16 bytes, in 16 bits too
 Progress = Callable[[str, float], None]  # (stage, fraction of that stage done)
 

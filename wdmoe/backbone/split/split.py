@@ -16,8 +16,6 @@ from wdmoe.backbone.split.layer import SplitLayer, split_layer
 from wdmoe.backbone.split.settings import Progress, SplitReport, SplitSettings, quiet
 from wdmoe.errors import BundleError
 
-ALGORITHM = 1  # raised whenever the same settings give another model
-
 
 @torch.no_grad()
 def split_checkpoint(dense: Path, out: Path, settings: SplitSettings, progress: Progress = quiet) -> SplitReport:
