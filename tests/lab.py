@@ -88,6 +88,7 @@ class Lab:
     def __init__(self, bundle: Bundle, devices: int = 3, rules: Mapping[str, object] | None = None) -> None:
         manifest = bundle.manifest
         self._data = MemoryDataStation()
+        self.prefill_chunk = 16
         homes = [[f.id for f in manifest.experts if f.id.expert % devices == d] for d in range(devices)]
         self.devices = [LabDevice(self._data, bundle, f"device {d}", homes[d]) for d in range(devices)]
         self.routing = Routing()
@@ -98,7 +99,7 @@ class Lab:
         self.station = load_station(bundle)
         attach(self.station.model, self.station.experts, self.station.routers, self._run)
         self.thread = ModelThread(exchange, max_active=2, max_waiting=2)
-        self.engine = Engine(self.station, self.thread, dict, policy=all_rules.policy, prefill_chunk=16)
+        self.engine = Engine(self.station, self.thread, dict, policy=all_rules.policy, prefill_chunk=self.prefill_chunk)
         for device in self.devices:
             device.start()
         self.route()

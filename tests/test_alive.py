@@ -17,6 +17,7 @@ from tests.test_spine import greedy
 from wdmoe.backbone.export import ExportSettings, export_bundle
 from wdmoe.errors import ExpertsUnavailableError
 from wdmoe.nodes.base_station import BaseStation
+from wdmoe.nodes.device_session import BEATS_PER_LEASE
 from wdmoe.records import Finished, GenerationRequest, Receipt, Sampling, TextDelta
 
 PROMPT = tuple(range(40, 60))
@@ -76,6 +77,33 @@ def until(fleet: Fleet, what: Callable[[], bool]) -> None:
 
 def names(station: BaseStation) -> set[str]:
     return {device.report.name for device in station.control.roster.live()}
+
+
+def test_a_long_prompt_stops_no_heartbeat(fleet: Fleet, bundle: Path) -> None:
+    with fleet.serve(bundle, lease_s=1.0, prefill_chunk=8) as station:
+        sessions = {device.key: device.session for device in station.control.roster.live()}
+        heard: dict[str, set[float]] = {key: set() for key in sessions}
+
+        async def read_long_prompts() -> None:
+            prompt = tuple(range(1, 201)) * 5
+            sampling = Sampling(max_tokens=1, ignore_eos=True)
+            while min(map(len, heard.values())) < 3 * BEATS_PER_LEASE:
+                async for event in station.engine.stream(
+                    GenerationRequest(request_id="t", prompt=prompt, sampling=sampling)
+                ):
+                    assert isinstance(event, TextDelta) or not event.receipt.degraded
+
+        async def listen() -> None:
+            reading = asyncio.create_task(read_long_prompts())
+            while not reading.done():
+                for device in station.control.roster.live():
+                    heard[device.key].add(device.seen_s)
+                await asyncio.sleep(0.05)
+            await reading
+
+        fleet.loop.run(listen())
+        assert {device.key: device.session for device in station.control.roster.live()} == sessions
+        assert [device.said().count("joined ") for device in fleet.devices] == [1, 1, 1]
 
 
 def test_a_device_killed_in_mid_answer_costs_quality_not_the_answer(fleet: Fleet, bundle: Path) -> None:

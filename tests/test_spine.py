@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,36 @@ def test_logits_are_the_undivided_models(lab: Lab, checkpoint: Path) -> None:
 def test_a_prompt_longer_than_a_chunk_is_no_different(lab: Lab, checkpoint: Path) -> None:
     prompt = tuple(int(i) for i in np.random.default_rng(0).integers(0, 255, 70))
     assert ask(lab, prompt)[0] == greedy(checkpoint, prompt)
+
+
+def test_a_long_prompt_holds_others_up_by_one_chunk_at_most(bundle: Bundle) -> None:
+    lab = Lab(bundle, devices=1)
+    layer_0: list[int] = []  # tokens of every forward pass, in the order in which passes begin
+    lab.devices[0].spoil = lambda run, reply: (run.layer == 0 and layer_0.append(len(run.tokens))) or reply
+    chunks, in_time = 20, []
+    prompt = tuple(int(i) for i in np.random.default_rng(0).integers(0, 255, chunks * lab.prefill_chunk))
+
+    async def both() -> None:
+        short = GenerationRequest(request_id="s", prompt=PROMPT[:4], sampling=Sampling(max_tokens=200, ignore_eos=True))
+        stream = lab.engine.stream(short)
+        await stream.__anext__()
+        long = asyncio.create_task(answer(lab, prompt, max_tokens=1))
+        async for _ in stream:
+            if long.done():
+                break
+            in_time.append(1)
+        await stream.aclose()
+        await long
+
+    try:
+        asyncio.run(both())
+    finally:
+        lab.close()
+    long_passes = [at for at, tokens in enumerate(layer_0) if tokens == lab.prefill_chunk]
+    between = [b - a - 1 for a, b in pairwise(long_passes)]  # passes of the other request, each of which is a token
+    assert len(long_passes) == chunks
+    assert all(a + b for a, b in pairwise(between))
+    assert len(in_time) >= chunks // 2
 
 
 def test_requests_at_the_same_time_do_not_mix(lab: Lab, checkpoint: Path) -> None:
