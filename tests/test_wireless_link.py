@@ -1,7 +1,10 @@
 """Channels and links: that the parts come together with the right numbers, shapes and errors."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,6 +107,14 @@ def test_seeds_repeat_and_batches_fit():
     radio = Radio(device_power_w=[0.1, 0.2, 0.2], device_noise_w_hz=1e-20)
     rates = links_of(radio, replace(one, shadowing_db=np.zeros(3))).uplink_bps([1e6, 2e6, 3e6])
     assert rates.shape == (4, 3)
+
+
+def test_the_guide_s_example_runs_on_numpy_alone():
+    guide = (Path(__file__).parent.parent / "docs" / "wireless.md").read_text(encoding="utf-8")
+    example = guide.split("```python\n")[1].split("```")[0]
+    alone = "import sys\nassert not {'scipy', 'torch', 'zmq'} & set(sys.modules)\n"
+    done = subprocess.run([sys.executable, "-c", example + alone], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
