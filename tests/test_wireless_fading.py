@@ -145,6 +145,7 @@ def test_shadowing_moves_with_the_device(rng):
     ("call", "told"),
     [
         (lambda rng: draw_rician(rng, -1), "k_factor must be zero or positive"),
+        (lambda rng: draw_rician(rng, "strong"), "k_factor must be a number"),
         (lambda rng: draw_rician(rng, math.nan), "k_factor must be zero or positive"),
         (lambda rng: draw_rician(rng, [1, 2], (3,)), r"k_factor \(2,\), draws \(3,\)"),
         (lambda rng: draw_shadowing_db(rng, -4), "sigma_db must be zero or positive, got -4"),

@@ -124,6 +124,7 @@ def test_the_guide_s_example_runs_on_numpy_alone():
         (lambda: Radio(device_power_w=[0.1, -1]), "device_power_w must be zero or positive, got -1"),
         (lambda: Radio(antenna_gain_db=math.inf), "antenna_gain_db must be finite"),
         (lambda: Channel(path_loss_db=np.array([math.nan])), "path_loss_db must be finite"),
+        (lambda: Channel(path_loss_db=np.array([-1e6])), "path_loss_db must be within -1000 to 1000"),
         (lambda: Channel(path_loss_db=np.zeros(2), shadowing_db=np.zeros(3)), r"path_loss_db \(2,\)"),
         (lambda: links([1.0], spending="water"), "spending must be one of power, density; got 'water'"),
         (lambda: links([-1.0]), "downlink_snr_hz must be zero or positive"),

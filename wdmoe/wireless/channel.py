@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.wireless.checks import BoolArray, FloatArray, broadcast, finite, not_negative, positive
+from wdmoe.wireless.checks import BoolArray, FloatArray, broadcast, decibels, not_negative, positive
 from wdmoe.wireless.fading import draw_rician, power_gain
 from wdmoe.wireless.shadowing import draw_shadowing_db
 from wdmoe.wireless.tr38901 import Scenario, los_probability, path_loss_db, shadowing_sigma_db
@@ -26,7 +26,7 @@ class Channel:
     """Losses and fading of links, arrays that fit each other: the last axis is the device, those before it are draws.
 
     Raises:
-        ConfigError: a value is not finite, a fading is negative, or shapes do not fit.
+        ConfigError: a loss is outside -1000 to 1000 dB, a fading negative or not finite, or shapes do not fit.
     """
 
     path_loss_db: FloatArray  # median, positive decibels
@@ -36,8 +36,8 @@ class Channel:
 
     def __post_init__(self) -> None:
         broadcast(
-            path_loss_db=finite("path_loss_db", self.path_loss_db),
-            shadowing_db=finite("shadowing_db", self.shadowing_db),
+            path_loss_db=decibels("path_loss_db", self.path_loss_db),
+            shadowing_db=decibels("shadowing_db", self.shadowing_db),
             downlink_fading=not_negative("downlink_fading", self.downlink_fading),
             uplink_fading=not_negative("uplink_fading", self.uplink_fading),
         )
@@ -79,7 +79,7 @@ def draw_fading(
     Raises:
         ConfigError: a value is not as above, or shapes do not fit.
     """
-    loss = finite("path_loss_db", path_loss_db)
+    loss = decibels("path_loss_db", path_loss_db)
     shape = (*draws, *broadcast(path_loss_db=loss, k_factor=k_factor))
     down = power_gain(draw_rician(rng, k_factor, shape))
     up = down if reciprocal else power_gain(draw_rician(rng, k_factor, shape))

@@ -13,18 +13,20 @@ from wdmoe.errors import ConfigError
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 Entry = TypeVar("Entry")
+MOST_DB = 1000.0
+
+
+def numbers_of(name: str, value: npt.ArrayLike) -> FloatArray:
+    """The value as float64, perhaps NaN or infinite; ConfigError if it is not numbers."""
+    try:
+        return np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} must be a number or an array of numbers, got {value!r:.60}") from error
 
 
 def finite(name: str, value: npt.ArrayLike) -> FloatArray:
-    """The value as float64.
-
-    Raises:
-        ConfigError: not numbers, or NaN or infinite among them.
-    """
-    try:
-        numbers = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name} must be a number or an array of numbers, got {value!r:.60}") from error
+    """The value as float64, neither NaN nor infinite, else ConfigError."""
+    numbers = numbers_of(name, value)
     return _all(name, numbers, np.isfinite(numbers), "finite")
 
 
@@ -45,6 +47,11 @@ def within(name: str, value: npt.ArrayLike, lowest: float, highest: float, why: 
     numbers = finite(name, value)
     inside = (numbers >= lowest) & (numbers <= highest)
     return _all(name, numbers, inside, f"within {lowest:g} to {highest:g}{why}")
+
+
+def decibels(name: str, value: npt.ArrayLike, lowest: float = -MOST_DB) -> FloatArray:
+    """The value as float64 within -1000 (or `lowest`) to 1000 dB, whose ratios never overflow, else ConfigError."""
+    return within(name, value, lowest, MOST_DB)
 
 
 def one_of(name: str, value: str, known: Mapping[str, Entry]) -> Entry:

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wdmoe.errors import ConfigError
-from wdmoe.wireless.checks import FloatArray, broadcast
+from wdmoe.wireless.checks import FloatArray, broadcast, numbers_of
 
 ComplexArray = npt.NDArray[np.complex128]
 
@@ -70,7 +70,7 @@ def power_gain(amplitude: npt.ArrayLike) -> FloatArray:
 
 def k_ratio(k_factor: npt.ArrayLike) -> FloatArray:
     """K as float64, at least 0 and perhaps infinite, else ConfigError."""
-    ratio = np.asarray(k_factor, dtype=np.float64)
+    ratio = numbers_of("k_factor", k_factor)
     if not np.all(ratio >= 0):  # also refuses NaN
         raise ConfigError(f"k_factor must be zero or positive, a plain ratio, got {k_factor!r:.60}")
     return ratio

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wdmoe.wireless.channel import Channel
-from wdmoe.wireless.checks import FloatArray, broadcast, finite, not_negative, one_of, positive
+from wdmoe.wireless.checks import FloatArray, broadcast, decibels, not_negative, one_of, positive
 from wdmoe.wireless.noise import snr_hz
 from wdmoe.wireless.rates import SHANNON, RateLaw, fixed_density_bps, fixed_power_bps
 
@@ -39,7 +39,7 @@ class Radio:
             positive(name, getattr(self, name))
         for name in ("station_power_w", "device_power_w"):
             not_negative(name, getattr(self, name))
-        finite("antenna_gain_db", self.antenna_gain_db)
+        decibels("antenna_gain_db", self.antenna_gain_db)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

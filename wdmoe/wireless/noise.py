@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.wireless.checks import FloatArray, broadcast, not_negative, positive
+from wdmoe.wireless.checks import FloatArray, broadcast, decibels, not_negative, positive
 
 BOLTZMANN_J_K = 1.380649e-23  # exact, by the definition of the kelvin
 ROOM_K = 290.0  # the temperature that noise figures are defined at
@@ -18,7 +18,7 @@ def noise_density_w_hz(noise_figure_db: npt.ArrayLike = 0.0, temperature_k: npt.
     imaginary parts.
 
     Args:
-        noise_figure_db: (...,) dB, >= 0; 3GPP evaluations use 5 dB at base stations, 9 dB at devices.
+        noise_figure_db: (...,) 0 to 1000 dB; 3GPP evaluations use 5 dB at base stations, 9 dB at devices.
         temperature_k: (...,) kelvin, > 0.
     Returns:
         (...,) watts per hertz.
@@ -26,7 +26,7 @@ def noise_density_w_hz(noise_figure_db: npt.ArrayLike = 0.0, temperature_k: npt.
         ConfigError: a value is not as above, or shapes do not fit.
     Source: ITU-R P.372; Tse and Viswanath, section 2.2.4, for real and imaginary parts.
     """
-    figure, temperature = not_negative("noise_figure_db", noise_figure_db), positive("temperature_k", temperature_k)
+    figure, temperature = decibels("noise_figure_db", noise_figure_db, 0), positive("temperature_k", temperature_k)
     broadcast(noise_figure_db=figure, temperature_k=temperature)
     return np.asarray(BOLTZMANN_J_K * temperature * 10 ** (figure / 10))
 

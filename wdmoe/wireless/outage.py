@@ -49,10 +49,12 @@ def rician_outage(threshold: npt.ArrayLike, mean_snr: npt.ArrayLike, k_factor: n
     k = within("k_factor", k_factor, 0, MOST_K)
     shape = broadcast(threshold=level, mean_snr=mean, k_factor=k)
     surely = k + 40 * np.sqrt(k) + 1000  # a mean count from which on the outage is 1 to the last digit
-    needed = np.broadcast_to(np.minimum((1 + k) * (level / mean), surely), shape).ravel()
-    steady = np.broadcast_to(k, shape).ravel()
-    chances = [_exceeds(one, other) for one, other in zip(needed, steady, strict=True)]
-    return np.asarray(chances, np.float64).reshape(shape)
+    needed = np.broadcast_to(np.minimum((1 + k) * (level / mean), surely), shape)
+    steady = np.broadcast_to(k, shape)
+    chances = np.asarray(-np.expm1(-needed))  # right where K is 0, and there much faster
+    for place in np.argwhere(steady > 0):
+        chances[tuple(place)] = _exceeds(needed[tuple(place)], steady[tuple(place)])
+    return chances
 
 
 def _exceeds(mean: float, other_mean: float) -> float:
