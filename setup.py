@@ -16,7 +16,7 @@ debug = os.environ.get("WDMOE_DEBUG") == "1"
 flags = ["-O0", "-g", "-D_GLIBCXX_ASSERTIONS"] if debug else ["-O3"]
 flags += ["-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra"]
 
-HEADERS = ("checks", "combine", "grouping", "selection")
+HEADERS = ("bandwidth", "bandwidth_blocks", "checks", "combine", "grouping", "link_time", "selection")
 
 
 class BuildExtension(build_ext):

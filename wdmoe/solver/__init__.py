@@ -1,17 +1,22 @@
-"""Arrays in, arrays out: expert selection, grouping and combining for any program that has NumPy.
+"""Arrays in, arrays out: expert selection, bandwidth, grouping and combining for any program that has NumPy.
 
 This face is for programs outside wdmoe; inside, modules import each other directly.
 """
 
+from wdmoe.solver.bandwidth import Allocation, Links, allocate_bandwidth, allocate_bandwidth_many
 from wdmoe.solver.combining import combine, combine_partials, is_finite
 from wdmoe.solver.grouping import DeviceWork, Groups, group_by_device
 from wdmoe.solver.placement import place_experts
 from wdmoe.solver.selection import Choice, prune_experts, select_experts
 
 __all__ = [
+    "Allocation",
     "Choice",
     "DeviceWork",
     "Groups",
+    "Links",
+    "allocate_bandwidth",
+    "allocate_bandwidth_many",
     "combine",
     "combine_partials",
     "group_by_device",

@@ -120,3 +120,38 @@ def prune(
     Raises:
         ValueError: a shape, index or weight is not as above.
     """
+
+class Allocation:
+    """Bandwidth of each device, with the proof of how good it is. See `wdmoe.solver.bandwidth`."""
+
+    bandwidth_hz: FloatArray  # (devices,)
+    block_latency_s: FloatArray  # (blocks,)
+    weight: FloatArray  # (blocks, devices) >= 0, 1 in sum where a block has load: how far it waits for each device
+    latency_s: float  # sum of block_latency_s
+    lower_bound_s: float  # no allocation is faster; proven by weight and price, rounding included
+    price_s_per_hz: float  # what one more hertz would save
+    status: str  # "optimal", "infeasible", "iteration_limit"
+    iterations: int
+
+def allocate(
+    load: FloatArray,
+    links: FloatArray,
+    flat: bool,
+    total_hz: float,
+    fixed_s: FloatArray | None = None,
+    floor_hz: FloatArray | None = None,
+    cap_hz: FloatArray | None = None,
+    start_hz: FloatArray | None = None,
+    start_weight: FloatArray | None = None,
+    tolerance: float = 1e-8,
+    limit: int = 150,
+) -> Allocation:
+    """As `wdmoe.solver.bandwidth.allocate_bandwidth`, which checks what is not checked here: all but load and shapes.
+
+    Args:
+        load: (blocks, devices) float64 C-contiguous.
+        links: (5, devices) bits down, bits up, SNR (or efficiency) down, up, compute seconds per token.
+        flat: whether links holds efficiencies.
+    Raises:
+        ValueError: shapes differ, or a load is not finite or negative.
+    """

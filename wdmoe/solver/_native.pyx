@@ -39,6 +39,34 @@ cdef extern from "wdmoe/grouping.hpp" namespace "wdmoe" nogil:
                   float* pair_weights) noexcept
 
 
+cdef extern from "wdmoe/bandwidth_blocks.hpp" namespace "wdmoe" nogil:
+    cdef cppclass BandwidthTask:
+        size_t blocks, devices
+        const double* load
+        const double* fixed
+        const double* links
+        cbool flat
+        double total_hz
+        const double* floor_hz
+        const double* cap_hz
+        const double* start_hz
+        const double* start_weight
+        double tolerance
+        size_t limit
+
+    cdef cppclass BandwidthAnswer:
+        double latency, lower_bound, price
+        int status
+        size_t iterations
+
+    cdef cppclass BandwidthArrays:
+        double* band_hz
+        double* block_latency
+        double* weight
+
+    BandwidthAnswer solve_bandwidth(const BandwidthTask& task, const BandwidthArrays& out) except +
+
+
 cdef extern from "wdmoe/selection.hpp" namespace "wdmoe" nogil:
     cdef cppclass PruneOptions:
         cbool cosine, renormalise, wlr_sum
@@ -274,3 +302,74 @@ def prune(int32_t[:, ::1] experts not None, double[:, ::1] weights not None, con
         result = native_prune(&experts[0, 0], &weights[0, 0], tokens, k, &latency_s[0, 0], stride, n_experts,
                               usable, options, &dropped[0])
     return dropped_weight, result.wlr, result.theta
+
+
+cdef class Allocation:
+    """Bandwidth of each device: see _native.pyi."""
+
+    cdef readonly object bandwidth_hz, block_latency_s, weight
+    cdef readonly double latency_s, lower_bound_s, price_s_per_hz
+    cdef readonly str status
+    cdef readonly Py_ssize_t iterations
+
+    def __repr__(self):
+        return (f"Allocation(status={self.status!r}, latency_s={self.latency_s:.6g}, "
+                f"lower_bound_s={self.lower_bound_s:.6g}, bandwidth_hz={self.bandwidth_hz})")
+
+
+cdef tuple STATUS = ("optimal", "infeasible", "iteration_limit")
+
+
+cdef const double* vector_of(const double[::1] values, size_t n, str name) except? NULL:
+    if values is None:
+        return NULL
+    if <size_t>values.shape[0] != n:
+        raise ValueError(f"{name} must be ({n},), one value a device, got ({values.shape[0]},)")
+    return &values[0] if n > 0 else NULL
+
+
+cdef const double* matrix_of(const double[:, ::1] values, size_t rows, size_t columns, str name) except? NULL:
+    if values is None:
+        return NULL
+    if <size_t>values.shape[0] != rows or <size_t>values.shape[1] != columns:
+        raise ValueError(f"{name} must be ({rows}, {columns}), got ({values.shape[0]}, {values.shape[1]})")
+    return &values[0, 0] if rows * columns > 0 else NULL
+
+
+def allocate(const double[:, ::1] load not None, const double[:, ::1] links not None, cbool flat, double total_hz,
+             const double[:, ::1] fixed_s=None, const double[::1] floor_hz=None, const double[::1] cap_hz=None,
+             const double[::1] start_hz=None, const double[:, ::1] start_weight=None, double tolerance=1e-8,
+             Py_ssize_t limit=150):
+    cdef size_t blocks = load.shape[0], devices = load.shape[1]
+    cdef size_t bad = 0
+    if links.shape[0] != 5 or links.shape[1] != load.shape[1]:
+        raise ValueError(f"load must have one column for each of the {links.shape[1]} links, got {devices}")
+    if blocks * devices == 0:
+        raise ValueError(f"load must have at least one block and one device, got ({blocks}, {devices})")
+    with nogil:
+        bad = first_outside(&load[0, 0], blocks * devices, 0.0)
+    if bad < blocks * devices:
+        raise ValueError(f"load must be finite and not negative, got {load[bad // devices, bad % devices]} "
+                         f"at block {bad // devices}, device {bad % devices}")
+    cdef BandwidthTask task
+    task.blocks, task.devices, task.flat = blocks, devices, flat
+    task.load, task.links = &load[0, 0], &links[0, 0]
+    task.total_hz, task.tolerance, task.limit = total_hz, tolerance, limit
+    task.fixed = matrix_of(fixed_s, blocks, devices, "fixed_s")
+    task.floor_hz = vector_of(floor_hz, devices, "floor_hz")
+    task.cap_hz = vector_of(cap_hz, devices, "cap_hz")
+    task.start_hz = vector_of(start_hz, devices, "start_hz")
+    task.start_weight = matrix_of(start_weight, blocks, devices, "start_weight")
+    cdef Allocation result = Allocation.__new__(Allocation)
+    result.bandwidth_hz, result.block_latency_s = empty(devices), empty(blocks)
+    result.weight = empty((blocks, devices))
+    cdef BandwidthArrays out
+    out.band_hz = <double*>data_of(result.bandwidth_hz)
+    out.block_latency = <double*>data_of(result.block_latency_s)
+    out.weight = <double*>data_of(result.weight)
+    cdef BandwidthAnswer answer
+    with nogil:
+        answer = solve_bandwidth(task, out)
+    result.latency_s, result.lower_bound_s = answer.latency, answer.lower_bound
+    result.price_s_per_hz, result.status, result.iterations = answer.price, STATUS[answer.status], answer.iterations
+    return result
