@@ -4,6 +4,8 @@ This face is for programs outside wdmoe; inside, modules import each other direc
 """
 
 from wdmoe.solver.bandwidth import Allocation, Links, allocate_bandwidth, allocate_bandwidth_many
+from wdmoe.solver.bottleneck import shed_bottleneck
+from wdmoe.solver.budget import BudgetChoice, select_within_budget
 from wdmoe.solver.combining import combine, combine_partials, is_finite
 from wdmoe.solver.grouping import DeviceWork, Groups, group_by_device
 from wdmoe.solver.placement import place_experts
@@ -11,6 +13,7 @@ from wdmoe.solver.selection import Choice, prune_experts, select_experts
 
 __all__ = [
     "Allocation",
+    "BudgetChoice",
     "Choice",
     "DeviceWork",
     "Groups",
@@ -24,4 +27,6 @@ __all__ = [
     "place_experts",
     "prune_experts",
     "select_experts",
+    "select_within_budget",
+    "shed_bottleneck",
 ]

@@ -1,0 +1,141 @@
+"""`budget` against trying everything, its bound, and the inverse of the link model that it stands on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wdmoe.solver.bandwidth import Links
+from wdmoe.solver.budget import BudgetChoice, select_within_budget
+from wdmoe.solver.exhaustive import best_within_budget
+from wdmoe.solver.hertz import needed_hz
+
+TOTAL_HZ = 20e6
+SLACK = 1e-7
+
+
+def some_links(rng: np.random.Generator, devices: int) -> Links:
+    return Links(
+        downlink_snr_hz=10 ** rng.uniform(5, 9, devices),  # 40 dB
+        uplink_snr_hz=10 ** rng.uniform(5, 9, devices),
+        downlink_bits=np.full(devices, 16384.0),
+        uplink_bits=np.full(devices, 16384.0),
+        compute_s=rng.uniform(0, 2e-4, devices),
+    )
+
+
+def seconds(links: Links, bandwidth_hz: np.ndarray) -> Any:
+    """(devices,) per token."""
+    bits, snr, compute_s = links.table[:2], links.table[2:4], links.table[4]
+    return (bits / (bandwidth_hz * np.log2(1 + snr / bandwidth_hz))).sum(axis=0) + compute_s
+
+
+def small_case(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Links, float]:
+    rng = np.random.default_rng(seed)
+    tokens, top_k, count, devices = rng.integers(1, 6), rng.integers(1, 4), 6, int(rng.integers(1, 5))
+    experts = np.array([rng.permutation(count)[:top_k] for _ in range(tokens)], np.int32)
+    weights = rng.dirichlet(np.ones(top_k), tokens)
+    device_of = rng.integers(0, devices, count)
+    return experts, weights, device_of, some_links(rng, devices), 10 ** rng.uniform(-2.8, -0.5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(1e-4, 10.0))
+def test_needed_hertz_takes_just_that_long(seed: int, wanted_s: float) -> None:
+    links = some_links(np.random.default_rng(seed), 5)
+    need = needed_hz(links, np.array([wanted_s]))[:, 0]
+    can = np.isfinite(need)
+    assert np.allclose(seconds(links, np.where(can, need, 1.0))[can], wanted_s, rtol=1e-9)
+    shortest = links.table[4] + (links.table[:2] * np.log(2) / links.table[2:4]).sum(axis=0)
+    assert (can == (shortest < wanted_s)).all() or np.isclose(shortest, wanted_s, rtol=1e-6).any()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_no_choice_beats_the_bound_and_ours_is_within_the_budget(seed: int) -> None:
+    experts, weights, device_of, links, budget_s = small_case(seed)
+    choice = select_within_budget(experts, weights, device_of, links, TOTAL_HZ, budget_s)
+    best = best_within_budget(experts, weights, device_of, links, TOTAL_HZ, budget_s)
+    if choice.status == "over":
+        return  # the cheapest device for each token alone does not fit; test_over says what comes back
+    assert choice.kept <= best + SLACK
+    assert best <= choice.upper_bound + SLACK
+    assert choice.latency_s <= budget_s * (1 + 1e-6)
+    assert choice.bandwidth_hz.sum() <= TOTAL_HZ * (1 + 1e-9)
+    assert ((choice.experts >= 0).any(axis=1)).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(1.0, 10.0))
+def test_more_time_and_more_band_never_lower_the_bound(seed: int, more: float) -> None:
+    experts, weights, device_of, links, budget_s = small_case(seed)
+
+    def run(total_hz: float, seconds: float) -> BudgetChoice:
+        return select_within_budget(experts, weights, device_of, links, total_hz, seconds)
+
+    base = run(TOTAL_HZ, budget_s)
+    for easier in (run(TOTAL_HZ * more, budget_s), run(TOTAL_HZ, budget_s * more)):
+        if base.status == "within":
+            assert easier.status == "within"
+            assert easier.upper_bound >= base.upper_bound - SLACK
+
+
+def test_with_time_to_spare_nothing_is_dropped() -> None:
+    experts, weights, device_of, links, _ = small_case(3)
+    choice = select_within_budget(experts, weights, device_of, links, TOTAL_HZ, 1e3)
+    assert (choice.experts == experts).all()
+    np.testing.assert_allclose(choice.weights, weights)
+    assert choice.dropped_weight.max() <= 1e-12
+    assert choice.kept == pytest.approx(choice.upper_bound)
+
+
+def test_over_keeps_one_expert_for_each_token_and_says_so() -> None:
+    experts, weights, device_of, links, _ = small_case(3)
+    choice = select_within_budget(experts, weights, device_of, links, TOTAL_HZ, 1e-9)
+    assert choice.status == "over"
+    assert ((choice.experts >= 0).sum(axis=1) == 1).all()
+    np.testing.assert_allclose(choice.weights.sum(axis=1), weights.sum(axis=1))
+    assert choice.latency_s > 1e-9
+
+
+def test_experts_that_nobody_serves_are_dropped() -> None:
+    experts, weights, device_of, links, _ = small_case(3)
+    device_of = np.where(np.arange(6) == experts[0, 0], -1, device_of)
+    choice = select_within_budget(experts, weights, device_of, links, TOTAL_HZ, 1e3, renormalise=False)
+    assert (choice.experts[experts == experts[0, 0]] == -1).all()
+    assert choice.dropped_weight[0] == pytest.approx(weights[0, 0])
+
+
+def test_no_tokens_no_work() -> None:
+    links = some_links(np.random.default_rng(0), 2)
+    choice = select_within_budget(np.zeros((0, 2), int), np.zeros((0, 2)), [0, 1], links, TOTAL_HZ, 1.0)
+    assert (choice.status, choice.kept, choice.latency_s) == ("within", 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"weights": [[0.5]]}, "weights must have the shape"),
+        ({"weights": [[0.5, np.nan]]}, "weights must be finite"),
+        ({"experts": [[0.0, 1.0]]}, "experts must be integers"),
+        ({"experts": [[0, 2]]}, "experts must be from -1 to 1"),
+        ({"device_of": [0, 2]}, "device_of must be from -1 to 1"),
+        ({"total_hz": 0.0}, "total_hz must be positive"),
+        ({"budget_s": np.inf}, "budget_s must be positive"),
+    ],
+)
+def test_bad_input_is_named(changes: dict[str, object], said: str) -> None:
+    fields: dict[str, object] = {
+        "experts": [[0, 1]],
+        "weights": [[0.5, 0.5]],
+        "device_of": [0, 1],
+        "links": some_links(np.random.default_rng(0), 2),
+        "total_hz": TOTAL_HZ,
+        "budget_s": 1.0,
+    }
+    with pytest.raises(ValueError, match=said):
+        select_within_budget(**{**fields, **changes})  # type: ignore[arg-type]
