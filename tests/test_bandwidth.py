@@ -100,27 +100,32 @@ def check(answer, load, links, floor=0.0, cap=np.inf):
 
 
 def compare(rng):
+    """False where Clarabel gives up."""
     load, links = draw_case(rng)
     answer = allocate_bandwidth(load, links, TOTAL_HZ)
     check(answer, load, links)
-    value, feasible = clarabel(load, links)
+    try:
+        value, feasible = clarabel(load, links)
+    except cvxpy.SolverError:  # its own failure; the certificate, checked above, still stands
+        return False
     assert answer.latency_s == pytest.approx(value, rel=CLARABEL_RTOL)
     assert answer.lower_bound_s <= feasible
     assert answer.latency_s <= feasible * (1 + GAP)
+    return True
 
 
 @pytest.mark.filterwarnings("ignore:Solution may be inaccurate")
 @pytest.mark.parametrize("seed", range(40))
 def test_against_clarabel(seed):
-    compare(np.random.default_rng(seed))
+    assert compare(np.random.default_rng(seed))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.filterwarnings("ignore:Solution may be inaccurate")
 def test_against_clarabel_on_a_thousand():
-    for seed in range(1000, 2000):
-        compare(np.random.default_rng(seed))
+    compared = sum(compare(np.random.default_rng(seed)) for seed in range(1000, 2000))
+    assert compared >= 995
 
 
 @pytest.mark.parametrize("seed", range(12))
