@@ -160,7 +160,7 @@ def test_z6_nowhere_and_full_are_errors_of_their_own(lab: Lab) -> None:
     with pytest.raises(PeerBusyError):
         flood()
     link.close()
-    time.sleep(0.5)  # Z17: closing both at once, with a message half on its way, makes libzmq abort
+    time.sleep(0.5)  # Z21: closing both at once, with a message half on its way, makes libzmq abort
 
 
 def test_z7_a_stopped_process_is_noticed(lab: Lab) -> None:
