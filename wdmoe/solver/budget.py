@@ -77,7 +77,7 @@ def select_within_budget(
 
 
 class _HertzTable:
-    """h_k(n) for all devices and token counts, and what one token more costs."""
+    """h_k(n) for all devices and token counts."""
 
     def __init__(self, links: Links, budget_s: float, most: int) -> None:
         """`most`: tokens of the busiest device."""
