@@ -69,6 +69,16 @@ def test_every_served_token_keeps_its_heaviest(seed: int) -> None:
     assert kept[np.flatnonzero(served), heaviest[served]].all()
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_the_device_of_each_assignment_may_be_told_instead_of_that_of_each_expert(seed: int) -> None:
+    experts, weights, device_of, token_s = a_case(seed)
+    home = np.where(experts >= 0, device_of[experts], -1)
+    assert (
+        shed_bottleneck(experts, weights, home, token_s) == shed_bottleneck(experts, weights, device_of, token_s)
+    ).all()
+
+
 def test_nothing_light_means_nothing_shed() -> None:
     experts, weights, device_of, token_s = a_case(7)
     kept = shed_bottleneck(experts, weights, device_of, token_s, 0.0)
@@ -79,10 +89,11 @@ def test_nothing_light_means_nothing_shed() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"weights": np.ones((2, 3))}, "both be"),
+        ({"weights": np.ones((2, 3))}, "weights must have the shape"),
         ({"weights": np.full((2, 2), np.nan)}, "weights must be finite"),
         ({"token_s": np.array([0.0])}, "token_s"),
         ({"device_of": np.array([0, 3])}, "device_of"),
+        ({"device_of": np.zeros((3, 2), int)}, "device_of must be .experts,. or"),
         ({"experts": np.array([[0, 9], [0, 1]], np.int32)}, "experts must be"),
         ({"light": 2.0}, "light"),
     ],

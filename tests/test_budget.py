@@ -84,6 +84,27 @@ def test_more_time_and_more_band_never_lower_the_bound(seed: int, more: float) -
             assert easier.upper_bound >= base.upper_bound - SLACK
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_the_device_of_each_assignment_may_be_told_instead_of_that_of_each_expert(seed: int) -> None:
+    experts, weights, device_of, links, budget_s = small_case(seed)
+    by_expert, by_assignment = (
+        select_within_budget(experts, weights, home, links, TOTAL_HZ, budget_s)
+        for home in (device_of, device_of[experts])
+    )
+    assert (by_expert.experts == by_assignment.experts).all()
+    assert by_expert.latency_s == by_assignment.latency_s
+
+
+def test_replicas_may_serve_one_expert_on_two_devices() -> None:
+    links = Links(downlink_efficiency=[1.0, 1.0], uplink_efficiency=[1.0, 1.0], downlink_bits=1e6, uplink_bits=0)
+    experts, weights = [[0], [0]], [[1.0], [1.0]]
+    one = select_within_budget(experts, weights, [0, 1], links, 1e6, 10.0)
+    both = select_within_budget(experts, weights, [[0], [1]], links, 1e6, 10.0)
+    assert one.bandwidth_hz[1] == 0
+    np.testing.assert_allclose(both.bandwidth_hz, 5e5)
+
+
 def test_with_time_to_spare_nothing_is_dropped() -> None:
     experts, weights, device_of, links, _ = small_case(3)
     choice = select_within_budget(experts, weights, device_of, links, TOTAL_HZ, 1e3)
@@ -124,6 +145,8 @@ def test_no_tokens_no_work() -> None:
         ({"experts": [[0.0, 1.0]]}, "experts must be integers"),
         ({"experts": [[0, 2]]}, "experts must be from -1 to 1"),
         ({"device_of": [0, 2]}, "device_of must be from -1 to 1"),
+        ({"device_of": [[0], [1]]}, "device_of must be .experts,. or"),
+        ({"device_of": [0.0, 1.0]}, "device_of must be integers"),
         ({"total_hz": 0.0}, "total_hz must be positive"),
         ({"budget_s": np.inf}, "budget_s must be positive"),
     ],

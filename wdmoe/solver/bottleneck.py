@@ -12,23 +12,27 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.solver.assignments import check_assignments
+
 IntArray = npt.NDArray[np.int64]
+Int32Array = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float64]
 
 
 def shed_bottleneck(
-    experts: npt.NDArray[np.int32],
-    weights: FloatArray,
-    device_of: npt.NDArray[np.integer],
-    token_s: FloatArray,
+    experts: npt.ArrayLike,
+    weights: npt.ArrayLike,
+    device_of: npt.ArrayLike,
+    token_s: npt.ArrayLike,
     light: float = 0.35,
 ) -> npt.NDArray[np.bool_]:
     """Which assignments to compute.
 
     Args:
-        experts: (tokens, top_k), -1 where there is none.
+        experts: (tokens, top_k) int, -1 where there is none.
         weights: (tokens, top_k) finite, >= 0.
-        device_of: (experts,) the device that serves each expert; -1: none, its assignments are not computed.
+        device_of: (experts,) int, the device that serves each expert; or (tokens, top_k) int, the device that serves
+            each assignment, where experts have replicas. -1: none does, and it is not computed.
         token_s: (devices,) predicted seconds per token: the running mean of what was measured; > 0.
         light: an assignment may be shed where it has at most this share of its token's weight. A token's heaviest is
             never shed. The paper's rule for this is not known: 0.35 is ours.
@@ -37,22 +41,26 @@ def shed_bottleneck(
     Raises:
         ValueError: an argument is not as above; the message names it.
     """
-    _check(experts, weights, device_of, token_s, light)
-    home = np.where(experts >= 0, np.asarray(device_of)[experts], -1)
+    each_s = np.asarray(token_s, dtype=np.float64)
+    if each_s.ndim != 1 or not each_s.size or not (np.isfinite(each_s).all() and each_s.min() > 0):
+        raise ValueError("token_s must be (devices,), positive and finite")
+    if not 0 <= light <= 1:
+        raise ValueError(f"light must be 0 to 1, got {light}")
+    _, given, home = check_assignments(experts, weights, device_of, len(each_s))
     served = home >= 0
-    weight = np.where(served, weights, -1.0)
-    sheddable = served & (weight <= light * np.where(served, weights, 0.0).sum(axis=1, keepdims=True))
+    weight = np.where(served, given, -1.0)
+    sheddable = served & (weight <= light * np.where(served, given, 0.0).sum(axis=1, keepdims=True))
     if weight.size:
         sheddable[np.arange(len(weight)), weight.argmax(axis=1)] = False
-    load = np.bincount(home[served], minlength=len(token_s))
-    light_load = np.bincount(home[sheddable], minlength=len(token_s))
-    end_s = float(((load - light_load) * token_s).max(initial=0.0))
-    target = np.floor(end_s / token_s * (1 + 1e-12)).astype(np.int64)
+    load = np.bincount(home[served], minlength=len(each_s))
+    light_load = np.bincount(home[sheddable], minlength=len(each_s))
+    end_s = float(((load - light_load) * each_s).max(initial=0.0))
+    target = np.floor(end_s / each_s * (1 + 1e-12)).astype(np.int64)
     return served & ~_lightest(home, weight, sheddable, np.clip(load - target, 0, light_load))
 
 
 def _lightest(
-    home: IntArray, weight: FloatArray, sheddable: npt.NDArray[np.bool_], count: IntArray
+    home: Int32Array, weight: FloatArray, sheddable: npt.NDArray[np.bool_], count: IntArray
 ) -> npt.NDArray[np.bool_]:
     """(tokens, top_k) bool: the `count[k]` lightest sheddable assignments of each device k."""
     where = np.flatnonzero(sheddable)
@@ -63,24 +71,3 @@ def _lightest(
     shed = np.zeros(home.size, bool)
     shed[where[order[rank < count[device]]]] = True
     return shed.reshape(home.shape)
-
-
-def _check(
-    experts: npt.NDArray[np.int32],
-    weights: FloatArray,
-    device_of: npt.NDArray[np.integer],
-    token_s: FloatArray,
-    light: float,
-) -> None:
-    if experts.ndim != 2 or weights.shape != experts.shape:
-        raise ValueError(f"experts and weights must both be (tokens, top_k), got {experts.shape} and {weights.shape}")
-    if weights.size and not (np.isfinite(weights).all() and weights.min() >= 0):
-        raise ValueError("weights must be finite and not negative")
-    if token_s.ndim != 1 or not token_s.size or not (np.isfinite(token_s).all() and token_s.min() > 0):
-        raise ValueError("token_s must be (devices,), positive and finite")
-    if device_of.ndim != 1 or not device_of.size or device_of.min() < -1 or device_of.max() >= len(token_s):
-        raise ValueError(f"device_of must be (experts,) from -1 to {len(token_s) - 1}")
-    if experts.size and (experts.min() < -1 or experts.max() >= len(device_of)):
-        raise ValueError(f"experts must be from -1 to {len(device_of) - 1}")
-    if not 0 <= light <= 1:
-        raise ValueError(f"light must be 0 to 1, got {light}")

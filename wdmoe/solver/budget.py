@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.solver.assignments import check_assignments, check_positive
 from wdmoe.solver.bandwidth import Links, allocate_bandwidth
 from wdmoe.solver.hertz import needed_hz
 
@@ -59,7 +60,8 @@ def select_within_budget(
     Args:
         experts: (tokens, top_k) int, the gate's choice, -1 where there is none.
         weights: (tokens, top_k) finite, >= 0.
-        device_of: (experts,) int, the device that serves each expert; -1 where none does.
+        device_of: (experts,) int, the device that serves each expert; or (tokens, top_k) int, the device that serves
+            each assignment, where experts have replicas. -1: none does.
         links: (devices,); an assignment is what they call a token, also where a device has two of one token's experts.
         total_hz: the band that all devices share, Hz.
         budget_s: latency that the layer may take, seconds.
@@ -67,9 +69,9 @@ def select_within_budget(
     Raises:
         ValueError: an argument is not as above; the message names it.
     """
-    chosen, weight, home = _checked(experts, weights, device_of, links)
-    _check_positive(total_hz=total_hz, budget_s=budget_s)
-    work = _Work(chosen, weight, home, links, budget_s, total_hz)
+    chosen, weight, device = check_assignments(experts, weights, device_of, links.table.shape[1])
+    check_positive(total_hz=total_hz, budget_s=budget_s)
+    work = _Work(weight, device, links, budget_s, total_hz)
     kept, fits = work.choose()
     load = np.bincount(work.device[kept], minlength=work.devices).astype(np.float64)
     allocation = allocate_bandwidth(load, links, total_hz)
@@ -95,16 +97,15 @@ class _Work:
 
     def __init__(
         self,
-        experts: Int32Array,
         weights: FloatArray,
-        home: IntArray,
+        home: Int32Array,
         links: Links,
         budget_s: float,
         total_hz: float,
     ) -> None:
-        served = (experts >= 0) & (home[experts] >= 0)
+        served = home >= 0
         token, slot = np.nonzero(served)
-        device, weight = home[experts[served]], weights[served]
+        device, weight = home[served].astype(np.int64), weights[served]
         order = np.lexsort((-weight, device))
         self.token, self.slot = token[order], slot[order]
         self.device, self.weight = device[order], weight[order]
@@ -229,30 +230,3 @@ def _answer(
         upper_bound=max(work.upper_bound(), total) if fits else total,
         status="within" if fits else "over",
     )
-
-
-def _checked(
-    experts: npt.ArrayLike, weights: npt.ArrayLike, device_of: npt.ArrayLike, links: Links
-) -> tuple[Int32Array, FloatArray, IntArray]:
-    chosen, home = np.asarray(experts), np.asarray(device_of)
-    weight = np.asarray(weights, dtype=np.float64)
-    if chosen.ndim != 2 or not np.issubdtype(chosen.dtype, np.integer):
-        raise ValueError(f"experts must be integers (tokens, top_k), got {chosen.dtype} {chosen.shape}")
-    if weight.shape != chosen.shape:
-        raise ValueError(f"weights must have the shape of experts {chosen.shape}, got {weight.shape}")
-    if weight.size and not (np.isfinite(weight).all() and weight.min() >= 0):
-        raise ValueError("weights must be finite and not negative")
-    if home.ndim != 1 or not home.size or not np.issubdtype(home.dtype, np.integer):
-        raise ValueError(f"device_of must be integers (experts,), got {home.dtype} {home.shape}")
-    devices = links.table.shape[1]
-    if home.min() < -1 or home.max() >= devices:
-        raise ValueError(f"device_of must be from -1 to {devices - 1}, got {home.min()} to {home.max()}")
-    if chosen.size and (chosen.min() < -1 or chosen.max() >= len(home)):
-        raise ValueError(f"experts must be from -1 to {len(home) - 1}, got {chosen.min()} to {chosen.max()}")
-    return chosen.astype(np.int32), weight, home.astype(np.int64)
-
-
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 < value < np.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
