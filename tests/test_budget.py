@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wdmoe.solver.bandwidth import Links
-from wdmoe.solver.budget import BudgetChoice, select_within_budget
+from wdmoe.solver.budget import BudgetChoice, select_at_most_dropped, select_within_budget
 from wdmoe.solver.exhaustive import best_within_budget
 from wdmoe.solver.hertz import needed_hz
 
@@ -114,6 +114,40 @@ def test_with_time_to_spare_nothing_is_dropped() -> None:
     assert choice.kept == pytest.approx(choice.upper_bound)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.1, 0.3, 0.6, 1.0]))
+def test_the_dual_drops_no_more_and_no_faster_choice_does(seed: int, max_dropped: float) -> None:
+    experts, weights, device_of, links, _ = small_case(seed)
+    choice = select_at_most_dropped(experts, weights, device_of, links, TOTAL_HZ, max_dropped)
+    goal = (1 - max_dropped) * weights.sum()
+    assert choice.status == "within"
+    assert choice.kept >= goal * (1 - SLACK)
+    assert ((choice.experts >= 0).any(axis=1)).all()
+    assert choice.lower_bound_s <= choice.latency_s
+    load = np.bincount(device_of[experts[choice.experts >= 0]], minlength=len(choice.bandwidth_hz))
+    took = load * seconds(links, np.maximum(choice.bandwidth_hz, 1.0))
+    assert took.max() == pytest.approx(choice.latency_s)
+    just_below = choice.lower_bound_s * (1 - 1e-6)
+    assert best_within_budget(experts, weights, device_of, links, TOTAL_HZ, just_below) < goal
+
+
+def test_what_nothing_gets_through_to_counts_as_dropped() -> None:
+    links = Links(downlink_snr_hz=[1e7, 0.0], uplink_snr_hz=[1e7, 1e7], downlink_bits=1e4, uplink_bits=1e4)
+    experts, weights = [[0, 1], [1, 0]], [[0.7, 0.3], [0.6, 0.4]]
+    over = select_at_most_dropped(experts, weights, [0, 1], links, TOTAL_HZ, 0.2)
+    within = select_at_most_dropped(experts, weights, [0, 1], links, TOTAL_HZ, 0.5, renormalise=False)
+    assert (over.status, within.status) == ("over", "within")
+    assert over.kept == within.kept == pytest.approx(1.1)
+    assert np.isfinite(over.latency_s)
+    np.testing.assert_allclose(within.weights, [[0.7, 0], [0, 0.4]])
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.1, np.nan])
+def test_a_share_is_0_to_1(bad: float) -> None:
+    with pytest.raises(ValueError, match="max_dropped must be 0 to 1"):
+        select_at_most_dropped([[0]], [[1.0]], [0], some_links(np.random.default_rng(0), 1), TOTAL_HZ, bad)
+
+
 def test_over_keeps_one_expert_for_each_token_and_says_so() -> None:
     experts, weights, device_of, links, _ = small_case(3)
     choice = select_within_budget(experts, weights, device_of, links, TOTAL_HZ, 1e-9)
@@ -134,6 +168,8 @@ def test_experts_that_nobody_serves_are_dropped() -> None:
 def test_no_tokens_no_work() -> None:
     links = some_links(np.random.default_rng(0), 2)
     choice = select_within_budget(np.zeros((0, 2), int), np.zeros((0, 2)), [0, 1], links, TOTAL_HZ, 1.0)
+    assert (choice.status, choice.kept, choice.latency_s) == ("within", 0.0, 0.0)
+    choice = select_at_most_dropped(np.zeros((0, 2), int), np.zeros((0, 2)), [0, 1], links, TOTAL_HZ, 0.1)
     assert (choice.status, choice.kept, choice.latency_s) == ("within", 0.0, 0.0)
 
 

@@ -5,7 +5,7 @@ This face is for programs outside wdmoe; inside, modules import each other direc
 
 from wdmoe.solver.bandwidth import Allocation, Links, allocate_bandwidth, allocate_bandwidth_many
 from wdmoe.solver.bottleneck import shed_bottleneck
-from wdmoe.solver.budget import BudgetChoice, select_within_budget
+from wdmoe.solver.budget import BudgetChoice, select_at_most_dropped, select_within_budget
 from wdmoe.solver.combining import combine, combine_partials, is_finite
 from wdmoe.solver.grouping import DeviceWork, Groups, group_by_device
 from wdmoe.solver.placement import place_experts
@@ -26,6 +26,7 @@ __all__ = [
     "is_finite",
     "place_experts",
     "prune_experts",
+    "select_at_most_dropped",
     "select_experts",
     "select_within_budget",
     "shed_bottleneck",

@@ -1,4 +1,5 @@
-"""The policy `budget`: within a latency budget keep the most gate weight, jointly with the bandwidth [D].
+"""The policy `budget`: within a latency budget keep the most gate weight, jointly with the bandwidth [D]. And its dual:
+for a bound on the weight that is dropped, the least latency.
 
 One layer, one shared band. If device k computes n_k tokens it is done in time exactly when its share of the band is
 at least h_k(n_k), the hertz at which one token takes budget / n_k. So all devices are in time exactly when
@@ -12,6 +13,7 @@ clever, keeps more. docs/solver.md has the proof.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +29,8 @@ FloatArray = npt.NDArray[np.float64]
 
 _PRICE_STEPS = 24  # halvings of the price that moves a token's last expert to a cheaper device
 _SLACK = 1e-9  # of the band: what rounding may take
+_CLOSE = 1e-9  # where a search for a budget ends
+_TINY = 1e-30  # seconds: less than any link takes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +44,8 @@ class BudgetChoice:
     latency_s: float  # of the layer with it
     kept: float  # sum of the gate weight that is kept, before any renormalising
     upper_bound: float  # no choice within the budget keeps more
-    status: str  # "within", or "over": even one expert for each token does not fit the budget
+    lower_bound_s: float  # `select_at_most_dropped`: no choice that drops as little is faster; else 0
+    status: str  # "within", or "over": what was asked for cannot be had
 
 
 def select_within_budget(
@@ -73,9 +78,84 @@ def select_within_budget(
     check_positive(total_hz=total_hz, budget_s=budget_s)
     work = _Work(weight, device, links, budget_s, total_hz)
     kept, fits = work.choose()
-    load = np.bincount(work.device[kept], minlength=work.devices).astype(np.float64)
-    allocation = allocate_bandwidth(load, links, total_hz)
-    return _answer(chosen, weight, work, kept, fits, allocation.bandwidth_hz, float(allocation.latency_s), renormalise)
+    bound = work.upper_bound() if fits else 0.0
+    return _answer(chosen, weight, work, kept, links, bound, 0.0, "within" if fits else "over", renormalise)
+
+
+def select_at_most_dropped(
+    experts: npt.ArrayLike,
+    weights: npt.ArrayLike,
+    device_of: npt.ArrayLike,
+    links: Links,
+    total_hz: float,
+    max_dropped: float,
+    renormalise: bool = True,
+) -> BudgetChoice:
+    """The least latency at which at most a share of the layer's gate weight is dropped: the dual of the above.
+
+    Searches the least budget at which the choice of `select_within_budget` keeps enough. `lower_bound_s` is the least
+    budget at which its `upper_bound` is enough: the optimum is not below it. Both searches end at a relative 1e-9.
+    Every token keeps at least one of its experts. Where experts that nobody serves, or whose link lets nothing through,
+    are by themselves more than may be dropped, `status` is "over" and all others are kept.
+
+    Args:
+        experts, weights, device_of, links, total_hz, renormalise: as `select_within_budget`.
+        max_dropped: 0 to 1, share of the sum of all `weights`.
+    Raises:
+        ValueError: an argument is not as above; the message names it.
+    """
+    chosen, weight, device = check_assignments(experts, weights, device_of, links.table.shape[1])
+    check_positive(total_hz=total_hz)
+    if not 0 <= max_dropped <= 1:  # also refuses NaN
+        raise ValueError(f"max_dropped must be 0 to 1, got {max_dropped}")
+    device = np.where((device >= 0) & _reachable(links)[device], device, np.int32(-1))
+    served = device >= 0
+    goal = (1 - max_dropped) * float(weight.sum()) * (1 - _SLACK)
+    everything_s = float(allocate_bandwidth(_load(device[served], links), links, total_hz).latency_s)
+    work = _Work(weight, device, links, max(everything_s, _TINY) * (1 + 1e-6), total_hz)
+    kept = work.choose()[0]
+    if float(weight[served].sum()) < goal:
+        return _answer(chosen, weight, work, kept, links, 0.0, 0.0, "over", renormalise)
+
+    def enough(budget_s: float) -> bool:
+        tried = _Work(weight, device, links, budget_s, total_hz)
+        items, fits = tried.choose()
+        return fits and float(tried.weight[items].sum()) >= goal
+
+    def conceivable(budget_s: float) -> bool:
+        return _Work(weight, device, links, budget_s, total_hz).upper_bound() >= goal
+
+    bound_s = _least(conceivable, 0.0, everything_s)[0]
+    best_s = _least(enough, bound_s, everything_s)[1]
+    if best_s < everything_s:
+        work = _Work(weight, device, links, best_s, total_hz)
+        kept = work.choose()[0]
+    return _answer(chosen, weight, work, kept, links, work.upper_bound(), bound_s, "within", renormalise)
+
+
+def _least(holds: Callable[[float], bool], low: float, high: float) -> tuple[float, float]:
+    """Where `holds` begins, between a `low` at which it need not and a `high` at which it does: from both sides."""
+    while high - low > _CLOSE * high:
+        middle = (low + high) / 2 if low > 0 else high / 2
+        if middle < _TINY:
+            break
+        if holds(middle):
+            high = middle
+        else:
+            low = middle
+    return low, high
+
+
+def _reachable(links: Links) -> npt.NDArray[np.bool_]:
+    """(devices,) whether some band serves a token."""
+    bits, strength = links.table[:2], links.table[2:4]
+    reachable: npt.NDArray[np.bool_] = ((bits == 0) | (strength > 0)).all(axis=0)
+    return reachable
+
+
+def _load(device: npt.NDArray[np.integer], links: Links) -> FloatArray:
+    """(devices,) assignments of each."""
+    return np.bincount(device, minlength=links.table.shape[1]).astype(np.float64)
 
 
 class _HertzTable:
@@ -207,11 +287,14 @@ def _answer(
     weights: FloatArray,
     work: _Work,
     kept: IntArray,
-    fits: bool,
-    bandwidth_hz: FloatArray,
-    latency_s: float,
+    links: Links,
+    upper_bound: float,
+    lower_bound_s: float,
+    status: str,
     renormalise: bool,
 ) -> BudgetChoice:
+    allocation = allocate_bandwidth(_load(work.device[kept], links), links, work.total_hz)
+    latency_s = float(allocation.latency_s)
     stays = np.zeros(experts.shape, bool)
     stays[work.token[kept], work.slot[kept]] = True
     left = np.where(stays, weights, 0.0)
@@ -224,9 +307,10 @@ def _answer(
         experts=np.where(stays, experts, np.int32(-1)),
         weights=left,
         dropped_weight=np.maximum(dropped, 0.0),
-        bandwidth_hz=bandwidth_hz,
+        bandwidth_hz=allocation.bandwidth_hz,
         latency_s=latency_s,
         kept=total,
-        upper_bound=max(work.upper_bound(), total) if fits else total,
-        status="within" if fits else "over",
+        upper_bound=max(upper_bound, total),
+        lower_bound_s=min(lower_bound_s, latency_s),
+        status=status,
     )
