@@ -32,7 +32,7 @@ def one_block(load: FloatArray, links: FloatArray, flat: bool, total_hz: float) 
     def need(finish_s: float) -> FloatArray:
         """Band with which each device finishes in time, at most the total."""
         low, high = np.full(len(load), 1e-18 * total_hz), np.full(len(load), total_hz)
-        for _ in range(120):
+        for _ in range(60):
             middle = np.sqrt(low * high)
             late = load * seconds_per_token(links, flat, middle) + fixed > finish_s
             low, high = np.where(late, middle, low), np.where(late, high, middle)
@@ -40,7 +40,7 @@ def one_block(load: FloatArray, links: FloatArray, flat: bool, total_hz: float) 
 
     least = float(np.max(load * seconds_per_token(links, flat, np.full(len(load), total_hz)) + fixed))
     most = float(np.max(load * seconds_per_token(links, flat, np.full(len(load), total_hz / len(load))) + fixed))
-    for _ in range(120):
+    for _ in range(60):
         middle = 0.5 * (least + most)
         least, most = (least, middle) if need(middle).sum() <= total_hz else (middle, most)
     return need(most), most
