@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from pathlib import Path
 
 import numpy as np
@@ -50,14 +51,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("similarity", [None, np.zeros((2, 6), np.float16)])
-def test_what_is_saved_is_loaded(tmp_path: Path, similarity: object) -> None:
-    trace = a_trace(similarity=similarity, temperature=0.01)
+@pytest.mark.parametrize("alike", [None, np.ones((2, 4, 4), np.float16)])
+def test_what_is_saved_is_loaded(tmp_path: Path, similarity: object, alike: object) -> None:
+    trace = a_trace(similarity=similarity, expert_similarity=alike, temperature=0.01)
     trace.save(tmp_path / "t.npz")
     again = GateTrace.load(tmp_path / "t.npz")
     for name in ("layers", "position", "gate", "experts", "weights"):
         np.testing.assert_array_equal(getattr(again, name), getattr(trace, name))
     assert (again.model, again.temperature) == ("m", 0.01)
     assert (again.similarity is None) == (similarity is None)
+    assert (again.expert_similarity is None) == (alike is None)
     assert [path.name for path in tmp_path.iterdir()] == ["t.npz"]
 
 
@@ -72,6 +75,9 @@ def test_what_is_saved_is_loaded(tmp_path: Path, similarity: object) -> None:
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"position": np.full(6, -1, np.int32)}, "negative"),
         ({"gate": np.zeros((2, 0, 4), np.float16)}, "none empty"),
+        ({"expert_similarity": np.zeros((2, 4, 3), np.float16)}, "expert_similarity must have shape"),
+        ({"expert_similarity": np.full((2, 4, 4), 2, np.float16)}, "expert_similarity must be from -1 to 1"),
+        ({"similarity": np.full((2, 6), np.nan, np.float16)}, "similarity must be from -1 to 1"),
     ],
 )
 def test_a_contradiction_is_named(changes: dict[str, object], said: str) -> None:
@@ -144,6 +150,90 @@ def test_decoding_with_a_cache_goes_on_counting_positions(checkpoint: Path) -> N
         first = model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=True)
         model(input_ids=torch.tensor([[4]]), past_key_values=first.past_key_values)
     assert recorder.trace().position.tolist() == [0, 1, 2, 3]
+
+
+def test_sequences_stand_together_however_their_passes_take_turns(checkpoint: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    first, second = contextvars.copy_context(), contextvars.copy_context()
+
+    @torch.no_grad()
+    def ask(ids: list[int], cache: object = None) -> object:
+        return model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True).past_key_values
+
+    with TraceRecorder(model, "turns", similarity=True) as recorder:
+        a = first.run(ask, [1, 2, 3])
+        b = second.run(ask, [7, 8])
+        first.run(ask, [4], a)
+        second.run(ask, [9], b)
+    with TraceRecorder(model, "whole", similarity=True) as alone:
+        first.run(ask, [1, 2, 3, 4])
+        second.run(ask, [7, 8, 9])
+    turns, whole = recorder.trace(), alone.trace()
+    assert turns.position.tolist() == whole.position.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    np.testing.assert_allclose(turns.gate, whole.gate, atol=2e-3)
+    assert turns.similarity is not None
+    assert whole.similarity is not None
+    np.testing.assert_allclose(turns.similarity, whole.similarity, atol=2e-3)
+
+
+def test_a_pass_that_broke_off_is_left_out_and_the_limit_holds(checkpoint: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    last = model.model.layers[1]
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with TraceRecorder(model, "tiny", most_tokens=4) as recorder, torch.no_grad():
+        handle = last.register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            model(input_ids=torch.tensor([[1, 2]]))
+        handle.remove()
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+        model(input_ids=torch.tensor([[1, 2, 3]]))  # beyond the limit
+    assert recorder.trace().tokens == 3
+
+
+def test_how_alike_experts_are(checkpoint: Path) -> None:
+    """Against the definition, token by token; expert 3 is made twice expert 1."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    experts = model.model.layers[0].mlp.experts
+    with torch.no_grad():
+        experts.gate_up_proj[3] = experts.gate_up_proj[1]
+        experts.down_proj[3] = 2 * experts.down_proj[1]
+    seen: list[tuple[torch.Tensor, ...]] = []
+    handle = experts.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
+    with TraceRecorder(model, "tiny", expert_similarity=True) as recorder, torch.no_grad():
+        model(input_ids=torch.arange(40).view(2, 20))
+        model(input_ids=torch.arange(20, 50).view(1, 30))
+    handle.remove()
+    alike = recorder.trace().expert_similarity
+    assert alike is not None
+    assert alike.shape == (2, 4, 4)
+    assert np.all(alike.diagonal(axis1=1, axis2=2) == 1)
+    assert alike[0, 1, 3] == alike[0, 3, 1] == 1
+    with torch.no_grad():
+        inner, square = torch.zeros(4, 4), torch.zeros(4, 4)
+        for hidden, chosen, weights in seen:
+            for token, picks, gates in zip(hidden, chosen.tolist(), weights, strict=True):
+                outputs = torch.stack([_one_expert(experts, token, expert) for expert in range(4)])
+                for i, gate in zip(picks, gates, strict=True):
+                    inner[i] += gate**2 * (outputs @ outputs[i])
+                    square[i] += gate**2 * outputs.square().sum(1)
+        want = inner / (square.diagonal()[:, None] * square).sqrt()
+    np.testing.assert_allclose(alike[0], want, atol=2e-3)
+
+
+def _one_expert(experts: torch.nn.Module, token: torch.Tensor, expert: int) -> torch.Tensor:
+    gate, up = (experts.gate_up_proj[expert] @ token).chunk(2)
+    out: torch.Tensor = experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
+    return out
+
+
+def test_without_the_weights_likeness_is_refused(checkpoint: Path) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(MixtralConfig.from_pretrained(checkpoint))
+    with pytest.raises(BundleError, match="where their weights are"):
+        TraceRecorder(model, "tiny", expert_similarity=True)
 
 
 def test_nothing_recorded_is_said(checkpoint: Path) -> None:

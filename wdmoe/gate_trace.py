@@ -12,6 +12,11 @@ A trace is one `.npz` file of plain arrays (never pickled objects):
     weights     (layers, tokens, top_k)    float16 what the model multiplies with, 0 where empty
     similarity  (layers, tokens)           float16 cosine of the token's hidden state to that of the token before it in
                                            the same sequence, 0 at position 0; left out where it was not recorded
+    expert_similarity (layers, experts, experts) float16 cosine of expert i's and j's outputs over the tokens routed to
+                                           i, weighted by squared gate weight; left out where it was not recorded.
+                                           j times the best scalar in i's place leaves an error of sqrt(1 - cosine^2)
+
+Files of version 1 from before `expert_similarity` was known differ in nothing else.
 """
 
 from __future__ import annotations
@@ -35,8 +40,10 @@ _DTYPES: dict[str, Any] = {
     "experts": np.int16,
     "weights": np.float16,
     "similarity": np.float16,
+    "expert_similarity": np.float16,
 }
-_REQUIRED = {"version", "model", "temperature", *_DTYPES} - {"similarity"}
+_OPTIONAL = {"similarity", "expert_similarity"}
+_REQUIRED = {"version", "model", "temperature", *_DTYPES} - _OPTIONAL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -51,6 +58,7 @@ class GateTrace:
     experts: npt.NDArray[np.int16]
     weights: npt.NDArray[np.float16]
     similarity: npt.NDArray[np.float16] | None = None
+    expert_similarity: npt.NDArray[np.float16] | None = None
 
     def __post_init__(self) -> None:
         if problem := self._problem():
@@ -137,6 +145,7 @@ class GateTrace:
             "experts": (layers, tokens, self.experts.shape[2]),
             "weights": (layers, tokens, self.experts.shape[2]),
             "similarity": (layers, tokens),
+            "expert_similarity": (layers, experts, experts),
         }
         for name, shape in expected.items():
             array = getattr(self, name)
@@ -144,6 +153,10 @@ class GateTrace:
                 return f"{name} must have shape {shape}, got {array.shape}"
         if not (np.isfinite(self.gate).all() and np.isfinite(self.weights).all()):
             return "gate and weights must be finite"
+        for name in sorted(_OPTIONAL):
+            cosine = getattr(self, name)
+            if cosine is not None and not (np.abs(cosine) <= 1.001).all():  # also refuses NaN; float16 rounds
+                return f"{name} must be from -1 to 1"
         if self.experts.min() < -1 or self.experts.max() >= experts:
             return f"experts must be from -1 to {experts - 1}"
         if (np.diff(self.layers) <= 0).any() or self.layers[0] < 0 or self.position.min() < 0:
@@ -160,7 +173,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise ConfigError(f"it unpacks to {size} bytes, at most {MAX_BYTES} are read")
     if missing := _REQUIRED - names:
         raise ConfigError(f"it lacks {', '.join(sorted(missing))}")
-    if unknown := names - _REQUIRED - {"similarity"}:
+    if unknown := names - _REQUIRED - _OPTIONAL:
         raise ConfigError(f"it holds {sorted(unknown)[0]!r}, which no trace has")
     with np.load(file, allow_pickle=False) as archive:
         return {name: archive[name] for name in names}

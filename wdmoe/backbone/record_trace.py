@@ -23,6 +23,8 @@ def record_trace(
     window: int,
     similarity: bool,
     progress: Callable[[str, float], None],
+    *,
+    expert_similarity: bool = False,
 ) -> GateTrace:
     """Let a model read text and record its gates.
 
@@ -33,6 +35,7 @@ def record_trace(
         window: tokens of one sequence.
         similarity: also record how alike neighbouring hidden states are.
         progress: told (stage, fraction done).
+        expert_similarity: also measure how well experts stand in for each other.
     Raises:
         BundleError: the model cannot be loaded or has no experts.
         ConfigError: the text cannot be read or is too short, or `tokens` is less than a window.
@@ -48,7 +51,7 @@ def record_trace(
         raise BundleError(f"{folder} is no checkpoint that transformers loads: {str(error).splitlines()[0]}") from error
     documents = texts.read_documents(text, texts.SHIPPED_HELD_OUT)
     windows = texts.token_windows(documents, tokenizer, window, tokens // window)
-    with TraceRecorder(loaded, folder.name, similarity=similarity) as recorder:
+    with TraceRecorder(loaded, folder.name, similarity=similarity, expert_similarity=expert_similarity) as recorder:
         for done, ids in enumerate(windows):
             progress("read", done / len(windows))
             loaded(input_ids=ids[None], use_cache=False)

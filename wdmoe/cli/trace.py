@@ -18,7 +18,10 @@ from wdmoe.units import format_quantity
 @click.option("--tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="How many, in all.")
 @click.option("--window", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens of one sequence.")
 @click.option("--similarity", is_flag=True, help="Also record how alike neighbouring tokens' hidden states are.")
-def trace(model: str, out: Path, text: tuple[Path, ...], tokens: int, window: int, similarity: bool) -> None:
+@click.option("--expert-similarity", is_flag=True, help="Also measure how well experts stand in for each other.")
+def trace(
+    model: str, out: Path, text: tuple[Path, ...], tokens: int, window: int, similarity: bool, expert_similarity: bool
+) -> None:
     """Record what a model's gates ask for.
 
     MODEL is the folder of a Mixture-of-Experts checkpoint, or the word default. It reads text on this machine, and
@@ -28,13 +31,16 @@ def trace(model: str, out: Path, text: tuple[Path, ...], tokens: int, window: in
     Examples:
       wdmoe-node trace default gate.npz
       wdmoe-node trace ./OLMoE-1B-7B olmoe.npz --text book.txt --tokens 4096
+      wdmoe-node trace default gate.npz --expert-similarity    # for replacing far experts by near ones
     """
     with needs_extra("bs"):
         from wdmoe.backbone.record_trace import record_trace
     from wdmoe.cli.progress import StageProgress
 
     with StageProgress("trace") as progress:
-        made = record_trace(model, text, tokens, window, similarity, progress.reach)
+        made = record_trace(
+            model, text, tokens, window, similarity, progress.reach, expert_similarity=expert_similarity
+        )
     made.save(out)
     layers, count, experts = made.gate.shape
     size = format_quantity(out.stat().st_size, "size")
