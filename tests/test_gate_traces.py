@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from wdmoe.backbone.record_trace import record_trace
 from wdmoe.backbone.trace_recorder import TraceRecorder
 from wdmoe.errors import BundleError, ConfigError
 from wdmoe.gate_trace import GateTrace
+from wdmoe.simulation.traces import shipped_trace
 
 
 def a_trace(**changes: object) -> GateTrace:
@@ -254,3 +256,15 @@ def test_a_checkpoint_reads_a_file(checkpoint: Path, tmp_path: Path) -> None:
         record_trace(str(checkpoint), (words,), 8, 32, False, lambda *_: None)
     with pytest.raises(BundleError, match="no checkpoint"):
         record_trace(str(tmp_path), (words,), 64, 32, False, lambda *_: None)
+
+
+def test_the_shipped_trace_is_whole_and_is_the_one_described() -> None:
+    file = shipped_trace()
+    trace = GateTrace.load(file)
+    assert trace.gate.shape == (30, 1792, 8)
+    assert trace.experts.shape[2] == 4
+    assert np.flatnonzero(trace.position == 0).tolist() == list(range(0, 1792, 256))
+    assert trace.similarity is not None
+    assert trace.expert_similarity is not None
+    assert file.stat().st_size < 1 << 20
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in file.with_name("README.md").read_text()
