@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -19,8 +19,9 @@ from tests.test_zmq_traps import FAST, port_of, raw_dealer
 from tests.wire_examples import a_result, a_run, every_kind
 from tests.zmq_lab import WAIT_S, Lab, ask, hear, lab, until
 from wdmoe.errors import ProtocolError, RefusedError
+from wdmoe.transport.framing import MAX_TENSORS, join, split
 from wdmoe.transport.keys import new_key_pair
-from wdmoe.transport.messages import Attach, Attached, Failure, Run
+from wdmoe.transport.messages import PROTOCOL_VERSION, Attach, Attached, Failure, Run
 from wdmoe.transport.schema import BY_NUMBER
 from wdmoe.transport.sockets import LinkSecurity
 from wdmoe.transport.wire import MAX_HEADER_BYTES, Limits, decode, encode
@@ -36,10 +37,21 @@ ODD_VALUES = (
 )  # fmt: skip
 
 
-def survives(frames: list[bytes]) -> bool:
-    """Whether `decode` takes it. Any failure but ProtocolError fails the test."""
+def survives(parts: list[bytes]) -> bool:
+    """Whether `decode` takes it, framed or not. Any failure but ProtocolError fails the test."""
+    taken = _survives(lambda: decode(parts, LIMITS))
+    if parts and len(parts[0]) >= 2 and len(parts) <= 1 + MAX_TENSORS:
+        assert arrives(join(parts)) == taken
+    return taken
+
+
+def arrives(frame: bytes | bytearray) -> bool:
+    return _survives(lambda: decode(split(memoryview(frame)), LIMITS))
+
+
+def _survives(read: Callable[[], object]) -> bool:
     try:
-        decode(frames, LIMITS)
+        read()
     except ProtocolError as error:
         text = str(error)
         assert "\n" not in text
@@ -60,7 +72,7 @@ def test_random_bytes(rng: np.random.Generator) -> None:
         frames = [rng.bytes(int(rng.integers(0, 200))) for _ in range(int(rng.integers(0, 6)))]
         if frames and rng.integers(4):
             number = int(rng.choice(list(BY_NUMBER))) if rng.integers(2) else int(rng.integers(256))
-            frames[0] = bytes([1, number]) + frames[0]
+            frames[0] = bytes([PROTOCOL_VERSION, number]) + frames[0]
         taken += survives(frames)
     assert taken == 0
 
@@ -91,6 +103,12 @@ def test_flipped_bits(rng: np.random.Generator) -> None:
             if frame:
                 frame[int(rng.integers(len(frame)))] ^= 1 << int(rng.integers(8))
         survives([bytes(frame) for frame in frames])
+        whole = bytearray(join(correct(rng)))
+        for _ in range(int(rng.integers(1, 4))):
+            whole[int(rng.integers(min(len(whole), 24)))] ^= 1 << int(rng.integers(8))
+        arrives(whole)
+        arrives(whole[: int(rng.integers(len(whole)))])
+        arrives(whole + b"x")
 
 
 def test_odd_field_values(rng: np.random.Generator) -> None:
@@ -123,11 +141,11 @@ def test_lying_headers(rng: np.random.Generator) -> None:
         lie = lies[int(rng.integers(len(lies)))]
         field = b"\x81" + msgpack.packb(str(rng.choice(["session", "report", "tokens", "experts"])))
         body = (field if rng.integers(2) else b"") + lie + rng.bytes(int(rng.integers(20)))
-        start = bytes([1, int(rng.choice(list(BY_NUMBER)))])
+        start = bytes([PROTOCOL_VERSION, int(rng.choice(list(BY_NUMBER)))])
         assert not survives([start + body, *[bytes(8)] * int(rng.integers(4))])
-    assert not survives([b"\x01\x12" + b"\x80" * (1 << 20)])
-    assert not survives([b"\x01\x12" + b"\x80" * (MAX_HEADER_BYTES - 2)])
-    assert not survives([b"\x01\x05\x80", bytes(2 << 20)])
+    assert not survives([b"\x02\x12" + b"\x80" * (1 << 20)])
+    assert not survives([b"\x02\x12" + b"\x80" * (MAX_HEADER_BYTES - 2)])
+    assert not survives([b"\x02\x05\x80", bytes(2 << 20)])
 
 
 @contextmanager
@@ -195,7 +213,7 @@ def attack_with_bytes(port: int, rng: np.random.Generator) -> None:
 
 def attack_as_outsider(lab: Lab, endpoint: str) -> None:
     """Plain text, no key, a stranger's key, the wrong server key: none gets a frame in, ours are told so."""
-    frames = encode(Attach(session=1))
+    frame = join(encode(Attach(session=1)))
     for security in (
         None,
         LinkSecurity(lab.keys.public, new_key_pair()),
@@ -203,7 +221,7 @@ def attack_as_outsider(lab: Lab, endpoint: str) -> None:
     ):
         with raw_dealer(lab, security, endpoint) as dealer:
             with suppress(zmq.Again):
-                dealer.send_multipart(frames, zmq.NOBLOCK)
+                dealer.send(frame, zmq.NOBLOCK)
             assert dealer.poll(300) == 0
     with pytest.raises(RefusedError):
         lab.link(endpoint, LinkSecurity(lab.keys.public, new_key_pair())).receive(WAIT_S)
@@ -214,11 +232,11 @@ def attack_as_insider(lab: Lab, security: LinkSecurity, endpoint: str, rng: np.r
     with raw_dealer(lab, security, endpoint) as dealer:
         for _ in range(300):
             frames = [rng.bytes(int(rng.integers(1, 300))) for _ in range(int(rng.integers(1, 5)))]
-            dealer.send_multipart([b"\x01" + frames[0], *frames[1:]])
+            dealer.send_multipart([b"\x02" + frames[0], *frames[1:]])
         dealer.send_multipart([b"x"] * 1000)
-        replayed = [bytes(frame) for frame in encode(a_result(a_run(attempt=1)))]
+        replayed = join(encode(a_result(a_run(attempt=1))))
         for _ in range(100):
-            dealer.send_multipart(replayed)
+            dealer.send(replayed)
     with raw_dealer(lab, security, endpoint) as dealer:
         dealer.send(bytes(20 << 20))  # above MAXMSGSIZE: cut off
 
@@ -260,7 +278,7 @@ def test_refusals_are_counted_all_and_logged_seldom(lab: Lab, caplog: pytest.Log
     security = lab.admitted("insider")
     with raw_dealer(lab, security, station.endpoint) as dealer:
         for _ in range(200):
-            dealer.send_multipart([b"\x01\x02nonsense"])
+            dealer.send(b"\x02\x02nonsense")
         until(lambda: station.receive(0.1) is None and station.counters["invalid_message"] == 200)
     lines = [record.getMessage() for record in caplog.records if "nonsense" in record.msg or "refused" in record.msg]
     assert 1 <= len(lines) <= 10
@@ -273,9 +291,9 @@ def test_another_version_is_told_what_is_spoken_here(lab: Lab) -> None:
     with raw_dealer(lab, lab.admitted(), station.endpoint) as dealer:
         dealer.send_multipart([b"\x07\x01" + os.urandom(30)])
         until(lambda: station.receive(0.1) is None and dealer.poll(0), "the answer")
-        answer: Any = decode(dealer.recv_multipart())
+        answer: Any = decode(split(memoryview(dealer.recv())))
     assert isinstance(answer, Failure)
-    assert answer.reason == "protocol version 7 not spoken here; this side speaks 1"
+    assert answer.reason == "protocol version 7 not spoken here; this side speaks 2"
     assert station.counters == {"wrong_version": 1}
 
 
@@ -284,7 +302,7 @@ def test_a_link_skips_nonsense_from_its_station_and_never_answers_it(lab: Lab) -
     link = lab.link(station.endpoint)
     asked = ask(link, station)
     raw = station._messages.socket
-    raw.send_multipart([asked.route, b"\x01\x12junk"])
+    raw.send_multipart([asked.route, b"\x02\x12junk"])
     raw.send_multipart([asked.route, b"\x07\x12junk"])
     station.send(asked.route, Attached(session=9))
     assert isinstance(hear(link).message, Attached)

@@ -48,8 +48,8 @@ def test_messages_pass_the_real_codec() -> None:
 def test_invalid_frames_are_counted_and_skipped_and_a_version_is_answered() -> None:
     station = MemoryDataStation()
     link = station.connect()
-    link.send_frames([b"\x01\x08"])
-    link.send_frames([b"\x09\x08\x80"])
+    link.send_frame(b"\x02\x08")
+    link.send_frame(b"\x09\x08\x80")
     link.send(Attach(session=5))
     envelope = station.receive(1.0)
     assert envelope is not None
@@ -154,8 +154,8 @@ def test_control_plane_both_ways() -> None:
         assert same(envelope.message, ping)
         await typed_station.send(envelope.route, Pong(sequence=1))
         assert same((await typed_link.receive()).message, Pong(sequence=1))
-        await link.send_frames([b"\x09\x08\x80"])
-        await link.send_frames([b"junk"])
+        await link.send_frame(b"\x09\x08\x80")
+        await link.send_frame(b"junk")
         await link.send(ping)
         await station.receive()
         assert station.counters == {"wrong_version": 2}  # "j" is a version, too

@@ -21,7 +21,7 @@ import numpy as np
 
 from wdmoe.errors import PeerBusyError, PeerGoneError, ProtocolError, TransportError, VersionError
 from wdmoe.transport.channel import Envelope
-from wdmoe.transport.fields import Frame
+from wdmoe.transport.framing import join, split
 from wdmoe.transport.messages import Failure, Message
 from wdmoe.transport.refusals import Refusals
 from wdmoe.transport.wire import DEFAULT_LIMITS, Limits, decode, encode
@@ -45,7 +45,7 @@ class Faults:
 class _Parcel:
     route: bytes
     key: str
-    frames: tuple[bytes, ...]
+    frame: bytes
 
 
 class _Air:
@@ -67,22 +67,21 @@ class _Air:
 
 def _open(parcel: _Parcel, limits: Limits, refusals: Refusals) -> Envelope | VersionError | None:
     try:
-        message = decode(parcel.frames, limits)
+        message = decode(split(memoryview(parcel.frame)), limits)
     except VersionError as error:
         refusals.note("wrong_version", parcel.key or "a peer", str(error))
         return error
     except ProtocolError as error:
         refusals.note("invalid_message", parcel.key or "a peer", str(error))
         return None
-    return Envelope(parcel.route, parcel.key, message, sum(map(len, parcel.frames)))
+    return Envelope(parcel.route, parcel.key, message, len(parcel.frame))
 
 
-def _packed(message: Message, limits: Limits) -> tuple[bytes, ...]:
-    frames = encode(message, limits.checksum)
-    size = sum(map(len, frames))
-    if size > limits.max_message_bytes:
-        raise ProtocolError(f"a message of {size} bytes; the peer accepts {limits.max_message_bytes}")
-    return tuple(bytes(frame) for frame in frames)
+def _packed(message: Message, limits: Limits) -> bytes:
+    frame = join(encode(message, limits.checksum))
+    if len(frame) > limits.max_message_bytes:
+        raise ProtocolError(f"a message of {len(frame)} bytes; the peer accepts {limits.max_message_bytes}")
+    return frame
 
 
 class _ThreadInbox:
@@ -176,12 +175,12 @@ class MemoryDataStation(_Station):
 
     def send(self, route: bytes, message: Message) -> int:
         """See `DataStation.send`."""
-        frames = _packed(message, self.limits)
+        frame = _packed(message, self.limits)
         link = self._links.get(route)
         if link is None:
             raise PeerGoneError(f"no connection {route.hex()}")
-        link.inbox.put(_Parcel(b"", "", frames), self._air.delays_s())
-        return sum(map(len, frames))
+        link.inbox.put(_Parcel(b"", "", frame), self._air.delays_s())
+        return len(frame)
 
     def receive(self, timeout_s: float) -> Envelope | None:
         """See `DataStation.receive`."""
@@ -227,16 +226,16 @@ class MemoryDataLink:
 
     def send(self, message: Message) -> int:
         """See `DataLink.send`. A closed station looks like a busy one, as a socket that reconnects does."""
-        return self.send_frames(_packed(message, self._station.limits))
+        return self.send_frame(_packed(message, self._station.limits))
 
-    def send_frames(self, frames: Sequence[Frame]) -> int:
+    def send_frame(self, frame: bytes) -> int:
         """Send what no correct device would: for tests of the other end."""
-        parcel = _Parcel(self.route, self._key, tuple(bytes(frame) for frame in frames))
+        parcel = _Parcel(self.route, self._key, frame)
         try:
             self._outbox.put(parcel, self._air.delays_s())
         except PeerGoneError as error:
             raise PeerBusyError("the station is not connected") from error
-        return sum(map(len, parcel.frames))
+        return len(parcel.frame)
 
     def receive(self, timeout_s: float) -> Envelope | None:
         """See `DataLink.receive`."""
@@ -316,11 +315,11 @@ class MemoryControlStation(_Station):
 
     async def send(self, route: bytes, message: Message) -> None:
         """See `ControlStation.send`."""
-        frames = _packed(message, self.limits)
+        frame = _packed(message, self.limits)
         link = self._links.get(route)
         if link is None:
             raise PeerGoneError(f"no connection {route.hex()}")
-        link.inbox.put(_Parcel(b"", "", frames), self._air.delays_s())
+        link.inbox.put(_Parcel(b"", "", frame), self._air.delays_s())
 
     async def receive(self) -> Envelope:
         """See `ControlStation.receive`."""
@@ -361,11 +360,11 @@ class MemoryControlLink:
 
     async def send(self, message: Message) -> None:
         """See `ControlLink.send`."""
-        await self.send_frames(_packed(message, self._station.limits))
+        await self.send_frame(_packed(message, self._station.limits))
 
-    async def send_frames(self, frames: Sequence[Frame]) -> None:
+    async def send_frame(self, frame: bytes) -> None:
         """Send what no correct device would: for tests of the other end."""
-        parcel = _Parcel(self.route, self._key, tuple(bytes(frame) for frame in frames))
+        parcel = _Parcel(self.route, self._key, frame)
         try:
             self._outbox.put(parcel, self._air.delays_s())
         except PeerGoneError as error:

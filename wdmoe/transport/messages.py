@@ -5,7 +5,7 @@ Two planes, so that a bulk download of experts never stands in the way of a toke
 - control: Hello, Welcome, Place, Fetch, Chunk, Ready, Ping, Pong, Goodbye (asyncio on both ends);
 - data: Attach, Attached, Run, Result, Failure (blocking sockets, one thread on both ends).
 
-Arrays are C-contiguous little-endian and travel as raw frames beside the header.
+Arrays are C-contiguous little-endian and travel raw, behind the header.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from wdmoe.records import DeviceReport
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 Int64Array: TypeAlias = npt.NDArray[np.int64]

@@ -101,7 +101,7 @@ class Schema:
         self._tensors = tuple((name, field) for name, field in fields.items() if isinstance(field, Tensor))
 
     def pack(self, message: Any) -> tuple[Header, list[Frame]]:
-        """The header map and the tensor frames of a message.
+        """The header map and the tensors of a message.
 
         Raises:
             ProtocolError: the message breaks the rules that its receiver applies.
@@ -127,7 +127,7 @@ class Schema:
             ProtocolError: a field is missing, unknown or does not fit.
         """
         if len(frames) != len(self._tensors):
-            raise ProtocolError(f"{self.kind.__name__} has {len(self._tensors)} tensors, got {len(frames)} frames")
+            raise ProtocolError(f"{self.kind.__name__} has {len(self._tensors)} tensors, got {len(frames)}")
         name = ""
         try:
             values = _unpack_fields(self._unpack, header)

@@ -1,14 +1,15 @@
-"""The codec: a message becomes frames, and frames from anybody become a message or a ProtocolError.
+"""The codec: a message becomes parts, and parts from anybody become a message or a ProtocolError.
 
-    frame 0      byte 0        protocol version
-                 byte 1        message number (`wdmoe.transport.schema`)
-                 bytes 2...    msgpack map of the fields, 4 KiB with the two bytes at most
-    frames 1...  raw little-endian tensors, in the order of the table; the map holds dtype and shape of each
+    part 0      byte 0        protocol version
+                byte 1        message number (`wdmoe.transport.schema`)
+                bytes 2...    msgpack map of the fields, 4 KiB with the two bytes at most
+    parts 1...  raw little-endian tensors, in the order of the table; the map holds dtype and shape of each
 
-With a checksum the map ends with `crc32`: the CRC-32 of everything before its four bytes and of all tensor
-frames. Encryption makes it superfluous, so it is used on insecure channels only.
+With a checksum the map ends with `crc32`: the CRC-32 of everything before its four bytes and of all tensors.
+Encryption makes it superfluous, so it is used on insecure channels only. How the parts travel in one frame:
+`wdmoe.transport.framing`.
 
-Nothing is allocated for a length that a peer merely claims, and tensors are views of the frames they came in.
+Nothing is allocated for a length that a peer merely claims, and tensors are views of the frame they came in.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _PARTS = threading.local()  # a Packer holds a buffer: one per thread
 class Limits:
     """What a channel accepts."""
 
-    max_message_bytes: int = MAX_MESSAGE_BYTES  # all frames together
+    max_message_bytes: int = MAX_MESSAGE_BYTES  # all parts together
     checksum: bool = False  # refuse messages without one
 
 
@@ -48,16 +49,15 @@ DEFAULT_LIMITS = Limits()
 
 
 def encode(message: Message, checksum: bool = False) -> list[Frame]:
-    """Write a message as frames.
+    """Write a message as parts.
 
-    Large tensors are not copied: their frames are the arrays' own memory, so leave the arrays alone until the
-    frames are sent.
+    Large tensors are not copied: their parts are the arrays' own memory.
 
     Raises:
         ProtocolError: the message breaks a rule that `decode` would apply.
     """
     schema = BY_KIND[type(message)]
-    header, frames = schema.pack(message)
+    header, parts = schema.pack(message)
     if checksum:
         header[_CHECKSUM] = _CHECKSUM_UNSET
     start = _START[schema.number] + _packer().pack(header)
@@ -65,32 +65,32 @@ def encode(message: Message, checksum: bool = False) -> list[Frame]:
         raise ProtocolError(f"a header of {len(start)} bytes, not 2 to {MAX_HEADER_BYTES}")
     if checksum:
         covered = start[:-_CHECKSUM_BYTES]
-        start = covered + _crc32(covered, frames).to_bytes(_CHECKSUM_BYTES, "big")
-    frames.insert(0, start)
-    return frames
+        start = covered + _crc32(covered, parts).to_bytes(_CHECKSUM_BYTES, "big")
+    parts.insert(0, start)
+    return parts
 
 
-def decode(frames: Sequence[Frame], limits: Limits = DEFAULT_LIMITS) -> Message:
-    """Read the frames of an untrusted peer.
+def decode(parts: Sequence[Frame], limits: Limits = DEFAULT_LIMITS) -> Message:
+    """Read the parts of an untrusted peer's message.
 
     Args:
-        frames: bytes, or memoryviews of format "B".
+        parts: bytes, or memoryviews of format "B".
         limits: what this channel accepts.
     Returns:
-        The message; its arrays are aligned, and views of `frames` where those are.
+        The message; its arrays are aligned, and views of `parts` where those are.
     Raises:
         VersionError: the peer speaks another protocol version.
         ProtocolError: anything else a correct peer would not send.
     """
-    size = sum(map(len, frames))
+    size = sum(map(len, parts))
     if size > limits.max_message_bytes:
         raise ProtocolError(f"a message of {size} bytes; this side accepts {limits.max_message_bytes}")
-    if not frames or not 2 <= len(frames[0]) <= MAX_HEADER_BYTES:
-        raise ProtocolError(f"a header of {len(frames[0]) if frames else 0} bytes, not 2 to {MAX_HEADER_BYTES}")
-    start = bytes(frames[0])
+    if not parts or not 2 <= len(parts[0]) <= MAX_HEADER_BYTES:
+        raise ProtocolError(f"a header of {len(parts[0]) if parts else 0} bytes, not 2 to {MAX_HEADER_BYTES}")
+    start = bytes(parts[0])
     schema = _schema_of(start)
     header = _unpack_header(start)
-    tensors = frames[1:]
+    tensors = parts[1:]
     if _CHECKSUM in header:
         _verify_checksum(header, start, tensors)
     elif limits.checksum:

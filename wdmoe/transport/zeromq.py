@@ -24,8 +24,9 @@ import zmq
 from wdmoe.errors import PeerBusyError, PeerGoneError, ProtocolError, TransportError, VersionError
 from wdmoe.transport.channel import Envelope
 from wdmoe.transport.fields import Frame
+from wdmoe.transport.framing import join, split
 from wdmoe.transport.keys import fingerprint
-from wdmoe.transport.messages import Failure, Message
+from wdmoe.transport.messages import PROTOCOL_VERSION, Failure, Message
 from wdmoe.transport.monitor import HandshakeWatch
 from wdmoe.transport.refusals import Refusals
 from wdmoe.transport.sockets import (
@@ -45,7 +46,6 @@ from wdmoe.transport.zap import CONTROL_DOMAIN, DATA_DOMAIN
 _LOG = logging.getLogger(__name__)
 _DEFAULTS = SocketOptions()
 _MORE = zmq.SNDMORE | zmq.NOBLOCK
-_MOST_FRAMES = 8  # no message has more
 
 
 class _Messages:
@@ -68,33 +68,29 @@ class _Messages:
         self._admits = admits
 
     def send(self, message: Message, route: bytes | None = None) -> int:
-        """Hand over all frames, or none. Returns bytes; raises as `DataStation.send`."""
-        frames = encode(message, self._limits.checksum)
-        size = sum(map(len, frames))
-        if size > self._limits.max_message_bytes:
-            raise ProtocolError(f"a message of {size} bytes; the peer accepts {self._limits.max_message_bytes}")
-        if route is not None:
-            frames.insert(0, route)
+        """Hand over a message. Returns bytes; raises as `DataStation.send`."""
+        frame = join(encode(message, self._limits.checksum))
+        if len(frame) > self._limits.max_message_bytes:
+            raise ProtocolError(f"a message of {len(frame)} bytes; the peer accepts {self._limits.max_message_bytes}")
         try:
             try:
-                self._hand_over(frames)
+                self._hand_over(frame, route)
             except zmq.Again:
                 # A queue that looks full may have drained: libzmq looks for that once a millisecond, or when asked.
                 self.socket.get(zmq.EVENTS)
-                self._hand_over(frames)
+                self._hand_over(frame, route)
         except zmq.Again as error:
             raise PeerBusyError("the peer's queue is full, or it is not connected") from error
         except zmq.ZMQError as error:
             if error.errno == zmq.EHOSTUNREACH:
                 raise PeerGoneError("the peer is not connected any more") from error
             raise TransportError(f"cannot send: {error}") from error
-        return size
+        return len(frame)
 
-    def _hand_over(self, frames: Sequence[Frame]) -> None:
-        send = self.socket.send
-        for frame in frames[:-1]:
-            send(frame, _MORE)  # ZeroMQ decides with the first frame: the rest of what it took never fails
-        send(frames[-1], zmq.NOBLOCK)
+    def _hand_over(self, frame: bytes, route: bytes | None) -> None:
+        if route is not None:
+            self.socket.send(route, _MORE)  # ZeroMQ decides here, and never sends this: the rest does not fail
+        self.socket.send(frame, zmq.NOBLOCK)
 
     def take(self) -> Envelope | None:
         """The next message that waits in the socket; None where it was refused.
@@ -104,26 +100,23 @@ class _Messages:
         """
         receive = self.socket.recv
         route = receive(zmq.NOBLOCK) if self._routed else b""
-        first = frame = receive(zmq.NOBLOCK, copy=False)
-        frames: list[Frame] = [first.bytes]
-        while frame.more:
-            frame = receive(zmq.NOBLOCK, copy=False)
-            if len(frames) <= _MOST_FRAMES:
-                frames.append(frame.buffer)
+        frame = rest = receive(zmq.NOBLOCK, copy=False)
+        while rest.more:
+            rest = receive(zmq.NOBLOCK, copy=False)
         # What the door said at the handshake, so it is proven; asking each time costs half a microsecond.
-        key = str(first.get("User-Id")) if self._secure and self._routed else ""
+        key = str(frame.get("User-Id")) if self._secure and self._routed else ""
         if self._admits is not None and not self._admits(key):
-            self._refuse("revoked_key", route, first, key, "its key was revoked")
+            self._refuse("revoked_key", route, frame, key, "its key was revoked")
             return None
         try:
-            message = decode(frames, self._limits)
+            message = decode(_parts(frame, alone=rest is frame), self._limits)
         except VersionError as error:
-            self._refuse("wrong_version", route, first, key, str(error))
+            self._refuse("wrong_version", route, frame, key, str(error))
             return None
         except ProtocolError as error:
-            self._refuse("invalid_message", route, first, key, str(error))
+            self._refuse("invalid_message", route, frame, key, str(error))
             return None
-        return Envelope(route, key, message, sum(map(len, frames)))
+        return Envelope(route, key, message, len(frame))
 
     def _refuse(self, kind: str, route: bytes, frame: zmq.Frame, key: str, reason: str) -> None:
         address = frame.get("Peer-Address")
@@ -133,6 +126,13 @@ class _Messages:
         if spoke and self._routed and kind != "invalid_message":
             with contextlib.suppress(TransportError):
                 self.send(Failure(attempt=0, reason=reason), route)
+
+
+def _parts(frame: zmq.Frame, alone: bool) -> list[Frame]:
+    parts = split(frame.buffer)
+    if not alone and parts[0][:1] == bytes((PROTOCOL_VERSION,)):
+        raise ProtocolError("a message of several frames")
+    return parts
 
 
 class _Blocking:
