@@ -16,7 +16,19 @@ debug = os.environ.get("WDMOE_DEBUG") == "1"
 flags = ["-O0", "-g", "-D_GLIBCXX_ASSERTIONS"] if debug else ["-O3"]
 flags += ["-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra"]
 
-HEADERS = ("bandwidth", "bandwidth_blocks", "checks", "combine", "grouping", "link_time", "selection")
+HEADERS = (
+    "bandwidth",
+    "bandwidth_blocks",
+    "bottleneck",
+    "budget",
+    "by_device",
+    "checks",
+    "combine",
+    "grouping",
+    "hertz",
+    "link_time",
+    "selection",
+)
 
 
 class BuildExtension(build_ext):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wdmoe.solver import _native, budget_reference
 from wdmoe.solver.bandwidth import Links
 from wdmoe.solver.budget import BudgetChoice, select_at_most_dropped, select_within_budget
 from wdmoe.solver.exhaustive import best_within_budget
@@ -67,6 +68,23 @@ def test_no_choice_beats_the_bound_and_ours_is_within_the_budget(seed: int) -> N
     assert choice.latency_s <= budget_s * (1 + 1e-6)
     assert choice.bandwidth_hz.sum() <= TOTAL_HZ * (1 + 1e-9)
     assert ((choice.experts >= 0).any(axis=1)).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_native_chooses_as_its_plain_twin(seed: int, ties: bool) -> None:
+    rng = np.random.default_rng(seed)
+    tokens, top_k, devices = int(rng.integers(1, 25)), int(rng.integers(1, 5)), int(rng.integers(1, 6))
+    links, device = some_links(rng, devices), rng.integers(-1, devices, (tokens, top_k), np.int32)
+    weights = rng.dirichlet(np.ones(top_k), tokens)
+    if ties:
+        weights = np.round(weights, 1)
+    budget_s = 10 ** rng.uniform(-2, 0)
+    kept, bound, fits = _native.choose_within_budget(device, weights, links.table, links.flat, TOTAL_HZ, budget_s)
+    twin_kept, twin_bound, twin_fits = budget_reference.choose_within_budget(device, weights, links, TOTAL_HZ, budget_s)
+    assert fits == twin_fits
+    assert bound == pytest.approx(twin_bound)
+    assert (kept == twin_kept).all() or weights[kept != 0].sum() == pytest.approx(weights[twin_kept].sum())
 
 
 @settings(max_examples=100, deadline=None)

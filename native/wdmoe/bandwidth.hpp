@@ -120,18 +120,7 @@ public:
 
     // Seconds per token, the band in units.
     LinkTime link(std::size_t k, double unit_hz) const {
-        LinkTime link{0.0, {0.0, 0.0}, {1.0, 1.0}};
-        for (std::size_t d = 0; d < 2; ++d) {
-            const double bits = task_.links[d * task_.devices + k], snr = task_.links[(2 + d) * task_.devices + k];
-            if (bits == 0.0) continue;
-            if (task_.flat) {
-                link.flat += bits / snr / unit_hz;
-            } else {
-                link.bits[d] = bits * 0.6931471805599453 / unit_hz;
-                link.snr[d] = snr / unit_hz;
-            }
-        }
-        return link;
+        return link_of(task_.links, task_.devices, k, task_.flat, unit_hz);
     }
 
 private:

@@ -20,6 +20,16 @@ struct LinkTime {
 
     bool is_free() const { return flat == 0.0 && bits[0] == 0.0 && bits[1] == 0.0; }
 
+    // Seconds that no band can shorten.
+    double limit() const {
+        double sum = 0.0;
+        for (int d = 0; d < 2; ++d) sum += bits[d] > 0.0 ? bits[d] / snr[d] : 0.0;
+        return sum;
+    }
+
+    // A band from which `band_for` may start: exact where all is flat, else what 1 bit/s/Hz would need.
+    double guess(double seconds) const { return (flat + (bits[0] + bits[1]) * 1.4426950408889634) / seconds; }
+
     double time(double band) const {
         double sum = flat / band;
         for (int d = 0; d < 2; ++d) {
@@ -62,5 +72,22 @@ struct LinkTime {
 private:
     static double log_1p(double x) { return x > 0.0625 ? std::log(1.0 + x) : std::log1p(x); }
 };
+
+// Of device k, the band in units of `unit_hz`. links (5, devices) bits down, bits up, SNR in hertz (or, if `flat`,
+// efficiency in bit/s/Hz) down, up, and compute seconds, which are no part of it.
+inline LinkTime link_of(const double* links, std::size_t devices, std::size_t k, bool flat, double unit_hz) {
+    LinkTime link{0.0, {0.0, 0.0}, {1.0, 1.0}};
+    for (std::size_t d = 0; d < 2; ++d) {
+        const double bits = links[d * devices + k], strength = links[(2 + d) * devices + k];
+        if (bits == 0.0) continue;
+        if (flat) {
+            link.flat += bits / strength / unit_hz;
+        } else {
+            link.bits[d] = bits * 0.6931471805599453 / unit_hz;
+            link.snr[d] = strength / unit_hz;
+        }
+    }
+    return link;
+}
 
 }  // namespace wdmoe

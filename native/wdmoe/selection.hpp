@@ -236,6 +236,20 @@ inline void check_assignment(const std::int32_t* experts, const double* weights,
     if (first_outside(weights, n, 0.0) < n) throw std::invalid_argument("weights must be finite and not negative");
 }
 
+// Drops in place what is not kept (tokens, k); dropped_weight (tokens,) is written. Returns the weight that is kept,
+// before any renormalising.
+inline double keep_marked(std::int32_t* experts, double* weights, std::size_t tokens, std::size_t k,
+                          const std::uint8_t* kept, bool renormalise, double* dropped_weight) {
+    double total = 0.0;
+    for (std::size_t t = 0; t < tokens; ++t) {
+        const std::uint8_t* mine = kept + t * k;
+        for (std::size_t j = 0; j < k; ++j) total += mine[j] != 0 ? weights[t * k + j] : 0.0;
+        dropped_weight[t] = 1.0 - detail::drop(experts + t * k, weights + t * k, k, renormalise,
+                                               [=](std::size_t j) { return mine[j] == 0; });
+    }
+    return total;
+}
+
 // Drops experts in place. experts, weights (tokens, k), -1 where there is none; latency (tokens or 1, n_experts) with
 // latency_stride n_experts or 0, positive; available (n_experts,) or null; dropped_weight (tokens,) is written.
 inline PruneResult prune(std::int32_t* experts, double* weights, std::size_t tokens, std::size_t k,

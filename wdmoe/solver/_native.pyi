@@ -155,3 +155,52 @@ def allocate(
     Raises:
         ValueError: shapes differ, or a load is not finite or negative.
     """
+
+def resolve(
+    experts: Int32Array, weights: FloatArray, device_of: Int32Array, by_expert: bool, devices: int
+) -> tuple[Int32Array, FloatArray]:
+    """Who serves each assignment and what it weighs, both (tokens, top_k): -1 and 0 where there is none.
+
+    Args:
+        experts: (tokens, top_k) int32 C-contiguous, -1 where there is none.
+        weights: (tokens, top_k) float64 C-contiguous.
+        device_of: (1, experts) if `by_expert`, else (tokens, top_k), int32 C-contiguous; -1: nobody serves it.
+    Raises:
+        ValueError: a shape, weight or index is not as above.
+    """
+
+def keep_marked(
+    experts: Int32Array, weights: FloatArray, kept: UInt8Array, renormalise: bool
+) -> tuple[FloatArray, float]:
+    """Drop in place what is not kept, all (tokens, top_k).
+
+    Returns:
+        Dropped share of weight (tokens,), and the weight that is kept, before any renormalising.
+    """
+
+def needed_hz(links: FloatArray, flat: bool, token_s: FloatArray) -> FloatArray:
+    """As `wdmoe.solver.hertz.needed_hz`, with links (5, devices) as for `allocate`."""
+
+def shed_bottleneck(device: Int32Array, weights: FloatArray, token_s: FloatArray, light: float) -> UInt8Array:
+    """What to keep (tokens, top_k); arguments as `resolve` gives them, the rest as `wdmoe.solver.bottleneck`."""
+
+def choose_within_budget(
+    device: Int32Array, weights: FloatArray, links: FloatArray, flat: bool, total_hz: float, budget_s: float
+) -> tuple[UInt8Array, float, bool]:
+    """What to keep (tokens, top_k), upper bound of its weight (0 where nothing fits), whether it fits.
+
+    Time O(assignments + devices log^2 assignments) unless most weights are alike. `device`, `weights`: from `resolve`.
+    """
+
+def choose_least_budget(
+    device: Int32Array,
+    weights: FloatArray,
+    links: FloatArray,
+    flat: bool,
+    total_hz: float,
+    goal: float,
+    most_s: float,
+) -> tuple[UInt8Array, float, float]:
+    """What to keep (tokens, top_k) within the least budget that keeps `goal`, upper bound of the weight within it,
+    and the budget below which no choice keeps `goal`. Within `most_s` everything must fit.
+    """

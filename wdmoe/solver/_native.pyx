@@ -83,6 +83,45 @@ cdef extern from "wdmoe/selection.hpp" namespace "wdmoe" nogil:
         size_t n_experts, const uint8_t* available, const PruneOptions& options, double* dropped_weight) except +
 
 
+    double native_keep_marked "wdmoe::keep_marked"(
+        int32_t* experts, double* weights, size_t tokens, size_t k, const uint8_t* kept, cbool renormalise,
+        double* dropped_weight) noexcept
+
+
+cdef extern from "wdmoe/by_device.hpp" namespace "wdmoe" nogil:
+    cdef cppclass Assignments:
+        size_t tokens, top_k, devices
+        const int32_t* device
+        const double* weight
+
+    void native_resolve "wdmoe::resolve"(
+        const int32_t* experts, const double* given_weight, size_t n, const int32_t* device_of, size_t n_experts,
+        size_t devices, int32_t* device, double* weight) except +
+
+
+cdef extern from "wdmoe/hertz.hpp" namespace "wdmoe" nogil:
+    void native_needed_hz "wdmoe::needed_hz"(
+        const double* links, size_t devices, cbool flat, const double* token_s, size_t n, double* out) except +
+
+
+cdef extern from "wdmoe/bottleneck.hpp" namespace "wdmoe" nogil:
+    void native_shed_bottleneck "wdmoe::shed_bottleneck"(
+        const Assignments& given, const double* token_s, double light, uint8_t* kept) except +
+
+
+cdef extern from "wdmoe/budget.hpp" namespace "wdmoe" nogil:
+    cdef cppclass BudgetAnswer:
+        double upper_bound, lower_bound_s
+        cbool fits
+
+    BudgetAnswer native_choose_within_budget "wdmoe::choose_within_budget"(
+        const Assignments& given, const double* links, cbool flat, double total_hz, double budget_s,
+        uint8_t* kept) except +
+    BudgetAnswer native_choose_least_budget "wdmoe::choose_least_budget"(
+        const Assignments& given, const double* links, cbool flat, double total_hz, double goal, double most_s,
+        uint8_t* kept) except +
+
+
 # Looked up once: for one token, looking names up costs as much as the work.
 cdef object empty = np.empty
 cdef object INT32 = np.dtype(np.int32)
@@ -373,3 +412,115 @@ def allocate(const double[:, ::1] load not None, const double[:, ::1] links not 
     result.latency_s, result.lower_bound_s = answer.latency, answer.lower_bound
     result.price_s_per_hz, result.status, result.iterations = answer.price, STATUS[answer.status], answer.iterations
     return result
+
+
+def resolve(const int32_t[:, ::1] experts not None, const double[:, ::1] weights not None,
+            const int32_t[:, ::1] device_of not None, cbool by_expert, Py_ssize_t devices):
+    cdef size_t n = experts.shape[0] * experts.shape[1], bad = 0
+    cdef size_t n_experts = device_of.shape[1] if by_expert else 0, top_k = experts.shape[1]
+    if weights.shape[0] != experts.shape[0] or weights.shape[1] != experts.shape[1]:
+        raise ValueError(f"weights must have the shape of experts ({experts.shape[0]}, {experts.shape[1]}), "
+                         f"got ({weights.shape[0]}, {weights.shape[1]})")
+    if by_expert and (device_of.shape[0] != 1 or n_experts == 0):
+        raise ValueError(f"device_of must have at least one expert, got ({device_of.shape[1]},)")
+    if not by_expert and (device_of.shape[0] != experts.shape[0] or device_of.shape[1] != experts.shape[1]):
+        raise ValueError(f"device_of must be (experts,) or the shape of experts ({experts.shape[0]}, "
+                         f"{experts.shape[1]}), got ({device_of.shape[0]}, {device_of.shape[1]})")
+    if n > 0xFFFFFFFF:
+        raise ValueError(f"experts must have fewer than 2**32 entries, got {n}")
+    device = empty((experts.shape[0], experts.shape[1]), INT32)
+    weight = empty((experts.shape[0], experts.shape[1]))
+    if n == 0:
+        return device, weight
+    cdef int32_t[:, ::1] out_device = device
+    cdef double[:, ::1] out_weight = weight
+    with nogil:
+        bad = first_outside(&weights[0, 0], n, 0.0)
+    if bad < n:
+        raise ValueError(f"weights must be finite and not negative, got {weights[bad // top_k, bad % top_k]} "
+                         f"at token {bad // top_k}")
+    with nogil:
+        native_resolve(&experts[0, 0], &weights[0, 0], n, &device_of[0, 0], n_experts, devices, &out_device[0, 0],
+                       &out_weight[0, 0])
+    return device, weight
+
+
+def keep_marked(int32_t[:, ::1] experts not None, double[:, ::1] weights not None, const uint8_t[:, ::1] kept not None,
+                cbool renormalise):
+    cdef size_t tokens = experts.shape[0], k = experts.shape[1]
+    if (weights.shape[0] != experts.shape[0] or weights.shape[1] != experts.shape[1]
+            or kept.shape[0] != experts.shape[0] or kept.shape[1] != experts.shape[1]):
+        raise ValueError(f"weights and kept must have the shape of experts ({tokens}, {k})")
+    dropped_weight = np.zeros(tokens)
+    cdef double total = 0.0
+    cdef double[::1] dropped = dropped_weight
+    if tokens * k > 0:
+        with nogil:
+            total = native_keep_marked(&experts[0, 0], &weights[0, 0], tokens, k, &kept[0, 0], renormalise, &dropped[0])
+    return dropped_weight, total
+
+
+def needed_hz(const double[:, ::1] links not None, cbool flat, const double[::1] token_s not None):
+    cdef size_t devices = links.shape[1], n = token_s.shape[0]
+    if links.shape[0] != 5:
+        raise ValueError(f"links must be (5, devices), got ({links.shape[0]}, {devices})")
+    hertz = empty((devices, n))
+    cdef double[:, ::1] out = hertz
+    if devices * n > 0:
+        with nogil:
+            native_needed_hz(&links[0, 0], devices, flat, &token_s[0], n, &out[0, 0])
+    return hertz
+
+
+cdef Assignments assignments_of(const int32_t[:, ::1] device, const double[:, ::1] weights, size_t devices) except *:
+    """Devices must be below `devices`: that is `resolve`'s to check."""
+    if weights.shape[0] != device.shape[0] or weights.shape[1] != device.shape[1]:
+        raise ValueError(f"weights must have the shape of device ({device.shape[0]}, {device.shape[1]}), "
+                         f"got ({weights.shape[0]}, {weights.shape[1]})")
+    cdef Assignments given
+    cdef size_t size = device.shape[0] * device.shape[1]
+    given.tokens, given.top_k, given.devices = device.shape[0], device.shape[1], devices
+    given.device = &device[0, 0] if size > 0 else NULL
+    given.weight = &weights[0, 0] if size > 0 else NULL
+    return given
+
+
+def shed_bottleneck(const int32_t[:, ::1] device not None, const double[:, ::1] weights not None,
+                    const double[::1] token_s not None, double light):
+    cdef Assignments given = assignments_of(device, weights, token_s.shape[0])
+    kept = empty((given.tokens, given.top_k), np.uint8)
+    cdef uint8_t[:, ::1] out = kept
+    if given.tokens * given.top_k > 0:
+        with nogil:
+            native_shed_bottleneck(given, &token_s[0], light, &out[0, 0])
+    return kept
+
+
+def choose_within_budget(const int32_t[:, ::1] device not None, const double[:, ::1] weights not None,
+                         const double[:, ::1] links not None, cbool flat, double total_hz, double budget_s):
+    cdef Assignments given = assignments_of(device, weights, links.shape[1])
+    cdef BudgetAnswer answer
+    if links.shape[0] != 5:
+        raise ValueError(f"links must be (5, devices), got ({links.shape[0]}, {links.shape[1]})")
+    kept = empty((given.tokens, given.top_k), np.uint8)
+    cdef uint8_t[:, ::1] out = kept
+    if given.tokens * given.top_k == 0:
+        return kept, 0.0, True
+    with nogil:
+        answer = native_choose_within_budget(given, &links[0, 0], flat, total_hz, budget_s, &out[0, 0])
+    return kept, answer.upper_bound, answer.fits
+
+
+def choose_least_budget(const int32_t[:, ::1] device not None, const double[:, ::1] weights not None,
+                        const double[:, ::1] links not None, cbool flat, double total_hz, double goal, double most_s):
+    cdef Assignments given = assignments_of(device, weights, links.shape[1])
+    cdef BudgetAnswer answer
+    if links.shape[0] != 5:
+        raise ValueError(f"links must be (5, devices), got ({links.shape[0]}, {links.shape[1]})")
+    kept = empty((given.tokens, given.top_k), np.uint8)
+    cdef uint8_t[:, ::1] out = kept
+    if given.tokens * given.top_k == 0:
+        return kept, 0.0, 0.0
+    with nogil:
+        answer = native_choose_least_budget(given, &links[0, 0], flat, total_hz, goal, most_s, &out[0, 0])
+    return kept, answer.upper_bound, answer.lower_bound_s

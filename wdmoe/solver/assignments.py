@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
+
+from wdmoe.solver import _native
 
 Int32Array = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float64]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Assignments:
+    """All (tokens, top_k) and C-contiguous."""
+
+    experts: Int32Array  # -1 where there is none; may be the caller's own array
+    weights: FloatArray  # 0 where there is none
+    device: Int32Array  # -1 where nobody serves it, or there is none
+
+
 def check_assignments(
     experts: npt.ArrayLike, weights: npt.ArrayLike, device_of: npt.ArrayLike, devices: int
-) -> tuple[Int32Array, FloatArray, Int32Array]:
-    """Experts, weights and the device of each assignment, all (tokens, top_k), C-contiguous.
+) -> Assignments:
+    """Experts, weights and the device of each assignment.
 
     Args:
         experts: (tokens, top_k) int, -1 where there is none.
@@ -20,42 +33,32 @@ def check_assignments(
         device_of: (experts,) int, the device that serves each expert; or (tokens, top_k) int, the device that serves
             each assignment, where experts have replicas. -1: none does.
         devices: how many there are.
-    Returns:
-        int32, float64, int32; the device is -1 where nobody serves the assignment, or there is none.
     Raises:
         ValueError: an argument is not as above; the message names it.
     """
-    chosen, home = _integers("experts", experts), np.asarray(device_of)
+    chosen, home = check_int32("experts", experts), check_int32("device_of", device_of)
     weight = np.ascontiguousarray(weights, dtype=np.float64)
     if chosen.ndim != 2:
-        raise ValueError(f"experts must be integers (tokens, top_k), got {chosen.dtype} {chosen.shape}")
+        raise ValueError(f"experts must be integers (tokens, top_k), got shape {chosen.shape}")
     if weight.shape != chosen.shape:
         raise ValueError(f"weights must have the shape of experts {chosen.shape}, got {weight.shape}")
-    if weight.size and not (weight.min() >= 0 and weight.max() < np.inf):  # also refuses NaN
-        raise ValueError("weights must be finite and not negative")
-    if home.ndim != 1 and home.shape != chosen.shape:
+    if home.ndim not in (1, 2):
         raise ValueError(f"device_of must be (experts,) or the shape of experts {chosen.shape}, got {home.shape}")
-    if home.ndim == 1 and not home.size:
-        raise ValueError("device_of must have at least one expert, got none")
-    home = _integers("device_of", home)
-    _check_range("device_of", home, devices)
-    _check_range("experts", chosen, len(home) if home.ndim == 1 else 2**31)
-    if home.ndim == 1:
-        home = home[chosen]  # -1 takes some device, and loses it below
-    device = np.where(chosen >= 0, home, -1)
-    return chosen.astype(np.int32, copy=False), weight, device.astype(np.int32, copy=False)
+    device, weight = _native.resolve(chosen, weight, np.atleast_2d(home), home.ndim == 1, devices)
+    return Assignments(chosen, weight, device)
 
 
-def _integers(name: str, values: npt.ArrayLike) -> npt.NDArray[np.integer]:
-    array = np.ascontiguousarray(values)
+def check_int32(name: str, values: npt.ArrayLike) -> Int32Array:
+    """C-contiguous int32. Raises ValueError for what is no integer, or too large for it."""
+    array = np.asarray(values)
+    if array.dtype == np.int32:
+        return np.asarray(array, order="C")
     if not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"{name} must be integers, got {array.dtype} {array.shape}")
-    return array
-
-
-def _check_range(name: str, values: npt.NDArray[np.integer], end: int) -> None:
-    if values.size and (values.min() < -1 or values.max() >= end):
-        raise ValueError(f"{name} must be from -1 to {end - 1}, got {values.min()} to {values.max()}")
+    limit = np.iinfo(np.int32)
+    if array.size and (array.min() < limit.min or array.max() > limit.max):
+        raise ValueError(f"{name} must be within 32 bits, got {array.min()} to {array.max()}")
+    return np.asarray(array, dtype=np.int32, order="C")
 
 
 def check_positive(**values: float) -> None:

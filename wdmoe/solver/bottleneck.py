@@ -12,11 +12,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.solver import _native
 from wdmoe.solver.assignments import check_assignments
-
-IntArray = npt.NDArray[np.int64]
-Int32Array = npt.NDArray[np.int32]
-FloatArray = npt.NDArray[np.float64]
 
 
 def shed_bottleneck(
@@ -46,28 +43,6 @@ def shed_bottleneck(
         raise ValueError("token_s must be (devices,), positive and finite")
     if not 0 <= light <= 1:
         raise ValueError(f"light must be 0 to 1, got {light}")
-    _, given, home = check_assignments(experts, weights, device_of, len(each_s))
-    served = home >= 0
-    weight = np.where(served, given, -1.0)
-    sheddable = served & (weight <= light * np.where(served, given, 0.0).sum(axis=1, keepdims=True))
-    if weight.size:
-        sheddable[np.arange(len(weight)), weight.argmax(axis=1)] = False
-    load = np.bincount(home[served], minlength=len(each_s))
-    light_load = np.bincount(home[sheddable], minlength=len(each_s))
-    end_s = float(((load - light_load) * each_s).max(initial=0.0))
-    target = np.floor(end_s / each_s * (1 + 1e-12)).astype(np.int64)
-    return served & ~_lightest(home, weight, sheddable, np.clip(load - target, 0, light_load))
-
-
-def _lightest(
-    home: Int32Array, weight: FloatArray, sheddable: npt.NDArray[np.bool_], count: IntArray
-) -> npt.NDArray[np.bool_]:
-    """(tokens, top_k) bool: the `count[k]` lightest sheddable assignments of each device k."""
-    where = np.flatnonzero(sheddable)
-    device = home.ravel()[where]
-    order = np.lexsort((weight.ravel()[where], device))
-    device = device[order]
-    rank = np.arange(len(device)) - np.searchsorted(device, np.arange(len(count)))[device]
-    shed = np.zeros(home.size, bool)
-    shed[where[order[rank < count[device]]]] = True
-    return shed.reshape(home.shape)
+    given = check_assignments(experts, weights, device_of, len(each_s))
+    kept = _native.shed_bottleneck(given.device, given.weights, np.ascontiguousarray(each_s), light)
+    return kept.view(np.bool_)

@@ -13,23 +13,20 @@ clever, keeps more. docs/solver.md has the proof.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.solver.assignments import check_assignments, check_positive
+from wdmoe.solver import _native
+from wdmoe.solver.assignments import Assignments, check_assignments, check_positive
 from wdmoe.solver.bandwidth import Links, allocate_bandwidth
-from wdmoe.solver.hertz import needed_hz
 
 Int32Array = npt.NDArray[np.int32]
-IntArray = npt.NDArray[np.int64]
+UInt8Array = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float64]
 
-_PRICE_STEPS = 24  # halvings of the price that moves a token's last expert to a cheaper device
-_SLACK = 1e-9  # of the band: what rounding may take
-_CLOSE = 1e-9  # where a search for a budget ends
+_ROUNDING = 1e-9  # of the weight that must be kept
 _TINY = 1e-30  # seconds: less than any link takes
 
 
@@ -74,12 +71,12 @@ def select_within_budget(
     Raises:
         ValueError: an argument is not as above; the message names it.
     """
-    chosen, weight, device = check_assignments(experts, weights, device_of, links.table.shape[1])
+    given = check_assignments(experts, weights, device_of, links.table.shape[1])
     check_positive(total_hz=total_hz, budget_s=budget_s)
-    work = _Work(weight, device, links, budget_s, total_hz)
-    kept, fits = work.choose()
-    bound = work.upper_bound() if fits else 0.0
-    return _answer(chosen, weight, work, kept, links, bound, 0.0, "within" if fits else "over", renormalise)
+    kept, bound, fits = _native.choose_within_budget(
+        given.device, given.weights, links.table, links.flat, total_hz, budget_s
+    )
+    return _answer(given, kept, links, total_hz, bound, 0.0, "within" if fits else "over", renormalise)
 
 
 def select_at_most_dropped(
@@ -104,46 +101,21 @@ def select_at_most_dropped(
     Raises:
         ValueError: an argument is not as above; the message names it.
     """
-    chosen, weight, device = check_assignments(experts, weights, device_of, links.table.shape[1])
+    given = check_assignments(experts, weights, device_of, links.table.shape[1])
     check_positive(total_hz=total_hz)
     if not 0 <= max_dropped <= 1:  # also refuses NaN
         raise ValueError(f"max_dropped must be 0 to 1, got {max_dropped}")
-    device = np.where((device >= 0) & _reachable(links)[device], device, np.int32(-1))
+    device = np.where((given.device >= 0) & _reachable(links)[given.device], given.device, np.int32(-1))
     served = device >= 0
-    goal = (1 - max_dropped) * float(weight.sum()) * (1 - _SLACK)
+    goal = (1 - max_dropped) * float(given.weights.sum()) * (1 - _ROUNDING)
+    if float(given.weights[served].sum()) < goal:
+        return _answer(given, served.view(np.uint8), links, total_hz, 0.0, 0.0, "over", renormalise)
     everything_s = float(allocate_bandwidth(_load(device[served], links), links, total_hz).latency_s)
-    work = _Work(weight, device, links, max(everything_s, _TINY) * (1 + 1e-6), total_hz)
-    kept = work.choose()[0]
-    if float(weight[served].sum()) < goal:
-        return _answer(chosen, weight, work, kept, links, 0.0, 0.0, "over", renormalise)
-
-    def enough(budget_s: float) -> bool:
-        tried = _Work(weight, device, links, budget_s, total_hz)
-        items, fits = tried.choose()
-        return fits and float(tried.weight[items].sum()) >= goal
-
-    def conceivable(budget_s: float) -> bool:
-        return _Work(weight, device, links, budget_s, total_hz).upper_bound() >= goal
-
-    bound_s = _least(conceivable, 0.0, everything_s)[0]
-    best_s = _least(enough, bound_s, everything_s)[1]
-    if best_s < everything_s:
-        work = _Work(weight, device, links, best_s, total_hz)
-        kept = work.choose()[0]
-    return _answer(chosen, weight, work, kept, links, work.upper_bound(), bound_s, "within", renormalise)
-
-
-def _least(holds: Callable[[float], bool], low: float, high: float) -> tuple[float, float]:
-    """Where `holds` begins, between a `low` at which it need not and a `high` at which it does: from both sides."""
-    while high - low > _CLOSE * high:
-        middle = (low + high) / 2 if low > 0 else high / 2
-        if middle < _TINY:
-            break
-        if holds(middle):
-            high = middle
-        else:
-            low = middle
-    return low, high
+    most_s = max(everything_s, _TINY) * (1 + 1e-6)  # rounding must not make it too little
+    kept, bound, bound_s = _native.choose_least_budget(
+        device, given.weights, links.table, links.flat, total_hz, goal, most_s
+    )
+    return _answer(given, kept, links, total_hz, bound, bound_s, "within", renormalise)
 
 
 def _reachable(links: Links) -> npt.NDArray[np.bool_]:
@@ -158,159 +130,27 @@ def _load(device: npt.NDArray[np.integer], links: Links) -> FloatArray:
     return np.bincount(device, minlength=links.table.shape[1]).astype(np.float64)
 
 
-class _HertzTable:
-    """h_k(n) for all devices and token counts."""
-
-    def __init__(self, links: Links, budget_s: float, most: int) -> None:
-        """`most`: tokens of the busiest device."""
-        count = np.arange(1, most + 1, dtype=np.float64)
-        self.hz = np.zeros((links.table.shape[1], most + 1))
-        self.hz[:, 1:] = needed_hz(links, budget_s / count)
-
-    def of(self, load: IntArray) -> FloatArray:
-        """(devices,) hertz each device needs for so many tokens; inf where no band is enough."""
-        return self.hz[np.arange(len(load)), load]
-
-
-class _Work:
-    """All assignments, flat and sorted by device, heaviest first: (n,) arrays."""
-
-    def __init__(
-        self,
-        weights: FloatArray,
-        home: Int32Array,
-        links: Links,
-        budget_s: float,
-        total_hz: float,
-    ) -> None:
-        served = home >= 0
-        token, slot = np.nonzero(served)
-        device, weight = home[served].astype(np.int64), weights[served]
-        order = np.lexsort((-weight, device))
-        self.token, self.slot = token[order], slot[order]
-        self.device, self.weight = device[order], weight[order]
-        self.devices, self.total_hz = links.table.shape[1], total_hz
-        self.table = _HertzTable(links, budget_s, int(np.bincount(device, minlength=1).max()))
-
-    def choose(self) -> tuple[IntArray, bool]:
-        """Indices of the assignments to keep, and whether they fit."""
-        last, fits = self._last_experts()
-        if not fits:
-            return last, False
-        rest = np.setdiff1d(np.arange(len(self.token)), last, assume_unique=True)
-        return np.concatenate([last, self._greedy(rest, np.bincount(self.device[last], minlength=self.devices))]), True
-
-    def upper_bound(self) -> float:
-        """Weight that the linear relaxation keeps, without the rule that each token keeps an expert."""
-        everything = np.arange(len(self.token))
-        cost = self._extra_hz(everything, np.zeros(self.devices, np.int64))
-        order = np.argsort(-_density(self.weight, cost), kind="stable")
-        spent = np.cumsum(cost[order])
-        whole = int(np.searchsorted(spent, self.total_hz * (1 + _SLACK), side="right"))
-        bound = float(self.weight[order[:whole]].sum())
-        if whole < len(order) and np.isfinite(cost[order[whole]]) and cost[order[whole]] > 0:
-            left = self.total_hz * (1 + _SLACK) - (spent[whole - 1] if whole else 0.0)
-            bound += float(self.weight[order[whole]] * left / cost[order[whole]])
-        return bound
-
-    def _last_experts(self) -> tuple[IntArray, bool]:
-        """One assignment of each token: its heaviest, or where the band is short a cheaper one."""
-        heaviest = self._best(self.weight)
-        if self._fit(heaviest):
-            return heaviest, True
-        per_hz = self.table.hz[self.device, 1]
-        reachable = np.isfinite(per_hz)
-        cheapest = self._best(np.where(reachable, -per_hz, -np.inf))
-        if not self._fit(cheapest):
-            return cheapest, False
-        low, high, found = 0.0, self._dearest_price(per_hz), cheapest
-        for _ in range(_PRICE_STEPS):
-            price = (low + high) / 2
-            tried = self._best(np.where(reachable, self.weight - price * np.where(reachable, per_hz, 0.0), -np.inf))
-            if self._fit(tried):
-                high, found = price, tried
-            else:
-                low = price
-        return found, True
-
-    def _dearest_price(self, per_hz: FloatArray) -> float:
-        """A price of hertz at which every token prefers the cheapest device."""
-        costs = np.unique(per_hz[np.isfinite(per_hz)])
-        gap = np.diff(costs).min() if len(costs) > 1 else 1.0
-        return float(self.weight.max() / max(gap, 1e-12 * costs[-1]))
-
-    def _best(self, value: FloatArray) -> IntArray:
-        """The assignment of greatest value of each token; the first in order of the tie."""
-        order = np.lexsort((-value, self.token))
-        first = np.ones(len(order), bool)
-        first[1:] = self.token[order[1:]] != self.token[order[:-1]]
-        return order[first]
-
-    def _fit(self, kept: IntArray) -> bool:
-        load = np.bincount(self.device[kept], minlength=self.devices)
-        return float(self.table.of(load).sum()) <= self.total_hz * (1 + _SLACK)
-
-    def _extra_hz(self, items: IntArray, load: IntArray) -> FloatArray:
-        """(n,) what each assignment adds on top of `load` and of those before it on its device; `items` ascend."""
-        device = self.device[items]
-        begin = np.searchsorted(device, np.arange(self.devices))
-        count = load[device] + np.arange(len(items)) - begin[device]
-        before, after = self.table.hz[device, count], self.table.hz[device, count + 1]
-        return np.where(np.isfinite(after), after - np.where(np.isfinite(after), before, 0.0), np.inf)
-
-    def _greedy(self, items: IntArray, load: IntArray) -> IntArray:
-        """Of `items` those to keep besides `load`: the heaviest per hertz, as long as there are hertz."""
-        left_hz = self.total_hz * (1 + _SLACK) - float(self.table.of(load).sum())
-        taken: list[IntArray] = []
-        cost = self._extra_hz(items, load)
-        order = np.argsort(-_density(self.weight[items], cost), kind="stable")
-        while order.size:
-            spent = np.cumsum(cost[order])
-            whole = int(np.searchsorted(spent, left_hz, side="right"))
-            taken.append(items[order[:whole]])
-            if whole == order.size:
-                break
-            left_hz -= float(spent[whole - 1]) if whole else 0.0
-            full = self.device[items[order[whole]]]  # this device's next one does not fit, and no later one of it
-            order = order[whole:][self.device[items[order[whole:]]] != full]
-        return np.concatenate(taken) if taken else items[:0]
-
-
-def _density(weight: FloatArray, cost: FloatArray) -> FloatArray:
-    """Weight per hertz; free ones first, impossible ones last."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(np.isinf(cost), -1.0, np.where(cost > 0, weight / cost, np.inf))
-
-
 def _answer(
-    experts: Int32Array,
-    weights: FloatArray,
-    work: _Work,
-    kept: IntArray,
+    given: Assignments,
+    kept: UInt8Array,
     links: Links,
+    total_hz: float,
     upper_bound: float,
     lower_bound_s: float,
     status: str,
     renormalise: bool,
 ) -> BudgetChoice:
-    allocation = allocate_bandwidth(_load(work.device[kept], links), links, work.total_hz)
-    latency_s = float(allocation.latency_s)
-    stays = np.zeros(experts.shape, bool)
-    stays[work.token[kept], work.slot[kept]] = True
-    left = np.where(stays, weights, 0.0)
-    whole, part = weights.sum(axis=1), left.sum(axis=1)
-    dropped = np.where(whole > 0, 1.0 - part / np.where(whole > 0, whole, 1.0), 0.0)
-    total = float(part.sum())
-    if renormalise:
-        left *= np.where(part > 0, whole / np.where(part > 0, part, 1.0), 1.0)[:, None]
+    allocation = allocate_bandwidth(_load(given.device[kept != 0], links), links, total_hz)
+    experts, weights = given.experts.copy(), given.weights.copy()
+    dropped, total = _native.keep_marked(experts, weights, kept, renormalise)
     return BudgetChoice(
-        experts=np.where(stays, experts, np.int32(-1)),
-        weights=left,
-        dropped_weight=np.maximum(dropped, 0.0),
+        experts=experts,
+        weights=weights,
+        dropped_weight=dropped,
         bandwidth_hz=allocation.bandwidth_hz,
-        latency_s=latency_s,
+        latency_s=allocation.latency_s,
         kept=total,
         upper_bound=max(upper_bound, total),
-        lower_bound_s=min(lower_bound_s, latency_s),
+        lower_bound_s=min(lower_bound_s, allocation.latency_s),
         status=status,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import numpy as np
 import numpy.typing as npt
 
@@ -41,16 +39,13 @@ def best_within_budget(
     devices = links.table.shape[1]
     hertz = np.zeros((devices, experts.size + 1))
     hertz[:, 1:] = needed_hz(links, budget_s / np.arange(1, experts.size + 1))
-    per_token = [
-        [_effect(experts[token], kept, token, weights, device_of, devices) for kept in options]
-        for token, options in enumerate(subsets)
-    ]
-    best = -np.inf
-    for choice in product(*per_token):
-        load = np.sum([load for load, _ in choice], axis=0)
-        if hertz[np.arange(devices), load].sum() <= total_hz:
-            best = max(best, sum(weight for _, weight in choice))
-    return best
+    load, weight = np.zeros((1, devices), np.int16), np.zeros(1)
+    for token, options in enumerate(subsets):
+        effects = [_effect(experts[token], kept, token, weights, device_of, devices) for kept in options]
+        load = (load[:, None] + np.array([more for more, _ in effects])).reshape(-1, devices)
+        weight = (weight[:, None] + np.array([more for _, more in effects])).ravel()
+    fits = hertz[np.arange(devices), load].sum(axis=1) <= total_hz
+    return float(weight[fits].max(initial=-np.inf))
 
 
 def _subsets(slots: list[int]) -> list[tuple[int, ...]]:
@@ -66,9 +61,9 @@ def _effect(
     weights: FloatArray,
     device_of: npt.NDArray[np.integer],
     devices: int,
-) -> tuple[npt.NDArray[np.int64], float]:
+) -> tuple[npt.NDArray[np.int16], float]:
     """(devices,) tokens and the weight that one token's kept slots bring."""
-    load = np.zeros(devices, np.int64)
+    load = np.zeros(devices, np.int16)
     for slot in kept:
         load[device_of[row[slot]]] += 1
     return load, float(weights[token, list(kept)].sum())
