@@ -19,14 +19,17 @@ flags += ["-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra"]
 HEADERS = (
     "bandwidth",
     "bandwidth_blocks",
+    "bandwidth_quick",
     "bottleneck",
     "budget",
     "by_device",
     "checks",
     "combine",
+    "copies",
     "grouping",
     "hertz",
     "link_time",
+    "replacing",
     "selection",
 )
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "bandwidth.hpp"
+#include "bandwidth_quick.hpp"
 
 namespace wdmoe {
 namespace detail {
@@ -684,6 +685,8 @@ private:
 };
 
 inline BandwidthAnswer solve_bandwidth(const BandwidthTask& task, const BandwidthArrays& out) {
+    BandwidthAnswer answer;
+    if (detail::QuickBlock(task).solve(out, answer)) return answer;
     return BandwidthSolver(task, out).solve();
 }
 

@@ -122,19 +122,37 @@ def prune(
     """
 
 class Allocation:
-    """Bandwidth of each device, with the proof of how good it is. See `wdmoe.solver.bandwidth`."""
+    """Bandwidth of each device, with the proof of how good it is. See `wdmoe.solver.bandwidth`.
 
-    bandwidth_hz: FloatArray  # (devices,)
-    block_latency_s: FloatArray  # (blocks,)
-    weight: FloatArray  # (blocks, devices) >= 0, 1 in sum where a block has load: how far it waits for each device
+    The arrays are views of one array, which answers of `allocate_many` share.
+    """
+
+    @property
+    def bandwidth_hz(self) -> FloatArray:
+        """(devices,)."""
+
+    @property
+    def block_latency_s(self) -> FloatArray:
+        """(blocks,)."""
+
+    @property
+    def weight(self) -> FloatArray:
+        """(blocks, devices) >= 0, 1 in sum where a block has load: how far it waits for each device."""
     latency_s: float  # sum of block_latency_s
     lower_bound_s: float  # no allocation is faster; proven by weight and price, rounding included
     price_s_per_hz: float  # what one more hertz would save
     status: str  # "optimal", "infeasible", "iteration_limit"
     iterations: int
 
+def floats(name: str, given: npt.ArrayLike | None) -> FloatArray:
+    """`given` as float64 and C-contiguous; the array itself where it is that already.
+
+    Raises:
+        ValueError: it is not real numbers in a regular array; names the argument.
+    """
+
 def allocate(
-    load: FloatArray,
+    load: npt.ArrayLike,
     links: FloatArray,
     flat: bool,
     total_hz: float,
@@ -146,14 +164,36 @@ def allocate(
     tolerance: float = 1e-8,
     limit: int = 150,
 ) -> Allocation:
-    """As `wdmoe.solver.bandwidth.allocate_bandwidth`, which checks what is not checked here: all but load and shapes.
+    """As `wdmoe.solver.bandwidth.allocate_bandwidth`, which checks the values of links, fixed seconds, floors and caps.
 
     Args:
-        load: (blocks, devices) float64 C-contiguous.
+        load: (blocks, devices) or (devices,), converted to float64.
         links: (5, devices) bits down, bits up, SNR (or efficiency) down, up, compute seconds per token.
         flat: whether links holds efficiencies.
     Raises:
-        ValueError: shapes differ, or a load is not finite or negative.
+        ValueError: a shape, a load, total_hz, tolerance or limit is not as there; names the argument.
+    """
+
+def allocate_many(
+    load: FloatArray,
+    links: FloatArray,
+    flat: bool,
+    total_hz: float,
+    fixed_s: FloatArray | None = None,
+    floor_hz: FloatArray | None = None,
+    cap_hz: FloatArray | None = None,
+    warm: bool = False,
+    tolerance: float = 1e-8,
+    limit: int = 150,
+) -> list[Allocation]:
+    """`allocate` for each draw, the GIL released once for all of them.
+
+    Args:
+        load: (1 or draws, blocks, devices) float64 C-contiguous.
+        links: (draws, 5, devices) as `allocate`.
+        warm: each draw begins near the answer of the one before it, unless that was infeasible.
+    Raises:
+        ValueError: as `allocate`.
     """
 
 def resolve(
@@ -204,3 +244,22 @@ def choose_least_budget(
     """What to keep (tokens, top_k) within the least budget that keeps `goal`, upper bound of the weight within it,
     and the budget below which no choice keeps `goal`. Within `most_s` everything must fit.
     """
+
+def choose_copies(
+    experts: Int32Array, holders: UInt8Array, token_s: FloatArray, busy_s: FloatArray | None = None
+) -> Int32Array:
+    """As `wdmoe.solver.copies.choose_copies`, which checks what is not checked here: all but shapes and experts.
+
+    Time O(assignments top_k + moves experts devices), where moves are what the greedy start is off.
+    """
+
+def replace_far(
+    experts: Int32Array,
+    weights: FloatArray,
+    similarity: FloatArray,
+    seconds: FloatArray,
+    least_similarity: float,
+    times_faster: float,
+    most_share: float,
+) -> None:
+    """In place, as `wdmoe.solver.replacing.replace_far`, which checks all but shapes."""

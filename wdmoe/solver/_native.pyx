@@ -7,7 +7,13 @@ checked in C++, where it costs one pass.
 
 import numpy as np
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport (
+    PyBUF_C_CONTIGUOUS,
+    PyBUF_FORMAT,
+    PyBUF_SIMPLE,
+    PyBuffer_Release,
+    PyObject_GetBuffer,
+)
 from libc.stdint cimport int32_t, uint8_t
 from libcpp cimport bool as cbool
 from libcpp.vector cimport vector
@@ -120,6 +126,30 @@ cdef extern from "wdmoe/budget.hpp" namespace "wdmoe" nogil:
     BudgetAnswer native_choose_least_budget "wdmoe::choose_least_budget"(
         const Assignments& given, const double* links, cbool flat, double total_hz, double goal, double most_s,
         uint8_t* kept) except +
+
+
+cdef extern from "wdmoe/copies.hpp" namespace "wdmoe" nogil:
+    cdef cppclass CopyTask:
+        size_t tokens, top_k, n_experts, devices
+        const int32_t* experts
+        const uint8_t* holders
+        const double* token_s
+        const double* busy_s
+
+    cdef cppclass CopyChooser:
+        CopyChooser(const CopyTask& task) except +
+        double choose(int32_t* device) except +
+
+
+cdef extern from "wdmoe/replacing.hpp" namespace "wdmoe" nogil:
+    cdef cppclass ReplaceTask:
+        size_t tokens, top_k, n_experts
+        const double* weight
+        const double* similarity
+        const double* seconds
+        double least_similarity, times_faster, most_share
+
+    void native_replace_far "wdmoe::replace_far"(const ReplaceTask& task, int32_t* experts) except +
 
 
 # Looked up once: for one token, looking names up costs as much as the work.
@@ -346,10 +376,26 @@ def prune(int32_t[:, ::1] experts not None, double[:, ::1] weights not None, con
 cdef class Allocation:
     """Bandwidth of each device: see _native.pyi."""
 
-    cdef readonly object bandwidth_hz, block_latency_s, weight
+    # Bands, block latencies and weights one after the other, from `at` on; in a batch all draws share one array.
+    cdef object values
+    cdef Py_ssize_t at, blocks, devices
     cdef readonly double latency_s, lower_bound_s, price_s_per_hz
     cdef readonly str status
     cdef readonly Py_ssize_t iterations
+
+    @property
+    def bandwidth_hz(self):
+        return self.values[self.at : self.at + self.devices]
+
+    @property
+    def block_latency_s(self):
+        cdef Py_ssize_t start = self.at + self.devices
+        return self.values[start : start + self.blocks]
+
+    @property
+    def weight(self):
+        cdef Py_ssize_t start = self.at + self.devices + self.blocks
+        return self.values[start : start + self.blocks * self.devices].reshape(self.blocks, self.devices)
 
     def __repr__(self):
         return (f"Allocation(status={self.status!r}, latency_s={self.latency_s:.6g}, "
@@ -357,6 +403,7 @@ cdef class Allocation:
 
 
 cdef tuple STATUS = ("optimal", "infeasible", "iteration_limit")
+cdef double SMALLEST_HZ = 1e-30, LARGEST_HZ = 1e30
 
 
 cdef const double* vector_of(const double[::1] values, size_t n, str name) except? NULL:
@@ -375,43 +422,151 @@ cdef const double* matrix_of(const double[:, ::1] values, size_t rows, size_t co
     return &values[0, 0] if rows * columns > 0 else NULL
 
 
-def allocate(const double[:, ::1] load not None, const double[:, ::1] links not None, cbool flat, double total_hz,
-             const double[:, ::1] fixed_s=None, const double[::1] floor_hz=None, const double[::1] cap_hz=None,
-             const double[::1] start_hz=None, const double[:, ::1] start_weight=None, double tolerance=1e-8,
-             Py_ssize_t limit=150):
-    cdef size_t blocks = load.shape[0], devices = load.shape[1]
-    cdef size_t bad = 0
-    if links.shape[0] != 5 or links.shape[1] != load.shape[1]:
-        raise ValueError(f"load must have one column for each of the {links.shape[1]} links, got {devices}")
+cdef bint borrow(object array, Py_buffer* view) noexcept:
+    """A view of C-contiguous float64, which the caller releases; False for anything else. A typed memoryview would cost
+    more than solving one block does."""
+    try:
+        PyObject_GetBuffer(array, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)
+    except (TypeError, ValueError, BufferError):
+        return False
+    if view.itemsize == 8 and view.format != NULL and view.format[0] == c"d" and view.format[1] == 0:
+        return True
+    PyBuffer_Release(view)
+    return False
+
+
+cdef int borrow_floats(object given, str name, Py_buffer* view) except -1:
+    """As `borrow`, after converting what needs it. The view keeps the array alive."""
+    if not borrow(given, view) and not borrow(floats(name, given), view):
+        raise ValueError(f"{name} cannot be read as float64")
+    return 0
+
+
+def floats(str name not None, given):
+    """See _native.pyi."""
+    try:
+        array = np.asarray(given)
+    except ValueError:  # rows of different lengths
+        raise ValueError(f"{name} must be numbers in a regular array") from None
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"{name} must be real numbers, got {array.dtype}")
+    return np.asarray(array, np.float64, order="C")
+
+
+cdef int check_loads(const double* load, size_t draws, size_t blocks, size_t devices) except -1:
+    cdef size_t size = blocks * devices, bad
+    with nogil:
+        bad = first_outside(load, draws * size, 0.0)
+    if bad == draws * size:
+        return 0
+    where = f"block {bad % size // devices}, device {bad % devices}"
+    if draws > 1:
+        where = f"draw {bad // size}, {where}"
+    raise ValueError(f"load must be finite and not negative, got {load[bad]} at {where}")
+
+
+cdef BandwidthTask task_of(size_t blocks, size_t devices, cbool flat, double total_hz, const double[:, ::1] fixed_s,
+                           const double[::1] floor_hz, const double[::1] cap_hz, double tolerance,
+                           Py_ssize_t limit) except *:
+    """A task but for load, links and start."""
+    if not SMALLEST_HZ <= total_hz <= LARGEST_HZ:  # also refuses NaN
+        raise ValueError(f"total_hz must be within {SMALLEST_HZ:g} to {LARGEST_HZ:g}, got {total_hz}")
+    if not 1e-11 <= tolerance <= 1:
+        raise ValueError(f"tolerance must be 1e-11 to 1, got {tolerance}")
+    if limit < 1:
+        raise ValueError(f"iterations must be at least 1, got {limit}")
     if blocks * devices == 0:
         raise ValueError(f"load must have at least one block and one device, got ({blocks}, {devices})")
-    with nogil:
-        bad = first_outside(&load[0, 0], blocks * devices, 0.0)
-    if bad < blocks * devices:
-        raise ValueError(f"load must be finite and not negative, got {load[bad // devices, bad % devices]} "
-                         f"at block {bad // devices}, device {bad % devices}")
     cdef BandwidthTask task
     task.blocks, task.devices, task.flat = blocks, devices, flat
-    task.load, task.links = &load[0, 0], &links[0, 0]
     task.total_hz, task.tolerance, task.limit = total_hz, tolerance, limit
     task.fixed = matrix_of(fixed_s, blocks, devices, "fixed_s")
     task.floor_hz = vector_of(floor_hz, devices, "floor_hz")
     task.cap_hz = vector_of(cap_hz, devices, "cap_hz")
-    task.start_hz = vector_of(start_hz, devices, "start_hz")
-    task.start_weight = matrix_of(start_weight, blocks, devices, "start_weight")
-    cdef Allocation result = Allocation.__new__(Allocation)
-    result.bandwidth_hz, result.block_latency_s = empty(devices), empty(blocks)
-    result.weight = empty((blocks, devices))
+    task.start_hz = NULL
+    task.start_weight = NULL
+    return task
+
+
+cdef BandwidthArrays arrays_of(double* values, const BandwidthTask& task) noexcept nogil:
     cdef BandwidthArrays out
-    out.band_hz = <double*>data_of(result.bandwidth_hz)
-    out.block_latency = <double*>data_of(result.block_latency_s)
-    out.weight = <double*>data_of(result.weight)
-    cdef BandwidthAnswer answer
-    with nogil:
-        answer = solve_bandwidth(task, out)
+    out.band_hz = values
+    out.block_latency = values + task.devices
+    out.weight = out.block_latency + task.blocks
+    return out
+
+
+cdef Allocation allocation_of(object values, Py_ssize_t at, const BandwidthTask& task, const BandwidthAnswer& answer):
+    cdef Allocation result = Allocation.__new__(Allocation)
+    result.values, result.at, result.blocks, result.devices = values, at, task.blocks, task.devices
     result.latency_s, result.lower_bound_s = answer.latency, answer.lower_bound
     result.price_s_per_hz, result.status, result.iterations = answer.price, STATUS[answer.status], answer.iterations
     return result
+
+
+def allocate(load not None, links not None, cbool flat, double total_hz, const double[:, ::1] fixed_s=None,
+             const double[::1] floor_hz=None, const double[::1] cap_hz=None, const double[::1] start_hz=None,
+             const double[:, ::1] start_weight=None, double tolerance=1e-8, Py_ssize_t limit=150):
+    cdef Py_buffer loads, table
+    cdef BandwidthTask task
+    cdef BandwidthAnswer answer
+    cdef BandwidthArrays out
+    borrow_floats(load, "load", &loads)
+    try:
+        borrow_floats(links, "links", &table)
+        try:
+            if loads.ndim != 1 and loads.ndim != 2:
+                raise ValueError(f"load must be (blocks, devices) or (devices,), got shape {np.shape(load)}")
+            if table.ndim != 2 or table.shape[0] != 5:
+                raise ValueError(f"links must be (devices,), got shape {links[..., 0, :].shape}")
+            if loads.shape[loads.ndim - 1] != table.shape[1]:
+                raise ValueError(f"load must have one column for each of the {table.shape[1]} links, "
+                                 f"got {loads.shape[loads.ndim - 1]}")
+            task = task_of(loads.shape[0] if loads.ndim == 2 else 1, table.shape[1], flat, total_hz, fixed_s, floor_hz,
+                           cap_hz, tolerance, limit)
+            task.load = <const double*>loads.buf
+            task.links = <const double*>table.buf
+            check_loads(task.load, 1, task.blocks, task.devices)
+            task.start_hz = vector_of(start_hz, task.devices, "start")
+            task.start_weight = matrix_of(start_weight, task.blocks, task.devices, "start")
+            values = empty(task.devices + task.blocks + task.blocks * task.devices)
+            out = arrays_of(<double*>data_of(values), task)
+            with nogil:
+                answer = solve_bandwidth(task, out)
+            return allocation_of(values, 0, task, answer)
+        finally:
+            PyBuffer_Release(&table)
+    finally:
+        PyBuffer_Release(&loads)
+
+
+def allocate_many(const double[:, :, ::1] load not None, const double[:, :, ::1] links not None, cbool flat,
+                  double total_hz, const double[:, ::1] fixed_s=None, const double[::1] floor_hz=None,
+                  const double[::1] cap_hz=None, cbool warm=False, double tolerance=1e-8, Py_ssize_t limit=150):
+    cdef size_t draws = links.shape[0], blocks = load.shape[1], devices = load.shape[2], k
+    cdef size_t step = blocks * devices if load.shape[0] != 1 else 0
+    if load.shape[0] != 1 and load.shape[0] != links.shape[0]:
+        raise ValueError(f"load must have one entry for each of the {draws} draws, got {load.shape[0]}")
+    if links.shape[1] != 5 or links.shape[2] != load.shape[2]:
+        raise ValueError(f"load must have one column for each of the {links.shape[2]} links, got {devices}")
+    cdef BandwidthTask task = task_of(blocks, devices, flat, total_hz, fixed_s, floor_hz, cap_hz, tolerance, limit)
+    if draws == 0:
+        return []
+    check_loads(&load[0, 0, 0], load.shape[0], blocks, devices)
+    cdef size_t each = devices + blocks + blocks * devices
+    values = empty(draws * each)
+    cdef double* first = <double*>data_of(values)
+    cdef BandwidthArrays out
+    cdef vector[BandwidthAnswer] answers
+    answers.resize(draws)
+    with nogil:
+        for k in range(draws):
+            task.load, task.links = &load[0, 0, 0] + k * step, &links[k, 0, 0]
+            out = arrays_of(first + k * each, task)
+            answers[k] = solve_bandwidth(task, out)
+            task.start_hz = out.band_hz if warm and answers[k].status != 1 else NULL
+            task.start_weight = out.weight if task.start_hz != NULL else NULL
+    return [allocation_of(values, k * each, task, answers[k]) for k in range(draws)]
 
 
 def resolve(const int32_t[:, ::1] experts not None, const double[:, ::1] weights not None,
@@ -524,3 +679,42 @@ def choose_least_budget(const int32_t[:, ::1] device not None, const double[:, :
     with nogil:
         answer = native_choose_least_budget(given, &links[0, 0], flat, total_hz, goal, most_s, &out[0, 0])
     return kept, answer.upper_bound, answer.lower_bound_s
+
+
+def choose_copies(const int32_t[:, ::1] experts not None, const uint8_t[:, ::1] holders not None,
+                  const double[::1] token_s not None, const double[::1] busy_s=None):
+    cdef CopyTask task
+    task.tokens, task.top_k = experts.shape[0], experts.shape[1]
+    task.n_experts, task.devices = holders.shape[0], holders.shape[1]
+    if token_s.shape[0] != holders.shape[1] or task.n_experts * task.devices == 0:
+        raise ValueError(f"holders must be (experts, {token_s.shape[0]}), not empty, "
+                         f"got ({holders.shape[0]}, {holders.shape[1]})")
+    device = empty((task.tokens, task.top_k), INT32)
+    if task.tokens * task.top_k == 0:
+        return device
+    cdef int32_t[:, ::1] out = device
+    task.experts, task.holders, task.token_s = &experts[0, 0], &holders[0, 0], &token_s[0]
+    task.busy_s = vector_of(busy_s, task.devices, "busy_s")
+    cdef CopyChooser* chooser = NULL
+    try:
+        with nogil:
+            chooser = new CopyChooser(task)
+            chooser.choose(&out[0, 0])
+    finally:
+        del chooser
+    return device
+
+
+def replace_far(int32_t[:, ::1] experts not None, const double[:, ::1] weights not None,
+                const double[:, ::1] similarity not None, const double[::1] seconds not None,
+                double least_similarity, double times_faster, double most_share):
+    cdef ReplaceTask task
+    task.tokens, task.top_k, task.n_experts = experts.shape[0], experts.shape[1], seconds.shape[0]
+    task.weight = matrix_of(weights, task.tokens, task.top_k, "weights")
+    task.similarity = matrix_of(similarity, task.n_experts, task.n_experts, "similarity")
+    task.least_similarity, task.times_faster, task.most_share = least_similarity, times_faster, most_share
+    if task.tokens * task.top_k == 0 or task.n_experts == 0:
+        return
+    task.seconds = &seconds[0]
+    with nogil:
+        native_replace_far(task, &experts[0, 0])

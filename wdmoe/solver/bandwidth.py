@@ -55,6 +55,7 @@ class Links:
     downlink_efficiency: npt.ArrayLike | None = None
     uplink_efficiency: npt.ArrayLike | None = None
     table: FloatArray = field(init=False, repr=False)  # (..., 5, devices): bits, then SNR or efficiency, compute
+    flat: bool = field(init=False, repr=False)  # whether the rate is proportional to the band
 
     def __post_init__(self) -> None:
         pairs = {
@@ -82,12 +83,10 @@ class Links:
             raise ValueError(f"links need one shape, got {shapes}") from None
         if full[0].ndim not in (1, 2) or full[0].shape[-1] == 0:
             raise ValueError(f"links must be (devices,) or (draws, devices), got shape {full[0].shape}")
-        object.__setattr__(self, "table", np.ascontiguousarray(np.stack(full, axis=-2)))
-
-    @property
-    def flat(self) -> bool:
-        """Whether the rate is proportional to the band."""
-        return self.downlink_efficiency is not None
+        table = np.ascontiguousarray(np.stack(full, axis=-2))
+        table.flags.writeable = False
+        object.__setattr__(self, "table", table)
+        object.__setattr__(self, "flat", given == ["efficiency"])
 
 
 def allocate_bandwidth(
@@ -120,12 +119,15 @@ def allocate_bandwidth(
     Raises:
         ValueError: an argument is not as above; the message names it.
     """
-    if links.table.ndim != 2:
-        raise ValueError(f"links must be (devices,), got shape {links.table[..., 0, :].shape}")
+    if fixed_s is None and floor_hz is None and cap_hz is None and start is None:
+        # what is checked below and what is checked there is the same; one block of 8 devices takes less than the checks
+        return _native.allocate(load, links.table, links.flat, total_hz, tolerance=tolerance, limit=iterations)
     loads = _loads(load)
-    options = _options(loads, total_hz, fixed_s, floor_hz, cap_hz, tolerance, iterations)
+    fixed, floor, cap = _extras(loads.shape[-1], fixed_s, floor_hz, cap_hz)
     first_band, first_weight = _start(start, loads)
-    return _native.allocate(loads, links.table, links.flat, *options[:4], first_band, first_weight, *options[4:])
+    return _native.allocate(
+        loads, links.table, links.flat, total_hz, fixed, floor, cap, first_band, first_weight, tolerance, iterations
+    )
 
 
 def allocate_bandwidth_many(
@@ -152,79 +154,55 @@ def allocate_bandwidth_many(
     """
     if links.table.ndim != 3:
         raise ValueError(f"links must be (draws, devices), got shape {links.table[..., 0, :].shape}")
-    draws, given = len(links.table), np.asarray(load, np.float64)
-    if given.ndim == 3 and len(given) != draws:
-        raise ValueError(f"load must have one entry for each of the {draws} draws, got shape {given.shape}")
-    loads = (
-        np.ascontiguousarray(given)
-        if given.ndim == 3
-        else np.broadcast_to(_loads(given), (draws, *_loads(given).shape))
+    loads = _native.floats("load", load)
+    if loads.ndim != 3:
+        loads = _loads(loads)[None]
+    elif len(loads) != len(links.table):
+        raise ValueError(f"load must have one entry for each of the {len(links.table)} draws, got shape {loads.shape}")
+    fixed, floor, cap = _extras(loads.shape[-1], fixed_s, floor_hz, cap_hz)
+    return _native.allocate_many(
+        loads, links.table, links.flat, total_hz, fixed, floor, cap, warm, tolerance, iterations
     )
-    if draws == 0:
-        return []
-    options = _options(loads[0], total_hz, fixed_s, floor_hz, cap_hz, tolerance, iterations)
-    answers: list[Allocation] = []
-    for table, tokens in zip(links.table, loads, strict=True):
-        first_band, first_weight = _start(answers[-1] if warm and answers else None, tokens)
-        answers.append(
-            _native.allocate(tokens, table, links.flat, *options[:4], first_band, first_weight, *options[4:])
-        )
-    return answers
 
 
 def _checked(name: str, value: npt.ArrayLike | None) -> FloatArray:
-    array = np.asarray(value, np.float64)
+    array = _native.floats(name, value)
     if not np.all((array == 0) | ((array >= SMALLEST) & (array <= LARGEST))):
         raise ValueError(f"{name} must be 0 or within {SMALLEST:g} to {LARGEST:g}")
     return np.atleast_1d(array)
 
 
 def _loads(load: npt.ArrayLike) -> FloatArray:
-    array = np.asarray(load, np.float64)
-    if array.ndim == 1:
-        array = array.reshape(1, -1)
-    elif array.ndim != 2:
+    array = _native.floats("load", load)
+    if array.ndim not in (1, 2):
         raise ValueError(f"load must be (blocks, devices) or (devices,), got shape {array.shape}")
-    return np.ascontiguousarray(array)
+    return array.reshape(-1, array.shape[-1]) if array.ndim == 1 else array
 
 
-_Options = tuple[float, FloatArray | None, FloatArray | None, FloatArray | None, float, int]
-
-
-def _options(
-    load: FloatArray,
-    total_hz: float,
-    fixed_s: npt.ArrayLike | None,
-    floor_hz: npt.ArrayLike | None,
-    cap_hz: npt.ArrayLike | None,
-    tolerance: float,
-    iterations: int,
-) -> _Options:
-    if not SMALLEST <= total_hz <= LARGEST:  # also refuses NaN
-        raise ValueError(f"total_hz must be within {SMALLEST:g} to {LARGEST:g}, got {total_hz}")
-    if not 1e-11 <= tolerance <= 1:
-        raise ValueError(f"tolerance must be 1e-11 to 1, got {tolerance}")
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
+def _extras(
+    devices: int, fixed_s: npt.ArrayLike | None, floor_hz: npt.ArrayLike | None, cap_hz: npt.ArrayLike | None
+) -> tuple[FloatArray | None, FloatArray | None, FloatArray | None]:
+    """Fixed seconds (blocks, devices), floors and caps (devices,); their shapes are compared in native code."""
     fixed = None
     if fixed_s is not None:
         fixed = _checked("fixed_s", fixed_s)
-        fixed = np.ascontiguousarray(fixed.reshape(1, -1) if fixed.ndim == 1 else fixed)
+        if fixed.ndim > 2:
+            raise ValueError(f"fixed_s must have the shape of load, got shape {fixed.shape}")
+        fixed = fixed.reshape(1, -1) if fixed.ndim == 1 else fixed
     if floor_hz is None and cap_hz is None:
-        return total_hz, fixed, None, None, tolerance, iterations
-    floor, cap = _bounds(load.shape[1], 0.0 if floor_hz is None else floor_hz, np.inf if cap_hz is None else cap_hz)
-    return total_hz, fixed, floor, cap, tolerance, iterations
+        return fixed, None, None
+    return fixed, *_bounds(devices, 0.0 if floor_hz is None else floor_hz, np.inf if cap_hz is None else cap_hz)
 
 
 def _bounds(devices: int, floor_hz: npt.ArrayLike, cap_hz: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
     bounds = []
     for name, value in (("floor_hz", floor_hz), ("cap_hz", cap_hz)):
-        array = np.asarray(value, np.float64)
+        array = _native.floats(name, value)
         if array.ndim == 0:
             array = np.full(devices, array)
         if array.shape != (devices,):
             raise ValueError(f"{name} must be ({devices},), one value a device, got shape {array.shape}")
-        bounds.append(np.ascontiguousarray(array))
+        bounds.append(array)
     floor, cap = bounds
     if not np.all((floor >= 0) & (floor <= LARGEST)):
         raise ValueError("floor_hz must be finite and not negative")
