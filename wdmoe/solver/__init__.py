@@ -7,8 +7,10 @@ from wdmoe.solver.bandwidth import Allocation, Links, allocate_bandwidth, alloca
 from wdmoe.solver.bottleneck import shed_bottleneck
 from wdmoe.solver.budget import BudgetChoice, select_at_most_dropped, select_within_budget
 from wdmoe.solver.combining import combine, combine_partials, is_finite
+from wdmoe.solver.copies import choose_copies
 from wdmoe.solver.grouping import DeviceWork, Groups, group_by_device
 from wdmoe.solver.placement import place_experts
+from wdmoe.solver.replacing import replace_far
 from wdmoe.solver.selection import Choice, prune_experts, select_experts
 
 __all__ = [
@@ -20,12 +22,14 @@ __all__ = [
     "Links",
     "allocate_bandwidth",
     "allocate_bandwidth_many",
+    "choose_copies",
     "combine",
     "combine_partials",
     "group_by_device",
     "is_finite",
     "place_experts",
     "prune_experts",
+    "replace_far",
     "select_at_most_dropped",
     "select_experts",
     "select_within_budget",
