@@ -28,7 +28,7 @@ def choose_copies(
         token_s: (devices,) seconds that a device takes for an assignment, positive and finite.
         busy_s: (devices,) seconds before a device can begin, finite, >= 0. None: 0.
     Returns:
-        (tokens, top_k) int32, as `select_within_budget` and `shed_bottleneck` take it; -1 where nobody holds the expert.
+        (tokens, top_k) int32, which other policies take as `device_of`; -1 where nobody holds the expert.
     Raises:
         ValueError: an argument is not as above; the message names it.
     """
