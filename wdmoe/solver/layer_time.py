@@ -1,0 +1,237 @@
+"""How long a layer takes: one latency model for the planner, the simulator and whoever measures quality beside it.
+
+A device k receives n_k activations, computes c_k seconds and returns n_k activations, on its part B_k of the band:
+
+    latency = M + max over k of  n_k (down_k(B_k) + up_k(B_k)) + c_k
+
+Levers change its terms [D]:
+
+- fewer bits per activation: down_k and up_k shrink with them;
+- partial sums: n_k counts tokens, not assignments, since a device adds up what it computed for a token;
+- multicast: each token is sent once over the whole band, at the rate of the weakest of its devices, before the
+  devices share the band for the way up. M is the sum of these times, and down_k is 0. It is used where it pays;
+- micro-batches: in m parts, link and compute overlap: with air a and compute c, max(a + c / m, a / m + c).
+
+M is 0 without multicast. Compute is `max(tokens x token_s, expert_s)` for each expert: a roofline, or FLOP alone where
+expert_s is 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from wdmoe.solver.bandwidth import Links, allocate_bandwidth
+from wdmoe.solver.bandwidth_reference import seconds_per_token
+
+IntArray = npt.NDArray[np.integer]
+FloatArray = npt.NDArray[np.float64]
+
+BITS = (4, 8, 16)
+SCALE_BITS = 16  # of each activation vector that has fewer than 16 bits a value: what its values are divided by
+_TURNS = 8  # of finding out which devices wait for the link and which for compute; two or three are usual
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Air:
+    """The radio and the devices as one layer meets them; arrays are (devices,) float64.
+
+    With `downlink_efficiency` and `uplink_efficiency` (bit/s/Hz over the whole band) the rate is proportional to the
+    band, as in `Links`; the SNRs are not used then.
+    """
+
+    downlink_snr_hz: FloatArray  # received power over noise density, Hz
+    uplink_snr_hz: FloatArray
+    total_hz: float  # shared by all devices
+    hidden: int  # values of an activation
+    token_s: FloatArray  # an expert's compute for one token, seconds
+    expert_s: FloatArray  # an expert takes no less, however few its tokens: it reads its weights
+    downlink_efficiency: FloatArray | None = None
+    uplink_efficiency: FloatArray | None = None
+
+    @property
+    def devices(self) -> int:
+        """How many there are."""
+        return len(self.token_s)
+
+    def links(self, bits: FloatArray, downlink: bool = True, compute_s: FloatArray | float = 0.0) -> Links:
+        """What one activation costs each device, for `bits` (devices,) a value."""
+        vector = self.hidden * bits + np.where(bits < 16, SCALE_BITS, 0)
+        down = vector if downlink else np.zeros(self.devices)
+        if self.downlink_efficiency is not None:
+            return Links(
+                downlink_efficiency=self.downlink_efficiency,
+                uplink_efficiency=self.uplink_efficiency,
+                downlink_bits=down,
+                uplink_bits=vector,
+                compute_s=compute_s,
+            )
+        return Links(
+            downlink_snr_hz=self.downlink_snr_hz,
+            uplink_snr_hz=self.uplink_snr_hz,
+            downlink_bits=down,
+            uplink_bits=vector,
+            compute_s=compute_s,
+        )
+
+    def assignment_s(self, bits: FloatArray) -> FloatArray:
+        """(devices,) seconds of one assignment where all devices have the same band: what a device is known by."""
+        each = np.full(self.devices, self.total_hz / self.devices)
+        return air_s(self.links(bits), each) + self.token_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Levers:
+    """What may be done besides choosing experts and hertz. The defaults are none of it."""
+
+    bits: int = 16  # of a value of an activation on the air, both ways
+    coarse_bits: int = 0  # of devices whose air is dearest; 0: none
+    coarse_share: float = 0.25  # of the layer's gate weight that may travel with so few, at most
+    partial_sums: bool = False
+    multicast: bool = False
+    micro_batches: int = 1
+    equal_bandwidth: bool = False  # every device gets the same, whatever it needs
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("bits", BITS), ("coarse_bits", (0, *BITS))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
+        if self.coarse_bits > self.bits:
+            raise ValueError(f"coarse_bits must not be above bits, got {self.coarse_bits} and {self.bits}")
+        if not 0 <= self.coarse_share <= 1:
+            raise ValueError(f"coarse_share must be 0 to 1, got {self.coarse_share}")
+        if not 1 <= self.micro_batches <= 1024:
+            raise ValueError(f"micro_batches must be 1 to 1024, got {self.micro_batches}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerTime:
+    """What a layer costs."""
+
+    latency_s: float  # infinite where a device with work cannot be reached
+    bandwidth_hz: FloatArray  # (devices,)
+    device_s: FloatArray  # (devices,) until each is done, without the multicast before it
+    multicast_s: float  # 0 where none was sent
+    bits: FloatArray  # (devices,) of a value
+    vectors: FloatArray  # (devices,) activations up; also down, unless multicast
+
+
+def layer_time(air: Air, levers: Levers, experts: IntArray, device: IntArray, bits: FloatArray) -> LayerTime:
+    """Latency of one layer.
+
+    Args:
+        experts: (tokens, top_k), -1 where dropped.
+        device: (tokens, top_k) the device that computes each, -1 where dropped.
+        bits: (devices,) from `bits_of_devices`.
+    """
+    work = _Work(air, levers, experts, device)
+    unicast = work.timed(air.links(bits), 0.0, bits)
+    if not levers.multicast:
+        return unicast
+    common_s = multicast_s(air, device, bits)
+    multicast = work.timed(air.links(bits, downlink=False), common_s, bits)
+    return multicast if multicast.latency_s < unicast.latency_s else unicast
+
+
+def multicast_s(air: Air, device: IntArray, bits: FloatArray) -> float:
+    """Seconds to send each token once, over the whole band, so that the weakest of its devices can read it."""
+    sent = (device >= 0).any(axis=1)
+    at = device[sent]
+    efficiency = air.downlink_efficiency
+    if efficiency is None:
+        efficiency = np.log1p(air.downlink_snr_hz / air.total_hz) / np.log(2)
+    slowest = np.where(at >= 0, efficiency[at], np.inf).min(axis=1, initial=np.inf)
+    widest = np.where(at >= 0, bits[at], 0).max(axis=1, initial=0)
+    vector = air.hidden * widest + np.where(widest < 16, SCALE_BITS, 0)
+    with np.errstate(divide="ignore"):
+        return float((vector / (air.total_hz * slowest)).sum())
+
+
+def bits_of_devices(air: Air, levers: Levers, weights: FloatArray, device: IntArray) -> FloatArray:
+    """(devices,) bits of a value: few where the air is dear, for at most `coarse_share` of the gate weight.
+
+    Args:
+        weights, device: (tokens, top_k) of what is computed; device -1 where nothing is.
+    """
+    bits = np.full(air.devices, float(levers.bits))
+    if not levers.coarse_bits:
+        return bits
+    carried = np.bincount(device[device >= 0], weights[device >= 0], minlength=air.devices)
+    count = np.bincount(device[device >= 0], minlength=air.devices)
+    dearest = np.argsort(-count * air.assignment_s(bits), kind="stable")
+    within = np.cumsum(carried[dearest]) <= levers.coarse_share * carried.sum()
+    bits[dearest[np.logical_and.accumulate(within)]] = levers.coarse_bits
+    return bits
+
+
+def air_s(links: Links, band_hz: FloatArray) -> FloatArray:
+    """(devices,) seconds of one activation down and up; infinite where nothing gets through."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        seconds = seconds_per_token(links.table, links.flat, band_hz)
+    return np.where(np.isnan(seconds), np.inf, seconds)
+
+
+class _Work:
+    """What each device has to do in a layer."""
+
+    def __init__(self, air: Air, levers: Levers, experts: IntArray, device: IntArray) -> None:
+        self._air, self._levers = air, levers
+        served = device >= 0
+        if levers.partial_sums:
+            token = np.broadcast_to(np.arange(len(device))[:, None], device.shape)[served]
+            pairs = np.unique(token * air.devices + device[served])
+            self.vectors = np.bincount(pairs % air.devices, minlength=air.devices).astype(np.float64)
+        else:
+            self.vectors = np.bincount(device[served], minlength=air.devices).astype(np.float64)
+        self.compute_s = self._computed_s(experts[served], device[served])
+        self.parts = np.clip(np.minimum(levers.micro_batches, self.vectors), 1, None)
+
+    def timed(self, links: Links, common_s: float, bits: FloatArray) -> LayerTime:
+        """With the band that the levers ask for."""
+        if self._levers.equal_bandwidth:
+            band = np.full(self._air.devices, self._air.total_hz / self._air.devices)
+        else:
+            band = self._best_band(links)
+        device_s = self._device_s(links, band)
+        latency_s = common_s + float(device_s.max(initial=0.0))
+        return LayerTime(latency_s, band, device_s, common_s, bits, self.vectors)
+
+    def _best_band(self, links: Links) -> FloatArray:
+        """Each device waits for the link or for compute; where the guess holds in the end, the band is the best.
+
+        With the guess a device's time is affine in its time on the air, so the allocation is exact; the true time is
+        the greater of both guesses, never less.
+        """
+        on_link = np.ones(self._air.devices, bool)
+        best, best_s = np.zeros(self._air.devices), np.inf
+        for _ in range(_TURNS):
+            load = np.where(on_link, self.vectors, self.vectors / self.parts)
+            fixed = np.where(on_link, self.compute_s / self.parts, self.compute_s)
+            answer = allocate_bandwidth(load, links, self._air.total_hz, fixed_s=fixed)
+            device_s = self._device_s(links, answer.bandwidth_hz)
+            if device_s.max(initial=0.0) < best_s or not best_s < np.inf:
+                best, best_s = answer.bandwidth_hz, float(device_s.max(initial=0.0))
+            now = self._air_s(links, answer.bandwidth_hz) >= self.compute_s
+            if (now == on_link).all() or self._levers.micro_batches == 1:
+                break
+            on_link = now
+        return best
+
+    def _device_s(self, links: Links, band_hz: FloatArray) -> FloatArray:
+        air, compute = self._air_s(links, band_hz), self.compute_s
+        device_s: FloatArray = np.maximum(air + compute / self.parts, air / self.parts + compute)
+        return device_s
+
+    def _air_s(self, links: Links, band_hz: FloatArray) -> FloatArray:
+        """(devices,) seconds of all its activations; 0 where it has none."""
+        busy = self.vectors > 0
+        return np.where(busy, self.vectors * np.where(busy, air_s(links, band_hz), 0.0), 0.0)
+
+    def _computed_s(self, experts: IntArray, device: IntArray) -> FloatArray:
+        """(devices,) seconds of compute."""
+        pairs, tokens = np.unique(device.astype(np.int64) << 32 | experts, return_counts=True)
+        where = pairs >> 32
+        each = np.maximum(tokens * self._air.token_s[where], self._air.expert_s[where])
+        return np.bincount(where, each, minlength=self._air.devices).astype(np.float64)
