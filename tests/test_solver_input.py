@@ -1,0 +1,224 @@
+"""Every public function of `wdmoe.solver` with bad input of every kind: a ValueError that names the argument, never a
+crash, a wrong answer or a changed input. And with good input of unusual layout and type: the same answer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from wdmoe import solver
+
+RNG = np.random.default_rng(20240623)
+TOKENS, EXPERTS, DEVICES, BLOCKS, DRAWS = 12, 8, 4, 3, 2
+GATE = RNG.dirichlet(np.ones(EXPERTS), TOKENS)
+CHOSEN = np.argsort(-GATE, axis=1)[:, :2].astype(np.int32)
+WEIGHTS = np.take_along_axis(GATE, CHOSEN, axis=1)
+HOME = (np.arange(EXPERTS) % DEVICES).astype(np.int32)
+SECONDS = RNG.uniform(1e-3, 1e-2, EXPERTS)
+RATES = {"downlink_snr_hz": 1e9, "uplink_snr_hz": 1e8, "downlink_bits": 65536.0, "uplink_bits": 65536.0}
+LINKS = solver.Links(**RATES, compute_s=np.full(DEVICES, 1e-4))
+
+# function, good arguments, and those of them that are arrays of floats
+GOOD = {
+    "Links": (
+        solver.Links,
+        {name: np.full(DEVICES, value) for name, value in RATES.items()} | {"compute_s": np.full(DEVICES, 1e-4)},
+        ("downlink_snr_hz", "uplink_snr_hz", "downlink_bits", "uplink_bits", "compute_s"),
+    ),
+    "allocate_bandwidth": (
+        solver.allocate_bandwidth,
+        {
+            "load": RNG.poisson(5, (BLOCKS, DEVICES)) + 1.0,
+            "links": LINKS,
+            "total_hz": 1e8,
+            "fixed_s": np.full((BLOCKS, DEVICES), 1e-3),
+            "floor_hz": np.full(DEVICES, 1e5),
+            "cap_hz": np.full(DEVICES, 9e7),
+        },
+        ("load", "fixed_s", "floor_hz", "cap_hz"),
+    ),
+    "allocate_bandwidth, one block": (
+        solver.allocate_bandwidth,
+        {"load": np.arange(1.0, 5.0), "links": LINKS, "total_hz": 1e8},
+        ("load",),
+    ),
+    "allocate_bandwidth_many": (
+        solver.allocate_bandwidth_many,
+        {
+            "load": RNG.poisson(5, (DRAWS, BLOCKS, DEVICES)) + 1.0,
+            "links": solver.Links(**RATES, compute_s=np.full((DRAWS, DEVICES), 1e-4)),
+            "total_hz": 1e8,
+        },
+        ("load",),
+    ),
+    "select_experts": (solver.select_experts, {"gate": GATE, "latency_s": SECONDS}, ("gate", "latency_s")),
+    "prune_experts": (
+        solver.prune_experts,
+        {"experts": CHOSEN, "weights": WEIGHTS, "latency_s": SECONDS, "policy": "cosine"},
+        ("weights", "latency_s"),
+    ),
+    "select_within_budget": (
+        solver.select_within_budget,
+        {"experts": CHOSEN, "weights": WEIGHTS, "device_of": HOME, "links": LINKS, "total_hz": 1e8, "budget_s": 0.01},
+        ("weights",),
+    ),
+    "select_at_most_dropped": (
+        solver.select_at_most_dropped,
+        {"experts": CHOSEN, "weights": WEIGHTS, "device_of": HOME, "links": LINKS, "total_hz": 1e8, "max_dropped": 0.1},
+        ("weights",),
+    ),
+    "shed_bottleneck": (
+        solver.shed_bottleneck,
+        {"experts": CHOSEN, "weights": WEIGHTS, "device_of": HOME, "token_s": SECONDS[:DEVICES]},
+        ("weights", "token_s"),
+    ),
+    "choose_copies": (
+        solver.choose_copies,
+        {"experts": CHOSEN, "holders": np.eye(DEVICES, dtype=bool)[HOME], "token_s": SECONDS[:DEVICES]},
+        ("token_s",),
+    ),
+    "replace_far": (
+        solver.replace_far,
+        {
+            "experts": CHOSEN,
+            "weights": WEIGHTS,
+            "similarity": GATE[:EXPERTS],
+            "seconds": SECONDS,
+            "least_similarity": 0.1,
+        },
+        ("weights", "similarity", "seconds"),
+    ),
+    "place_experts": (
+        solver.place_experts,
+        {
+            "weight_bytes": np.ones(EXPERTS),
+            "load": SECONDS,
+            "memory_bytes": np.full(DEVICES, 3.0),
+            "speed": np.ones(DEVICES),
+            "layer": np.zeros(EXPERTS, np.int32),
+        },
+        ("weight_bytes", "load", "memory_bytes", "speed"),
+    ),
+}
+FLOATS = [(case, name) for case, (_, _, names) in GOOD.items() for name in names]
+INTEGERS = [(case, name) for case, (_, good, _) in GOOD.items() for name in ("experts", "device_of") if name in good]
+MAY_BE_INFINITE = {"cap_hz", "seconds"}
+MAY_BE_NEGATIVE = {"similarity"}
+SHAPES = {"too many dimensions", "one too few", "empty"}
+TYPES = {"text", "numbers as text", "complex", "objects", "ragged"}
+NAME_TYPES = {"Links", "allocate_bandwidth", "allocate_bandwidth, one block", "allocate_bandwidth_many"}
+
+
+def with_first(array, value):
+    out = np.array(array, np.float64)
+    out.flat[0] = value
+    return out
+
+
+BAD = {
+    "NaN": lambda a: with_first(a, np.nan),
+    "negative": lambda a: with_first(a, -1.0),
+    "infinite": lambda a: with_first(a, np.inf),
+    "minus infinity": lambda a: with_first(a, -np.inf),
+    "too many dimensions": lambda a: a[None, None, None],
+    "one too few": lambda a: a[..., :-1],
+    "empty": lambda a: a[..., :0],
+    "text": lambda a: np.full(a.shape, "x"),
+    "numbers as text": lambda a: a.astype(str),
+    "complex": lambda a: a.astype(complex),
+    "objects": lambda a: np.full(a.shape, None),
+    "ragged": lambda a: [[1.0, 2.0], [3.0]],
+}
+
+
+def calls(case, name, value):
+    function, good, _ = GOOD[case]
+    return lambda: function(**(good | {name: value}))
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize(("case", "name"), FLOATS)
+def test_bad_floats_are_refused(case, name, kind):
+    if (kind == "infinite" and name in MAY_BE_INFINITE) or (kind == "negative" and name in MAY_BE_NEGATIVE):
+        return
+    if kind in TYPES and case not in NAME_TYPES:
+        if kind in ("text", "ragged", "objects"):  # NumPy's own words
+            with pytest.raises(ValueError, match=r"\w"):
+                calls(case, name, BAD[kind](GOOD[case][1][name]))()
+        return  # NumPy reads numbers in text, and warns that it loses an imaginary part
+    # of two shapes that differ either may be the wrong one
+    named = "|".join([*GOOD[case][1], "links", "top_k"]) if kind in SHAPES else name
+    with pytest.raises(ValueError, match=named):
+        calls(case, name, BAD[kind](GOOD[case][1][name]))()
+
+
+@pytest.mark.parametrize("kind", ["NaN", "too many dimensions", "text", "complex", "objects", "fractions", "too large"])
+@pytest.mark.parametrize(("case", "name"), INTEGERS)
+def test_bad_indices_are_refused(case, name, kind):
+    good = GOOD[case][1][name]
+    bad = {"fractions": good + 0.5, "too large": good.astype(np.int64) + 2**40}
+    with pytest.raises(ValueError, match=name):
+        calls(case, name, bad[kind] if kind in bad else BAD[kind](good))()
+
+
+def same(got, expected):
+    """Whether two answers are equal, whatever they are made of."""
+    if isinstance(expected, (list, tuple)):
+        return all(same(a, b) for a, b in zip(got, expected, strict=True))
+    names = [n for n in dir(expected) if not n.startswith("_")] if type(expected).__module__.startswith("wdmoe") else []
+    if names:
+        return all(same(getattr(got, name), getattr(expected, name)) for name in names)
+    return np.array_equal(np.asarray(got), np.asarray(expected))
+
+
+def rounded(good, names):
+    """Floats that float32 holds too, so that a type changes no value."""
+    return {n: v.astype(np.float32).astype(np.float64) if n in names else v for n, v in good.items()}
+
+
+LAYOUTS = {
+    "float32": lambda a: a.astype(np.float32),
+    "big-endian": lambda a: a.astype(a.dtype.newbyteorder(">")),
+    "Fortran order": np.asfortranarray,
+    "reversed stride": lambda a: a[..., ::-1].copy()[..., ::-1],
+    "list": lambda a: a.tolist(),
+    "read-only": lambda a: np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", GOOD)
+def test_any_layout_and_float_type_gives_the_same(case, layout):
+    function, good, names = GOOD[case]
+    good = rounded(good, names)
+    before = {name: value.copy() for name, value in good.items() if isinstance(value, np.ndarray)}
+    expected = function(**good)
+    unusual = function(**(good | {name: LAYOUTS[layout](good[name]) for name in names}))
+    assert same(unusual, expected)
+    for name, value in before.items():
+        np.testing.assert_array_equal(good[name], value, err_msg=f"{name} was changed")
+
+
+@pytest.mark.parametrize("name", ["total_hz", "budget_s", "max_dropped", "tolerance"])
+@pytest.mark.parametrize("value", [np.nan, -1.0, np.inf, -np.inf, 1e300])
+def test_bad_numbers_are_named(name, value):
+    takes = {"tolerance": ["allocate_bandwidth", "allocate_bandwidth_many"]}.get(name)
+    for case in takes or [case for case, (_, good, _) in GOOD.items() if name in good]:
+        if name == "budget_s" and value == 1e300:
+            continue  # all the time in the world
+        with pytest.raises(ValueError, match=name):
+            calls(case, name, value)()
+
+
+def test_huge_arrays_are_answered():
+    load = RNG.poisson(5, (2, 5_000)) + 1.0
+    answer = solver.allocate_bandwidth(load[0], solver.Links(**RATES, compute_s=np.full(5_000, 1e-4)), 1e9)
+    assert (answer.status, answer.bandwidth_hz.shape) == ("optimal", (5_000,))
+    gate = RNG.random((4_096, 64))
+    assert solver.select_experts(gate, np.ones(64), "cosine", 8).experts.shape == (4_096, 8)
+
+
+def test_one_device_one_token():
+    one = solver.Links(**RATES)
+    assert solver.allocate_bandwidth([1.0], one, 1e8).bandwidth_hz == pytest.approx([1e8])
+    assert solver.allocate_bandwidth_many([1.0], solver.Links(**RATES, compute_s=np.zeros((0, 1))), 1e8) == []
