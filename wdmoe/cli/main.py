@@ -15,6 +15,7 @@ from wdmoe.cli.failures import EXIT_INTERRUPTED, explain
 from wdmoe.cli.logs import configure_logging
 from wdmoe.cli.models import export, split, verify
 from wdmoe.cli.nodes import bs, device
+from wdmoe.cli.place import place
 from wdmoe.cli.status import status
 from wdmoe.cli.tokens import token
 from wdmoe.cli.trace import trace
@@ -42,7 +43,7 @@ def cli(verbose: int, quiet: bool) -> None:
     configure_logging(verbose=verbose, quiet=quiet)
 
 
-for command in (bs, demo, device, export, split, status, token, trace, verify):
+for command in (bs, demo, device, export, place, split, status, token, trace, verify):
     cli.add_command(command)
 
 

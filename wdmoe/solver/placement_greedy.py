@@ -5,8 +5,7 @@ uniform machines, and "most used expert first, to the device that would finish i
 most 2 - 2/(devices + 1) times its least time (Gonzalez, Ibarra and Sahni, SIAM J. Computing 6, 1977), or
 4/3 - 1/(3 devices) times where all devices are equally fast (Graham, SIAM J. Appl. Math. 17, 1969). Moves and swaps
 only lower the sum, so it is within that factor too. Where memory did turn a device away, or with replicas, nothing is
-promised in advance;
-`lower_bound_s` then still says how far from the best the plan can be at most.
+promised in advance; `lower_bound_s` then still says how far from the best the plan can be at most.
 """
 
 from __future__ import annotations
