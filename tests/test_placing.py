@@ -71,6 +71,31 @@ def test_the_users_placement_comes_first_while_its_device_lives() -> None:
     assert not unplaced
 
 
+def test_a_copy_takes_over_at_once_and_the_homes_are_shared_out() -> None:
+    layer = frozenset(ExpertId(0, e) for e in range(EXPERTS))
+    pinned = {"a": layer, "b": layer, "gone": layer}
+    hosts = [host(name, ready=layer, route=name.encode()) for name in "ab"]
+    targets, unplaced = choose_targets(catalogue(), hosts, {}, pinned)
+    assert not unplaced
+    homes = [targets[expert] for expert in sorted(layer)]
+    assert homes.count("id-a") == homes.count("id-b") == EXPERTS // 2
+    held = holdings(hosts, targets, pinned)
+    assert layer <= set(held["id-a"]) & set(held["id-b"])
+    assert choose_targets(catalogue(), hosts, targets, pinned)[0] == targets  # nothing moves without need
+    left = routing(catalogue(), hosts[1:], targets)  # before new homes are chosen
+    assert 0 in left.complete
+    assert {targets[e] for e in choose_targets(catalogue(), hosts[1:], targets, pinned)[0]} <= {"id-a", "id-b"}
+
+
+def test_copies_take_room() -> None:
+    every = frozenset(catalogue().experts)
+    pinned = {"a": every, "b": frozenset(sorted(every)[:8])}
+    hosts = [host("a", memory=48_000), host("b", memory=8_000), host("c")]
+    targets, unplaced = choose_targets(catalogue(), hosts, {}, pinned)
+    assert not unplaced
+    assert set(targets.values()) <= {"id-a", "id-b"}
+
+
 def test_a_newcomer_takes_its_share_and_nothing_else_moves() -> None:
     before, _ = choose_targets(catalogue(), [host("a"), host("b")], {}, {})
     after, _ = choose_targets(catalogue(), [host("a"), host("b"), host("c")], before, {})
@@ -83,11 +108,11 @@ def test_the_old_home_serves_until_the_new_one_is_ready() -> None:
     expert = ExpertId(0, 0)
     targets = {expert: "id-b"}
     old, new = host("a", ready=frozenset({expert}), route=b"a"), host("b", route=b"b")
-    assert holdings([old, new], targets) == {"id-a": (expert,), "id-b": (expert,)}
+    assert holdings([old, new], targets, {}) == {"id-a": (expert,), "id-b": (expert,)}
     table = routing(catalogue(), [old, new], targets)
     assert table.devices[table.device_of[0][0]].device_id == "id-a"
     new = host("b", ready=frozenset({expert}), route=b"b")
-    assert holdings([old, new], targets) == {"id-a": (), "id-b": (expert,)}
+    assert holdings([old, new], targets, {}) == {"id-a": (), "id-b": (expert,)}
     table = routing(catalogue(), [old, new], targets)
     assert table.devices[table.device_of[0][0]].device_id == "id-b"
 

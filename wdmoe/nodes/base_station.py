@@ -110,11 +110,7 @@ class BaseStation:
     def placement_text(self) -> str:
         """Who shall hold what now, as a placement file."""
         names = {device.device_id: device.report.name for device in self.control.roster.live()}
-        homes: dict[str, list[ExpertId]] = {name: [] for name in names.values()}
-        for expert, device_id in self.control.targets.items():
-            if device_id in names:
-                homes[names[device_id]].append(expert)
-        return write_placement(homes)
+        return write_placement({names[at]: tuple(experts) for at, experts in self.control.wanted().items()})
 
     # ---- opening, in the order of need ----
 

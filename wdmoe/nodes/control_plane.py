@@ -17,7 +17,7 @@ import numpy as np
 from wdmoe.backbone.bundle import Bundle
 from wdmoe.errors import BundleError, TransportError, WdmoeError
 from wdmoe.nodes.entrance import Entrance
-from wdmoe.nodes.placing import Catalogue, Host, Targets, choose_targets, holdings, routing
+from wdmoe.nodes.placing import Catalogue, Host, Targets, choose_targets, holdings, routing, wanted
 from wdmoe.records import ExpertId
 from wdmoe.transport.channel import ControlStation, Envelope
 from wdmoe.transport.membership import (
@@ -112,6 +112,10 @@ class ControlPlane:
             if self._placing is not None:
                 self._placing.cancel()
             await self._say_goodbye()
+
+    def wanted(self) -> dict[str, set[ExpertId]]:
+        """device_id -> experts it shall hold, copies too."""
+        return wanted(self._hosts(), self.targets, self._pinned)
 
     # ---- news from the data plane ----
 
@@ -317,7 +321,7 @@ class ControlPlane:
 
     def _rearrange(self) -> None:
         """Tell devices what to hold where that changed, and publish who serves what."""
-        for device_id, experts in holdings(self._hosts(), self.targets).items():
+        for device_id, experts in holdings(self._hosts(), self.targets, self._pinned).items():
             device = next(d for d in self.roster.live() if d.device_id == device_id)
             if device.generation < 0 or device.placed != frozenset(experts):
                 self._tell(device, experts)

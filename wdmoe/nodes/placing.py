@@ -53,19 +53,20 @@ def choose_targets(
         catalogue: what there is to place.
         hosts: live devices.
         before: the targets until now; little is moved.
-        pinned: device name -> experts that the user's placement file puts there, while that device is live.
+        pinned: device name -> experts that the user's placement file puts there, while that device is live. An expert
+            on several live devices has one home among them; the other copies wait until that is lost.
     Returns:
         The targets, and the experts that fit nowhere.
     """
     if not hosts:
         return {}, catalogue.experts
-    by_name = {host.report.name: host.device_id for host in hosts}
-    fixed = {e: by_name[name] for name, experts in pinned.items() if name in by_name for e in experts}
+    copies = pinned_copies(hosts, pinned)
+    fixed = _pinned_homes(copies, before)
     free = tuple(e for e in catalogue.experts if e not in fixed)
     index = {host.device_id: i for i, host in enumerate(hosts)}
     room = [host.report.memory_bytes for host in hosts]
-    for expert, device_id in fixed.items():
-        room[index[device_id]] -= catalogue.weight_bytes[expert]
+    for device_id, experts in copies.items():
+        room[index[device_id]] -= sum(catalogue.weight_bytes[expert] for expert in experts)
     parcels = _parcels(catalogue, free, span(catalogue, hosts))
     homes = place_experts(
         weight_bytes=np.array([sum(catalogue.weight_bytes[e] for e in p) for p in parcels], np.int64),
@@ -114,13 +115,47 @@ def _speed(report: DeviceReport) -> float:
     return report.flops if 1.0 <= report.flops < 1e18 else 1.0
 
 
-def holdings(hosts: Sequence[Host], targets: Mapping[ExpertId, str]) -> dict[str, tuple[ExpertId, ...]]:
-    """device_id -> experts to hold now: its own, and those it still serves until their new home is ready."""
-    ready = {host.device_id: host.ready for host in hosts}
-    hold: dict[str, set[ExpertId]] = {host.device_id: set() for host in hosts}
+def pinned_copies(hosts: Sequence[Host], pinned: Mapping[str, frozenset[ExpertId]]) -> dict[str, frozenset[ExpertId]]:
+    """device_id of a live device -> experts that the user's placement file puts there."""
+    by_name = {host.report.name: host.device_id for host in hosts}
+    return {by_name[name]: experts for name, experts in pinned.items() if name in by_name}
+
+
+def _pinned_homes(copies: Mapping[str, frozenset[ExpertId]], before: Mapping[ExpertId, str]) -> Targets:
+    """One home for each pinned expert: where it was, else the device that is home to fewest of the layer so far."""
+    places: dict[ExpertId, list[str]] = {}
+    for device_id, experts in copies.items():
+        for expert in experts:
+            places.setdefault(expert, []).append(device_id)
+    homes: Targets = {}
+    count: Counter[tuple[int, str]] = Counter()
+    for expert in sorted(places, key=lambda e: (len(places[e]), e)):  # those that have a choice come last
+        kept = before.get(expert, "")
+        home = kept if kept in places[expert] else min(places[expert], key=lambda d: count[expert.layer, d])
+        homes[expert] = home
+        count[expert.layer, home] += 1
+    return homes
+
+
+def wanted(
+    hosts: Sequence[Host], targets: Mapping[ExpertId, str], pinned: Mapping[str, frozenset[ExpertId]]
+) -> dict[str, set[ExpertId]]:
+    """device_id -> experts it shall hold in the end: those it is home to, and its copies of others."""
+    hold = {host.device_id: set[ExpertId]() for host in hosts}
     for expert, device_id in targets.items():
         if device_id in hold:
             hold[device_id].add(expert)
+    for device_id, experts in pinned_copies(hosts, pinned).items():
+        hold[device_id] |= experts
+    return hold
+
+
+def holdings(
+    hosts: Sequence[Host], targets: Mapping[ExpertId, str], pinned: Mapping[str, frozenset[ExpertId]]
+) -> dict[str, tuple[ExpertId, ...]]:
+    """device_id -> experts to hold now: what it shall, and what it still serves until the new home is ready."""
+    ready = {host.device_id: host.ready for host in hosts}
+    hold = wanted(hosts, targets, pinned)
     for host in hosts:
         for expert in host.ready:
             target = targets.get(expert)
