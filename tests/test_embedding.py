@@ -45,6 +45,7 @@ def test_the_example_runs_and_is_short():
     assert "(within)" in printed
     code = [line for line in EXAMPLE.read_text(encoding="utf-8").splitlines() if line.strip()]
     assert len(code) <= 25
+    assert EXAMPLE.read_text(encoding="utf-8") in (ROOT / "docs" / "guide_embedding.md").read_text(encoding="utf-8")
     assert {line.split()[1] for line in code if line.startswith(("import", "from"))} == {"numpy", "wdmoe.solver"}
 
 
