@@ -16,6 +16,7 @@ from wdmoe.cli.logs import configure_logging
 from wdmoe.cli.models import export, split, verify
 from wdmoe.cli.nodes import bs, device
 from wdmoe.cli.place import place
+from wdmoe.cli.simulate import simulate
 from wdmoe.cli.status import status
 from wdmoe.cli.tokens import token
 from wdmoe.cli.trace import trace
@@ -43,7 +44,7 @@ def cli(verbose: int, quiet: bool) -> None:
     configure_logging(verbose=verbose, quiet=quiet)
 
 
-for command in (bs, demo, device, export, place, split, status, token, trace, verify):
+for command in (bs, demo, device, export, place, simulate, split, status, token, trace, verify):
     cli.add_command(command)
 
 

@@ -10,6 +10,7 @@ import click
 from wdmoe.cli.failures import needs_extra
 from wdmoe.cli.params import DIRECTORY, FILE
 from wdmoe.config import PRECISIONS
+from wdmoe.simulation.kind import RESULTS_KIND, json_kind
 from wdmoe.units import format_quantity
 
 
@@ -103,27 +104,46 @@ def split(dense: Path, moe: Path, **flags: Any) -> None:
 
 
 @click.command()
-@click.argument("bundle", type=DIRECTORY)
-def verify(bundle: Path) -> None:
-    """Check a bundle's files and graphs.
+@click.argument("folder", type=DIRECTORY)
+def verify(folder: Path) -> None:
+    """Check a bundle's files and graphs, or simulation results.
 
-    Every file of the folder BUNDLE must be what its manifest says, and every expert's graph must be sound.
+    Of a bundle every file must be what its manifest says, and every expert's graph must be sound. Results of
+    wdmoe-node simulate must have unchanged files, and running the scenario again must give the same figures.
 
     \b
-    Example:
+    Examples:
       wdmoe-node verify ./mixtral-bundle
+      wdmoe-node verify ./journal-results
     """
+    if json_kind(folder / "manifest.json") == RESULTS_KIND:
+        _verify_results(folder)
+    else:
+        _verify_bundle(folder)
+
+
+def _verify_results(folder: Path) -> None:
+    with needs_extra("sim"):
+        from wdmoe.simulation.results import verify_results
+    from wdmoe.cli.progress import CountProgress
+
+    with CountProgress(f"verify {folder.name}", "draws") as progress:
+        scenario = verify_results(folder, progress=progress.reach)
+    click.echo(f"{folder} holds what {scenario.name} gives: {scenario.draws} draws run again, seed {scenario.seed}")
+
+
+def _verify_bundle(folder: Path) -> None:
     with needs_extra("bs"):
         import onnx  # noqa: F401 - the check of graphs needs it, far below
 
         from wdmoe.backbone.bundle import Bundle
     from wdmoe.cli.progress import ByteProgress
 
-    opened = Bundle.open(bundle)
-    with ByteProgress(f"verify {bundle.name}") as progress:
+    opened = Bundle.open(folder)
+    with ByteProgress(f"verify {folder.name}") as progress:
         opened.verify(progress.reach)
     manifest = opened.manifest
     click.echo(
-        f"{bundle} is sound: {manifest.model}, {len(manifest.experts)} experts ({manifest.precision}), "
+        f"{folder} is sound: {manifest.model}, {len(manifest.experts)} experts ({manifest.precision}), "
         f"{len(manifest.station)} files of the base station, digest {manifest.digest[:16]}"
     )

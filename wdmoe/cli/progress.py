@@ -10,7 +10,15 @@ from types import TracebackType
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 Self = TypeVar("Self", bound="_Bar")
 
@@ -65,3 +73,14 @@ class StageProgress(_Bar):
     def reach(self, stage: str, done: float) -> None:
         """A stage (0 to 1) is so far."""
         self._show(f"{self._what}: {stage}", total=1.0, done=done)
+
+
+class CountProgress(_Bar):
+    """A bar over things that are counted, inside a `with` block."""
+
+    def __init__(self, what: str, things: str) -> None:
+        super().__init__(what, MofNCompleteColumn(), TextColumn(things))
+
+    def reach(self, done: int, total: int) -> None:
+        """So many of so many are done."""
+        self._show("", total=total, done=done)

@@ -1,4 +1,4 @@
-"""The gate trace that ships with wdmoe."""
+"""Where the gate trace of a scenario is."""
 
 from __future__ import annotations
 
@@ -10,3 +10,8 @@ SHIPPED = "default_model.npz"
 def shipped_trace() -> Path:
     """File of the default model's trace; `GateTrace.load` reads it. `data/README.md` beside it says what it holds."""
     return Path(__file__).with_name("data") / SHIPPED
+
+
+def find_trace(name: str) -> Path:
+    """The file that a scenario names; `default` is the shipped one."""
+    return shipped_trace() if name == "default" else Path(name)

@@ -1,0 +1,85 @@
+"""One pass of some tokens through all layers, decided as the live node decides, with time computed instead of spent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from wdmoe.gate_trace import GateTrace
+from wdmoe.simulation.drawing import Draw, windows
+from wdmoe.simulation.placing import Holders, holders_of
+from wdmoe.simulation.scenario import Scenario, Variant
+from wdmoe.solver.plan import plan_layer
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replay:
+    """A trace as the planner wants it."""
+
+    experts: npt.NDArray[np.int32]  # (layers, tokens, top_k)
+    weights: FloatArray  # (layers, tokens, top_k) the gate's probabilities of these
+    frequency: FloatArray  # (layers, experts)
+    similarity: FloatArray | None  # (layers, experts, experts)
+
+    @staticmethod
+    def of(trace: GateTrace) -> Replay:
+        """The choices, with what policies rank by."""
+        experts = trace.experts.astype(np.int32)
+        picked = np.take_along_axis(trace.probabilities(), np.maximum(experts, 0).astype(np.int64), axis=2)
+        alike = None if trace.expert_similarity is None else trace.expert_similarity.astype(np.float64)
+        return Replay(experts, np.where(experts >= 0, picked, 0.0), trace.activation_frequency(), alike)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One variant on one draw: means over its passes."""
+
+    latency_s: float  # of a pass through all layers
+    dropped_weight: float  # share of the gate weight
+    replaced_weight: float
+    experts_per_token: float  # computed, mean over layers
+    link_bits: float  # on the air in both directions, of a pass
+    multicast_share: float  # of the layers that used it
+
+
+OUTCOMES = tuple(field.name for field in fields(Outcome))
+
+
+def outcome(scenario: Scenario, variant: Variant, draw: Draw, replay: Replay) -> Outcome:
+    """Run one variant on one draw."""
+    held = holders_of(variant, scenario.devices, draw.mean, replay.frequency)
+    passes = [_one_pass(scenario, variant, draw, replay, held, number) for number in range(scenario.model.passes)]
+    return Outcome(**{name: float(np.mean([each[name] for each in passes])) for name in OUTCOMES})
+
+
+def _one_pass(
+    scenario: Scenario, variant: Variant, draw: Draw, replay: Replay, held: Holders, number: int
+) -> dict[str, float]:
+    layers, length = replay.experts.shape[:2]
+    tokens = np.fromiter(windows(draw.starts[number], scenario.model.tokens, length), np.int64)
+    latency_s, bits = layers * scenario.model.station_s, 0.0
+    dropped = replaced = computed = cast = 0.0
+    for layer in range(layers):
+        alike = None if replay.similarity is None else replay.similarity[layer]
+        experts, weights = replay.experts[layer, tokens], replay.weights[layer, tokens]
+        plan = plan_layer(experts, weights, held[layer], draw.airs[number][layer], variant.policy, alike)
+        latency_s += plan.time.latency_s
+        dropped += plan.dropped_weight / layers
+        replaced += plan.replaced_weight / layers
+        computed += float((plan.experts >= 0).sum()) / layers / len(tokens)
+        cast += (plan.time.multicast_s > 0) / layers
+        up = float((plan.time.vectors * plan.time.bits).sum()) * scenario.model.hidden
+        down = len(tokens) * float(plan.time.bits.max()) * scenario.model.hidden if plan.time.multicast_s else up
+        bits += up + down
+    return {
+        "latency_s": latency_s,
+        "dropped_weight": dropped,
+        "replaced_weight": replaced,
+        "experts_per_token": computed,
+        "link_bits": bits,
+        "multicast_share": cast,
+    }

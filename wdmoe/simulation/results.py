@@ -1,0 +1,178 @@
+"""The results folder: what it holds, how it is written, and whether it is still what the scenario gives.
+
+scenario.toml   as it was run, but for seed and draws, which the manifest has
+draws.csv       every draw of every variant, with all digits
+summary.csv     means and 95 % intervals by variant
+*.png, *.svg    figures
+manifest.json   versions, seed, draws, SHA-256 of the trace and of every file above
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import platform
+from dataclasses import asdict, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wdmoe.errors import ConfigError
+from wdmoe.simulation.figures import draw_figures
+from wdmoe.simulation.kind import RESULTS_KIND, json_kind
+from wdmoe.simulation.passing import OUTCOMES
+from wdmoe.simulation.scenario import Scenario, parse_scenario
+from wdmoe.simulation.statistics import Summary, summarise
+from wdmoe.simulation.study import Progress, Study, run_study
+from wdmoe.simulation.traces import find_trace
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_PACKAGES = ("wdmoe", "numpy", "scipy", "joblib", "matplotlib")
+_CLOSE = 1e-9  # relative: what another processor's logarithms may change
+_MOST_BYTES = 1 << 30
+
+
+def is_results(folder: Path) -> bool:
+    """Whether the folder says that it holds results."""
+    return json_kind(folder / MANIFEST) == RESULTS_KIND
+
+
+def save_results(study: Study, folder: Path) -> list[Summary]:
+    """Write everything; the manifest comes last, so a folder without one is not finished.
+
+    Raises:
+        ConfigError: the folder holds something else, or cannot be written.
+    """
+    if folder.exists() and any(folder.iterdir()) and not is_results(folder):
+        raise ConfigError(f"{folder} holds other files; name an empty or a new folder")
+    summaries = summarise(study)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    (folder / "scenario.toml").write_text(study.scenario.source, encoding="utf-8")
+    (folder / "draws.csv").write_text(draws_text(study), encoding="utf-8")
+    (folder / "summary.csv").write_text(summary_text(summaries), encoding="utf-8")
+    figures = draw_figures(study, summaries, folder)
+    names = ["scenario.toml", "draws.csv", "summary.csv", *(figure.name for figure in figures)]
+    manifest = _manifest(study.scenario, {name: _sha256(folder / name) for name in names})
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return summaries
+
+
+def verify_results(folder: Path, workers: int = -1, progress: Progress | None = None) -> Scenario:
+    """Check hashes, run the scenario again and compare every figure.
+
+    Returns:
+        The scenario that was run.
+    Raises:
+        ConfigError: a file was changed, the trace is another one, or a figure differs; one line says which.
+    """
+    manifest = _read_manifest(folder)
+    if manifest.get("kind") != RESULTS_KIND or manifest.get("format") != FORMAT:
+        raise ConfigError(f"{folder}: not results of this program's format {FORMAT}")
+    _check_hashes(folder, manifest)
+    scenario = parse_scenario((folder / "scenario.toml").read_text(encoding="utf-8"))
+    try:
+        scenario = replace(scenario, seed=int(manifest["seed"]), draws=int(manifest["draws"]))
+        trace = str(manifest["trace"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{folder}: the manifest lacks a sound {error}") from error
+    if _sha256(find_trace(scenario.model.trace)) != trace:
+        raise ConfigError(f"{folder}: trace {scenario.model.trace} is not the one that was used")
+    again = run_study(scenario, workers, progress)
+    _compare(folder / "draws.csv", draws_text(again))
+    _compare(folder / "summary.csv", summary_text(summarise(again)))
+    return scenario
+
+
+def draws_text(study: Study) -> str:
+    """draws.csv: shortest digits that give each float64 back."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["draw", "variant", *OUTCOMES])
+    for draw, row in enumerate(study.values):
+        for variant, values in zip(study.scenario.variants, row, strict=True):
+            writer.writerow([draw, variant.name, *(repr(float(value)) for value in values)])
+    return out.getvalue()
+
+
+def summary_text(summaries: list[Summary]) -> str:
+    """summary.csv, as draws.csv."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [field.name for field in fields(Summary)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(each) for each in summaries)
+    return out.getvalue()
+
+
+def _manifest(scenario: Scenario, files: dict[str, str]) -> dict[str, Any]:
+    return {
+        "kind": RESULTS_KIND,
+        "format": FORMAT,
+        "scenario": scenario.name,
+        "seed": scenario.seed,
+        "draws": scenario.draws,
+        "trace": _sha256(find_trace(scenario.model.trace)),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "machine": platform.machine(),
+        "files": files,
+    }
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+    if not isinstance(manifest, dict):
+        raise ConfigError(f"{file} is not a manifest")
+    return manifest
+
+
+def _check_hashes(folder: Path, manifest: dict[str, Any]) -> None:
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not {"scenario.toml", "draws.csv", "summary.csv"} <= set(files):
+        raise ConfigError(f"{folder}: the manifest does not list the files")
+    for name, expected in files.items():
+        if Path(name).name != name:
+            raise ConfigError(f"{folder}: {name!r} is not the name of a file in this folder")
+        if _sha256(folder / name) != expected:
+            raise ConfigError(f"{folder / name} was changed: its SHA-256 is not the manifest's")
+
+
+def _sha256(file: Path) -> str:
+    try:
+        if file.stat().st_size > _MOST_BYTES:
+            raise ConfigError(f"{file} is larger than 1 GiB")
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+
+
+def _compare(file: Path, again: str) -> None:
+    """Equal to the digit; or, on another processor, within what its elementary functions may differ by."""
+    kept = file.read_text(encoding="utf-8")
+    if kept == again:
+        return
+    old, new = list(csv.reader(io.StringIO(kept))), list(csv.reader(io.StringIO(again)))
+    if len(old) != len(new):
+        raise ConfigError(f"{file} has {len(old)} lines; running it again gives {len(new)}")
+    for number, (was, now) in enumerate(zip(old, new, strict=True), 1):
+        if len(was) != len(now) or not all(map(_same, was, now)):
+            raise ConfigError(f"{file}, line {number}: {','.join(was)}; running it again gives {','.join(now)}")
+
+
+def _same(was: str, now: str) -> bool:
+    if was == now:
+        return True
+    try:
+        first, second = float(was), float(now)
+    except ValueError:
+        return False
+    return math.isclose(first, second, rel_tol=_CLOSE) or (np.isnan(first) and np.isnan(second))
