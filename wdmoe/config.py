@@ -93,6 +93,7 @@ class StationSettings:
     dtype: str = "auto"
     threads: int = 0  # torch threads; 0: torch's own default
     placement: Path | None = None
+    record_trace: Path | None = None  # where to leave a gate trace of what was served
     state: Path = field(default_factory=lambda: state_home() / "bs")
     insecure: bool = False
 

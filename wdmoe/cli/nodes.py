@@ -113,7 +113,8 @@ def device(downlink: float, uplink: float, **flags: Any) -> None:
     show_default=True,
     help="Which experts serve a token: the gate's top k, or of those the ones worth their latency.",
 )
-@click.option("--placement", type=FILE, help="Who holds what; `status --print-placement` writes one.")
+@click.option("--placement", type=FILE, help="Who holds what; `place` and `status --print-placement` write one.")
+@click.option("--record-trace", type=FILE, help="Leave a gate trace (.npz, no text) of what was served when it stops.")
 @click.option(
     "--deadline",
     "deadline_s",

@@ -14,15 +14,18 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from wdmoe.backbone.bridge import attach
 from wdmoe.backbone.bundle import Bundle
 from wdmoe.backbone.engine import Engine
 from wdmoe.backbone.model_thread import ModelThread
 from wdmoe.backbone.station import load_station
+from wdmoe.backbone.trace_recorder import TraceRecorder
 from wdmoe.config import StationSettings
-from wdmoe.errors import ConfigError, TransportError
+from wdmoe.errors import ConfigError, TransportError, WdmoeError
 from wdmoe.ledger import Ledger
 from wdmoe.moe.layer import ExpertLayers, LayerRules
 from wdmoe.moe.select import Demand
@@ -45,6 +48,7 @@ from wdmoe.transport.zeromq import open_control_station, open_data_station
 log = logging.getLogger(__name__)
 
 TOKEN_LIFE_S = 24 * 3600.0
+MOST_TRACED_TOKENS = 32_768  # some 35 MB with the default model, ten times that with 64 experts a layer
 SWITCH_INTERVAL_S = 0.0005  # the model thread must get the GIL back soon after the network woke it
 
 
@@ -121,12 +125,15 @@ class BaseStation:
         self._stack.callback(sys.setswitchinterval, interval_s)
         self.bundle = await asyncio.to_thread(Bundle.open, settings.bundle)
         pinned = self._read_placement()
+        if (trace := settings.record_trace) is not None and not trace.parent.is_dir():
+            raise ConfigError(f"--record-trace {trace}: there is no folder {trace.parent}")
         self._open_sockets()
         model = await asyncio.to_thread(load_station, self.bundle, settings.device, settings.dtype)
         exchange = Exchange(self._data, self._data_news, self._data_gone)
         self._exchange = exchange
         self.layers = ExpertLayers(exchange, lambda: self._routing, self._rules())
         attach(model.model, model.experts, model.routers, self._run_layer)
+        self._record(model.model)
         self.control = ControlPlane(
             self._control_channel,
             self.bundle,
@@ -179,6 +186,15 @@ class BaseStation:
         self._control_task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._control_task
+
+    def _record(self, model: Any) -> None:
+        """Listen to the gates from now on, and save what they said once the model thread has ended."""
+        file = self._settings.record_trace
+        if file is None:
+            return
+        recorder = TraceRecorder(model, self.bundle.manifest.model, most_tokens=MOST_TRACED_TOKENS)
+        self._stack.enter_context(recorder)
+        self._stack.push_async_callback(asyncio.to_thread, _save_trace, recorder, file)
 
     def _rules(self) -> LayerRules:
         manifest, settings = self.bundle.manifest, self._settings
@@ -248,3 +264,13 @@ class BaseStation:
             self._exchange.counters,
             self.placement_text(),
         )
+
+
+def _save_trace(recorder: TraceRecorder, file: Path) -> None:
+    try:
+        trace = recorder.trace()
+        trace.save(file)
+    except WdmoeError as error:  # the station ends all the same
+        log.error("no gate trace was saved: %s", error)
+    else:
+        log.info("%s: a gate trace of %d tokens", file, trace.tokens)
