@@ -25,6 +25,7 @@ from wdmoe.solver.placement_plan import (
 )
 from wdmoe.solver.placement_shares import best_shares
 
+LEAST_GAIN = 1e-8  # of the latency, for a move or swap to be made
 WORTH = 1e-3  # a copy must take this part off the load that its layer carries too much
 Spots = npt.NDArray[np.int64]
 
@@ -121,8 +122,10 @@ class _Board:
         return self._at
 
     def _step(self) -> bool:
-        least = 1e-9 * float((self._load * self._problem.token_s).max(axis=1).sum())
-        best, moves = max((self._best_move(), self._best_swap(), self._best_trade()), key=lambda found: found[0])
+        least = LEAST_GAIN * float((self._load * self._problem.token_s).max(axis=1).sum())
+        best, moves = max(self._best_move(), self._best_swap(), key=lambda found: found[0])
+        if not best > least:
+            best, moves = self._best_trade()  # the dear one to find
         if not best > least:
             return False
         for layer, expert, device in moves:
