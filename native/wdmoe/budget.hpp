@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <queue>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "by_device.hpp"
@@ -18,8 +20,16 @@ namespace wdmoe {
 namespace detail {
 
 inline constexpr double kHertzSlack = 1e-9;  // of the band: what rounding may take
-inline constexpr double kBudgetClose = 1e-9;  // where a search for a budget ends
-inline constexpr double kShortest = 1e-30;   // seconds: less than any link takes
+inline constexpr double kBudgetClose = 1e-7;  // where a search for a budget ends: relative,
+inline constexpr double kGapClose = 0.01;     // or to its distance from its lower bound
+inline constexpr double kFirstStep = 1e-5;
+inline constexpr double kShortest = 1e-30;    // seconds: less than any link takes
+
+// The search for the price of a hertz where the band is too short for the heaviest of each token.
+inline constexpr int kPriceSteps = 12;
+inline constexpr double kPriceRise = 1.03;    // until a price is high enough, squared each time
+inline constexpr double kPriceClose = 1.001;
+inline constexpr double kWellUsed = 0.98;     // of the band: the rest is filled in anyway
 
 // Takes assignments by weight per extra hertz, on top of a load that is there already.
 class HertzFilling {
@@ -135,6 +145,7 @@ private:
                 value += weight(k, taken[k]);
                 if (++taken[k] < most[k]) next.push({density(k, taken[k]), k});
             } else if (relaxed) {
+                price = weight(k, taken[k]) / hertz;
                 return value + weight(k, taken[k]) * std::max(left_hz, 0.0) / hertz;
             }
         }
@@ -143,6 +154,7 @@ private:
 
 public:
     std::vector<std::size_t> taken;  // (devices,)
+    double price = 0.0;              // weight per hertz at which the relaxation stopped; 0 where all fits
 };
 
 }  // namespace detail
@@ -152,49 +164,33 @@ public:
     // links: see BandwidthTask.
     BudgetChooser(const Assignments& given, const double* links, bool flat, double total_hz)
         : given_(given), total_hz_(total_hz * (1.0 + detail::kHertzSlack)), all_(heaviest_first(given)),
-          table_(links, given.devices, flat, total_hz_, counts(all_)), last_(given.tokens), load_(given.devices) {
+          table_(links, given.devices, flat, total_hz_, counts(all_)), kept_(given.size()), load_(given.devices) {
         for (std::size_t t = 0; t < given.tokens; ++t) {
             heaviest_.push_back(heaviest_of(given.device + t * given.top_k, given.weight + t * given.top_k, given.top_k));
         }
     }
 
-    // Within a budget the heaviest choice that is found. False, where one assignment of each token does not fit: then
-    // it is the one cheapest on the air.
+    // Within a budget the heaviest choice that is found. False, where one assignment of each token is not found to fit:
+    // then it is that which is cheapest on the air.
     bool choose(double budget_s) {
         table_.begin(budget_s);
-        const bool fits = choose_last();
-        if (fits) {
-            split_rest();
-            detail::HertzFilling filling(rest_, load_, table_);
-            filling.whole(total_hz_ - hertz(load_));
-            taken_ = filling.taken;
-        } else {
-            taken_.assign(given_.devices, 0);
+        take_heaviest();
+        if (!fit() && !squeeze()) return false;
+        split_rest();
+        detail::HertzFilling filling(rest_, load_, table_);
+        filling.whole(total_hz_ - hertz());
+        for (std::size_t k = 0; k < given_.devices; ++k) {
+            for (std::size_t i = 0; i < filling.taken[k]; ++i) kept_[rest_.entries[rest_.begin[k] + i].item] = 1;
         }
-        return fits;
+        return true;
     }
 
-    // Of the last choice, weight kept.
+    // Of the last choice: (tokens, top_k), and its weight.
+    const std::vector<std::uint8_t>& kept() const { return kept_; }
     double weight() const {
         double sum = 0.0;
-        for (std::size_t t = 0; t < given_.tokens; ++t) {
-            if (last_[t] < given_.top_k) sum += given_.weight[t * given_.top_k + last_[t]];
-        }
-        for (std::size_t k = 0; k < given_.devices; ++k) {
-            for (std::size_t i = 0; i < taken_[k]; ++i) sum += rest_.entries[rest_.begin[k] + i].weight;
-        }
+        for (std::size_t i = 0; i < kept_.size(); ++i) sum += kept_[i] != 0 ? given_.weight[i] : 0.0;
         return sum;
-    }
-
-    // kept (tokens, top_k) of the last choice.
-    void write(std::uint8_t* kept) const {
-        std::fill_n(kept, given_.size(), std::uint8_t{0});
-        for (std::size_t t = 0; t < given_.tokens; ++t) {
-            if (last_[t] < given_.top_k) kept[t * given_.top_k + last_[t]] = 1;
-        }
-        for (std::size_t k = 0; k < given_.devices; ++k) {
-            for (std::size_t i = 0; i < taken_[k]; ++i) kept[rest_.entries[rest_.begin[k] + i].item] = 1;
-        }
     }
 
     // No choice within the budget keeps more.
@@ -215,10 +211,9 @@ private:
     const ByDevice all_;
     HertzTable table_;
     std::vector<std::size_t> heaviest_;  // (tokens,) slot, top_k where there is none
-    std::vector<std::size_t> last_;      // (tokens,) slot that stays whatever happens
-    std::vector<std::size_t> load_;      // (devices,) of those
+    std::vector<std::uint8_t> kept_;     // (tokens, top_k)
+    std::vector<std::size_t> load_;      // (devices,) of what is kept, before the rest is filled in
     ByDevice rest_;                      // all others
-    std::vector<std::size_t> taken_;     // (devices,) how many of the rest
 
     static std::vector<std::size_t> counts(const ByDevice& lists) {
         std::vector<std::size_t> out;
@@ -226,86 +221,116 @@ private:
         return out;
     }
 
-    double hertz(const std::vector<std::size_t>& load) {
+    // The relaxation's price of a hertz, and how many assignments of each device it takes whole.
+    std::pair<double, std::vector<std::size_t>> relaxed_choice() {
+        const std::vector<std::size_t> none(given_.devices, 0);
+        detail::HertzFilling filling(all_, none, table_);
+        filling.relaxed(total_hz_);
+        return {filling.price, filling.taken};
+    }
+
+    double hertz() {
         double sum = 0.0;
-        for (std::size_t k = 0; k < load.size(); ++k) sum += table_.at(k, load[k]);
+        for (std::size_t k = 0; k < load_.size(); ++k) sum += table_.at(k, load_[k]);
         return sum;
     }
 
-    // Whether those last assignments fit together; sets load_.
     bool fit() {
-        std::fill(load_.begin(), load_.end(), 0);
-        for (std::size_t t = 0; t < given_.tokens; ++t) {
-            if (last_[t] < given_.top_k) ++load_[given_.device[t * given_.top_k + last_[t]]];
-        }
         for (std::size_t k = 0; k < load_.size(); ++k) {
             if (!table_.can(k, load_[k])) return false;
         }
-        return hertz(load_) <= total_hz_;
+        return hertz() <= total_hz_;
     }
 
-    // Each token's assignment of greatest `weight_factor` weight - price[device].
-    void take_best(double weight_factor, const std::vector<double>& price) {
+    void take_heaviest() {
+        std::fill(kept_.begin(), kept_.end(), std::uint8_t{0});
+        std::fill(load_.begin(), load_.end(), 0);
         for (std::size_t t = 0; t < given_.tokens; ++t) {
-            const std::int32_t* device = given_.device + t * given_.top_k;
-            const double* weight = given_.weight + t * given_.top_k;
-            double most = -kNever;
-            last_[t] = heaviest_[t];
-            for (std::size_t j = 0; j < given_.top_k; ++j) {
-                const double value = device[j] < 0 ? -kNever : weight_factor * weight[j] - price[device[j]];
-                if (value > most) most = value, last_[t] = j;
-            }
+            if (heaviest_[t] == given_.top_k) continue;
+            const std::size_t item = t * given_.top_k + heaviest_[t];
+            kept_[item] = 1;
+            ++load_[given_.device[item]];
         }
     }
 
-    // One assignment of each token: the heaviest, or where the band is short, cheaper ones at the least price of hertz
-    // at which all fit.
-    bool choose_last() {
-        last_ = heaviest_;
-        if (fit()) return true;
-        std::vector<double> each(given_.devices), price(given_.devices);
-        for (std::size_t k = 0; k < given_.devices; ++k) each[k] = all_.count(k) > 0 ? table_.at(k, 1) : kNever;
-        take_best(0.0, each);
-        if (!fit()) return false;
-        double high = dearest(each), low = 1e-9 * high;  // less is too little to matter
-        std::vector<std::size_t> found = last_;
-        for (int step = 0; step < 40 && high > low * (1.0 + 1e-9); ++step) {
-            const double middle = std::sqrt(low * high);
-            for (std::size_t k = 0; k < given_.devices; ++k) price[k] = middle * each[k];
-            take_best(1.0, price);
-            if (fit()) high = middle, found = last_;
-            else low = middle;
+    // The heaviest do not fit together. Finds the price of a hertz at which what pays for itself does, each token
+    // keeping an assignment even if none pays. False where nothing that fits is found.
+    bool squeeze() {
+        auto [price, taken] = relaxed_choice();
+        std::fill(kept_.begin(), kept_.end(), std::uint8_t{0});
+        for (std::size_t k = 0; k < given_.devices; ++k) {
+            for (std::size_t i = 0; i < taken[k]; ++i) kept_[all_.entries[all_.begin[k] + i].item] = 1;
         }
-        last_ = found;
+        load_ = taken;
+        std::pair<std::vector<std::uint8_t>, std::vector<std::size_t>> found;
+        double low = 0.0, high = kNever, rise = detail::kPriceRise;
+        for (int step = 0; step < detail::kPriceSteps && price > 0.0 && high > low * detail::kPriceClose; ++step) {
+            settle(1.0, price, 1);
+            if (fit()) {
+                high = price;
+                found = {kept_, load_};
+                if (hertz() >= detail::kWellUsed * total_hz_) break;
+            } else {
+                low = price;
+            }
+            price = low == 0.0 ? 0.5 * price : high == kNever ? rise * price : std::sqrt(low * high);
+            rise *= rise;
+        }
+        if (high < kNever) {
+            std::tie(kept_, load_) = found;
+            return true;
+        }
+        settle(0.0, 1.0, 8);  // the cheapest on the air
         return fit();
     }
 
-    // The least price at which every token prefers its cheapest device.
-    double dearest(const std::vector<double>& each) const {
-        double most = 0.0;
-        for (std::size_t t = 0; t < given_.tokens; ++t) {
-            const std::int32_t* device = given_.device + t * given_.top_k;
-            const double* weight = given_.weight + t * given_.top_k;
-            if (last_[t] == given_.top_k) continue;
-            const std::size_t cheapest = last_[t];
-            for (std::size_t j = 0; j < given_.top_k; ++j) {
-                const double dearer = device[j] < 0 ? 0.0 : each[device[j]] - each[device[cheapest]];
-                if (dearer > 0.0) most = std::max(most, (weight[j] - weight[cheapest]) / dearer);
+    // Token after token keeps what gains `factor` weight - price x hertz as things stand, or what loses least. Each
+    // change raises the sum of that over all tokens, so the passes come to rest.
+    void settle(double factor, double price, int passes) {
+        for (bool moved = true; moved && passes > 0; --passes) {
+            moved = false;
+            for (std::size_t t = 0; t < given_.tokens; ++t) {
+                if (heaviest_[t] < given_.top_k) moved = settle_token(t * given_.top_k, factor, price) || moved;
             }
         }
-        return 2.0 * most;
+    }
+
+    // Whether it changed what is kept.
+    bool settle_token(std::size_t at, double factor, double price) {
+        double most = -kNever;
+        std::size_t best = heaviest_[at / given_.top_k], changes = 0, number = 0;
+        bool had_best = false;
+        for (std::size_t j = 0; j < given_.top_k; ++j) {
+            const std::int32_t device = given_.device[at + j];
+            if (device < 0) continue;
+            std::size_t& load = load_[device];
+            const bool had = kept_[at + j] != 0;
+            load -= had ? 1 : 0;
+            const double value = factor * given_.weight[at + j] -
+                                 price * (table_.soft(device, load + 1) - table_.soft(device, load));
+            const bool pays = value > 0.0;
+            load += pays ? 1 : 0;
+            kept_[at + j] = pays;
+            changes += had != pays ? 1 : 0;
+            number += pays ? 1 : 0;
+            if (value > most) most = value, best = j, had_best = had;
+        }
+        if (number > 0) return changes > 0;
+        kept_[at + best] = 1;
+        ++load_[given_.device[at + best]];
+        return !had_best || changes > 1;
     }
 
     void split_rest() {
         rest_.begin.assign(1, 0);
-        rest_.entries.clear();
-        rest_.entries.reserve(all_.entries.size());
+        rest_.entries.resize(all_.entries.size() + 1);
+        std::size_t count = 0;
         for (std::size_t k = 0; k < given_.devices; ++k) {
             for (std::size_t i = all_.begin[k]; i < all_.begin[k + 1]; ++i) {
-                const ByDevice::Entry& entry = all_.entries[i];
-                if (last_[entry.item / given_.top_k] != entry.item % given_.top_k) rest_.entries.push_back(entry);
+                rest_.entries[count] = all_.entries[i];  // without a branch: who stays is hard to predict
+                count += 1 - kept_[all_.entries[i].item];
             }
-            rest_.begin.push_back(rest_.entries.size());
+            rest_.begin.push_back(count);
         }
     }
 };
@@ -319,7 +344,7 @@ inline BudgetAnswer choose_within_budget(const Assignments& given, const double*
                                          double budget_s, std::uint8_t* kept) {
     BudgetChooser chooser(given, links, flat, total_hz);
     const bool fits = chooser.choose(budget_s);
-    chooser.write(kept);
+    std::copy(chooser.kept().begin(), chooser.kept().end(), kept);
     return {fits ? chooser.bound_of_table() : 0.0, 0.0, fits};
 }
 
@@ -328,21 +353,25 @@ inline BudgetAnswer choose_within_budget(const Assignments& given, const double*
 inline BudgetAnswer choose_least_budget(const Assignments& given, const double* links, bool flat, double total_hz,
                                         double goal, double most_s, std::uint8_t* kept) {
     BudgetChooser chooser(given, links, flat, total_hz);
-    const auto search = [](double low, double high, double first, auto holds) {
-        double middle = first;
-        while (high - low > detail::kBudgetClose * high && high > detail::kShortest) {
-            (holds(middle) ? high : low) = middle;
-            middle = low > 0.0 ? 0.5 * (low + high) : 0.5 * high;
-        }
-        return std::pair{low, high};
-    };
-    const double bound_s =
-        search(0.0, most_s, 0.5 * most_s, [&](double budget_s) { return chooser.upper_bound(budget_s) >= goal; }).first;
-    const double best_s = search(bound_s, most_s, std::min(bound_s * (1.0 + 1e-4), most_s), [&](double budget_s) {
-                              return chooser.choose(budget_s) && chooser.weight() >= goal;
-                          }).second;
+    double bound_s = 0.0, high = most_s;
+    while (high - bound_s > detail::kBudgetClose * high && high > detail::kShortest) {
+        const double middle = 0.5 * (bound_s + high);
+        (chooser.upper_bound(middle) >= goal ? high : bound_s) = middle;
+    }
+    const auto enough = [&](double budget_s) { return chooser.choose(budget_s) && chooser.weight() >= goal; };
+    // The least is most often just above its bound: away from there in growing steps, then back by halves.
+    double low = bound_s, best_s = bound_s * (1.0 + detail::kFirstStep);
+    for (double step = detail::kFirstStep; best_s < most_s && best_s > 0.0 && !enough(best_s); step *= 4.0) {
+        low = best_s;
+        best_s = bound_s * (1.0 + 4.0 * step);
+    }
+    best_s = best_s > 0.0 ? std::min(best_s, most_s) : most_s;
+    while (best_s - low > detail::kGapClose * (best_s - bound_s) && best_s - low > detail::kBudgetClose * best_s) {
+        const double middle = 0.5 * (low + best_s);
+        (enough(middle) ? best_s : low) = middle;
+    }
     chooser.choose(best_s);
-    chooser.write(kept);
+    std::copy(chooser.kept().begin(), chooser.kept().end(), kept);
     return {chooser.bound_of_table(), bound_s, true};
 }
 

@@ -80,13 +80,25 @@ inline ByDevice heaviest_first(const Assignments& given) {
             out.entries[end[key[i] - 1]++] = {given.weight[i], static_cast<std::uint32_t>(i)};
         }
     }
-    const auto before = [](const ByDevice::Entry& a, const ByDevice::Entry& b) {
-        return a.weight != b.weight ? a.weight > b.weight : a.item < b.item;
-    };
+    // Now end[b] is where bucket b + 1 ends. Large buckets are sorted, then one pass of insertion puts the rest right.
+    constexpr std::size_t large = 24;
     std::size_t start = 0;
-    for (std::size_t b = 0; b + 1 < end.size(); ++b) {  // now end[b] is where bucket b + 1 ends
-        if (end[b] - start > 1) std::sort(out.entries.begin() + start, out.entries.begin() + end[b], before);
+    for (std::size_t b = 0; b + 1 < end.size(); ++b) {
+        if (end[b] - start > large) {
+            std::stable_sort(out.entries.begin() + start, out.entries.begin() + end[b],
+                             [](const ByDevice::Entry& a, const ByDevice::Entry& b) { return a.weight > b.weight; });
+        }
         start = end[b];
+    }
+    for (std::size_t k = 0; k < given.devices; ++k) {
+        for (std::size_t i = out.begin[k] + 1; i < out.begin[k + 1]; ++i) {
+            const ByDevice::Entry entry = out.entries[i];
+            std::size_t to = i;
+            for (; to > out.begin[k] && out.entries[to - 1].weight < entry.weight; --to) {
+                out.entries[to] = out.entries[to - 1];
+            }
+            out.entries[to] = entry;
+        }
     }
     return out;
 }

@@ -56,8 +56,8 @@ def select_within_budget(
 ) -> BudgetChoice:
     """Drop the assignments that cost the most hertz for their weight, until the layer fits the budget.
 
-    Every token keeps at least one of its experts, the heaviest where the band allows; where even that does not fit,
-    `status` is "over" and each token keeps one expert, the one that is cheapest on the air.
+    Every token keeps at least one of its experts, the heaviest where the band allows; where no such choice is found,
+    `status` is "over" and each token keeps one expert, so that together they take few hertz.
 
     Args:
         experts: (tokens, top_k) int, the gate's choice, -1 where there is none.
@@ -91,9 +91,10 @@ def select_at_most_dropped(
     """The least latency at which at most a share of the layer's gate weight is dropped: the dual of the above.
 
     Searches the least budget at which the choice of `select_within_budget` keeps enough. `lower_bound_s` is the least
-    budget at which its `upper_bound` is enough: the optimum is not below it. Both searches end at a relative 1e-9.
-    Every token keeps at least one of its experts. Where experts that nobody serves, or whose link lets nothing through,
-    are by themselves more than may be dropped, `status` is "over" and all others are kept.
+    budget at which its `upper_bound` is enough, to a relative 1e-7 on the safe side: the optimum is not below it. The
+    search ends at a hundredth of the distance between the two. Every token keeps at least one of its experts. Where
+    experts that nobody serves, or whose link lets nothing through, are by themselves more than may be dropped,
+    `status` is "over" and all others are kept.
 
     Args:
         experts, weights, device_of, links, total_hz, renormalise: as `select_within_budget`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +11,11 @@ from wdmoe.solver.bandwidth import Links
 from wdmoe.solver.hertz import needed_hz
 
 Int32Array = npt.NDArray[np.int32]
+IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
-Pair = tuple[int, int]  # token, slot
 
 SLACK = 1e-9  # of the band: what rounding may take
-PRICE_STEPS = 40
 
 
 def choose_within_budget(
@@ -24,17 +23,15 @@ def choose_within_budget(
 ) -> tuple[BoolArray, float, bool]:
     """As `_native.choose_within_budget`, but for `links`."""
     layer = _Layer(device, weights, links, total_hz * (1 + SLACK), budget_s)
-    last, fits = layer.last_experts()
-    kept = np.zeros(device.shape, bool)
-    for pair in last:
-        kept[pair] = True
-    if not fits:
-        return kept, 0.0, False
-    rest = [pair for pair in layer.served if not kept[pair]]
-    for pair in layer.fill(rest, layer.loads(last), layer.total_hz - layer.hertz(last))[0]:
-        kept[pair] = True
-    none = np.zeros(len(layer.table), np.int64)
-    return kept, layer.fill(layer.served, none, layer.total_hz, relaxed=True)[1], True
+    kept = layer.heaviest()
+    none = np.zeros(device.shape, bool)
+    whole, bound, price = layer.fill(none, layer.total_hz, relaxed=True)
+    if not layer.fits(kept):
+        kept, fits = layer.squeeze(whole, price)
+        if not fits:
+            return kept, 0.0, False
+    more, _, _ = layer.fill(kept, layer.total_hz - layer.hertz(kept))
+    return kept | more, bound, True
 
 
 @dataclass(slots=True)
@@ -45,95 +42,97 @@ class _Layer:
     total_hz: float
     budget_s: float
 
-    @property
-    def table(self) -> FloatArray:
-        """(devices, n) hertz for so many tokens; inf where the whole band is not enough."""
+    table: FloatArray = field(init=False)  # (devices, n) hertz for so many tokens; inf where no band is enough
+
+    def __post_init__(self) -> None:
         hertz = np.zeros((self.links.table.shape[1], self.device.size + 1))
         hertz[:, 1:] = needed_hz(self.links, self.budget_s / np.arange(1, self.device.size + 1))
-        return np.where(hertz <= self.total_hz, hertz, np.inf)
+        self.table = np.where(hertz <= self.total_hz, hertz, np.inf)
 
-    @property
-    def served(self) -> list[Pair]:
-        return [(int(token), int(slot)) for token, slot in np.argwhere(self.device >= 0)]
+    def loads(self, kept: BoolArray) -> IntArray:
+        return np.bincount(self.device[kept], minlength=self.links.table.shape[1]).astype(np.int64)
 
-    def loads(self, pairs: list[Pair]) -> npt.NDArray[np.int64]:
-        return np.bincount([self.device[pair] for pair in pairs], minlength=self.links.table.shape[1]).astype(np.int64)
-
-    def hertz(self, pairs: list[Pair]) -> float:
-        load = self.loads(pairs)
+    def hertz(self, kept: BoolArray) -> float:
+        load = self.loads(kept)
         return float(self.table[np.arange(len(load)), load].sum())
 
-    def fill(
-        self, pairs: list[Pair], load: npt.NDArray[np.int64], left_hz: float, relaxed: bool = False
-    ) -> tuple[list[Pair], float]:
-        """Takes of `pairs`, on top of `load`, the heaviest per extra hertz; what, and its weight.
+    def fits(self, kept: BoolArray) -> bool:
+        return self.hertz(kept) <= self.total_hz
+
+    def fill(self, kept: BoolArray, left_hz: float, relaxed: bool = False) -> tuple[BoolArray, float, float]:
+        """Takes on top of `kept` the heaviest per extra hertz; what, its weight, and weight per hertz at the end.
 
         A device whose next one does not fit is passed over; or, if `relaxed`, a part of that is taken, and no more.
         """
-        table, load = self.table, load.copy()
+        table, load = self.table, self.loads(kept)
+        left = [(int(token), int(slot)) for token, slot in np.argwhere((self.device >= 0) & ~kept)]
         queues = [
-            sorted((p for p in pairs if self.device[p] == k), key=lambda p: (-self.weight[p], p))
+            sorted((p for p in left if self.device[p] == k), key=lambda p: (-self.weight[p], p))
             for k in range(len(table))
         ]
-        taken: list[Pair] = []
-        value = 0.0
+        taken, value = np.zeros(kept.shape, bool), 0.0
         while True:
-            open_ones = [k for k, queue in enumerate(queues) if queue and np.isfinite(table[k, load[k] + 1])]
-            if not open_ones:
-                return taken, value
-            extra = {k: float(table[k, load[k] + 1] - table[k, load[k]]) for k in open_ones}
-            best = max(open_ones, key=lambda k: self.weight[queues[k][0]] / extra[k] if extra[k] > 0 else np.inf)
+            able = [k for k, queue in enumerate(queues) if queue and np.isfinite(table[k, load[k] + 1])]
+            if not able:
+                return taken, value, 0.0
+            extra = {k: float(table[k, load[k] + 1] - table[k, load[k]]) for k in able}
+            best = max(able, key=lambda k: self.weight[queues[k][0]] / extra[k] if extra[k] > 0 else np.inf)
+            heaviest = float(self.weight[queues[best][0]])
             if extra[best] <= left_hz:
                 left_hz -= extra[best]
-                value += float(self.weight[queues[best][0]])
-                taken.append(queues[best].pop(0))
+                value += heaviest
+                taken[queues[best].pop(0)] = True
                 load[best] += 1
             elif relaxed:
-                return taken, value + float(self.weight[queues[best][0]]) * max(left_hz, 0.0) / extra[best]
+                return taken, value + heaviest * max(left_hz, 0.0) / extra[best], heaviest / extra[best]
             else:
                 queues[best] = []
 
-    def last_experts(self) -> tuple[list[Pair], bool]:
-        """One assignment of each token: its heaviest, or where the band is short a cheaper one; whether they fit."""
-        each = self.table[:, 1]
-        heaviest = self.best(1.0, np.zeros(len(each)))
-        if self.hertz(heaviest) <= self.total_hz:
-            return heaviest, True
-        cheapest = self.best(0.0, each)
-        if not self.hertz(cheapest) <= self.total_hz:
-            return cheapest, False
-        high, found = self.dearest(cheapest, each), cheapest
-        low = 1e-9 * high
-        for _ in range(PRICE_STEPS):
-            if not high > low * (1 + 1e-9):
+    def heaviest(self) -> BoolArray:
+        """Of each token, the first of equals."""
+        kept = np.zeros(self.device.shape, bool)
+        value = np.where(self.device >= 0, self.weight, -1.0)
+        kept[np.arange(len(kept)), value.argmax(axis=1)] = True
+        return kept & (self.device >= 0)
+
+    def squeeze(self, kept: BoolArray, price: float) -> tuple[BoolArray, bool]:
+        """From the relaxation, the price of a hertz at which what pays fits; what that is, whether anything fits."""
+        found, low, high, rise = kept, 0.0, np.inf, 1.03
+        for _ in range(12):
+            if not (price > 0 and high > low * 1.001):
                 break
-            middle = float(np.sqrt(low * high))
-            tried = self.best(1.0, middle * each)
-            if self.hertz(tried) <= self.total_hz:
-                high, found = middle, tried
+            kept = self.settle(kept, 1.0, price, 1)
+            if self.fits(kept):
+                high, found = price, kept
+                if self.hertz(kept) >= 0.98 * self.total_hz:
+                    break
             else:
-                low = middle
-        return found, True
+                low = price
+            price = 0.5 * price if low == 0 else rise * price if np.isinf(high) else float(np.sqrt(low * high))
+            rise *= rise
+        if np.isfinite(high):
+            return found, True
+        kept = self.settle(kept, 0.0, 1.0, 8)
+        return kept, self.fits(kept)
 
-    def dearest(self, cheapest: list[Pair], each: FloatArray) -> float:
-        """A price of hertz at which every token prefers the cheapest device."""
-        most = 0.0
-        for token, slot in cheapest:
-            for other in np.flatnonzero(self.device[token] >= 0):
-                dearer = each[self.device[token, other]] - each[self.device[token, slot]]
-                if dearer > 0:
-                    most = max(most, float((self.weight[token, other] - self.weight[token, slot]) / dearer))
-        return 2 * most
-
-    def best(self, factor: float, price: FloatArray) -> list[Pair]:
-        """Each token's assignment of greatest value; of equals the first, of unreachable ones the heaviest."""
-        chosen = []
-        for token, homes in enumerate(self.device):
-            slots = np.flatnonzero(homes >= 0)
-            if not slots.size:
-                continue
-            value = factor * self.weight[token, slots] - price[homes[slots]]
-            if np.isneginf(value).all():
-                value = self.weight[token, slots]
-            chosen.append((token, int(slots[value.argmax()])))
-        return chosen
+    def settle(self, kept: BoolArray, factor: float, price: float, passes: int) -> BoolArray:
+        """Token after token keeps what gains `factor` weight - price x hertz as things stand, or what loses least."""
+        kept, load = kept.copy(), self.loads(kept)
+        count = np.arange(self.table.shape[1])
+        soft = np.where(np.isfinite(self.table), self.table, self.total_hz * count)
+        for _ in range(passes):
+            before = kept.copy()
+            for token, homes in enumerate(self.device):
+                value = np.full(len(homes), -np.inf)
+                for slot in np.flatnonzero(homes >= 0):
+                    k = homes[slot]
+                    load[k] -= kept[token, slot]
+                    value[slot] = factor * self.weight[token, slot] - price * (soft[k, load[k] + 1] - soft[k, load[k]])
+                    kept[token, slot] = value[slot] > 0
+                    load[k] += kept[token, slot]
+                if (homes >= 0).any() and not kept[token].any():
+                    kept[token, value.argmax()] = True
+                    load[homes[value.argmax()]] += 1
+            if (kept == before).all():
+                break
+        return kept
