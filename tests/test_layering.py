@@ -134,7 +134,7 @@ def test_nothing_that_runs_foreign_bytes_and_no_assert(name):
     tree = _tree(name)
     for imported, _ in _imports(tree):
         # joblib moves its work between processes of one owner as pickles; nothing of a peer gets there.
-        ours = name == "wdmoe.simulation.study" and imported == "joblib"
+        ours = name == "wdmoe.simulation.study" and imported.split(".")[0] == "joblib"
         assert ours or imported.split(".")[0] not in FORBIDDEN_MODULES, f"{name} imports {imported}"
     for node in ast.walk(tree):
         assert not isinstance(node, ast.Assert), f"{name}:{node.lineno} asserts; raise an error of ours"

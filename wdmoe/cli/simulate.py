@@ -60,6 +60,7 @@ def _print(summaries: list[Summary]) -> None:
         (
             each.variant,
             f"{1e3 * each.latency_s:.4g} ± {1e3 * each.latency_ci_s:.2g}",
+            f"{1e3 * each.median_s:.4g}",
             "baseline" if number == 0 else f"{100 * each.saving:.1f} ± {100 * each.saving_ci:.1f}",
             f"{100 * each.dropped_weight:.1f}",
             f"{each.experts_per_token:.2f}",
@@ -68,5 +69,14 @@ def _print(summaries: list[Summary]) -> None:
         )
         for number, each in enumerate(summaries)
     ]
-    columns = ("variant", "latency, ms", "saved, %", "dropped weight, %", "experts a token", "MB on air", "outage, %")
+    columns = (
+        "variant",
+        "latency, ms",
+        "median, ms",
+        "saved, %",
+        "dropped weight, %",
+        "experts a token",
+        "MB on air",
+        "outage, %",
+    )
     print_table(columns, rows, right=1)

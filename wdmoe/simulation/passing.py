@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from wdmoe.gate_trace import GateTrace
 from wdmoe.simulation.drawing import Draw, windows
-from wdmoe.simulation.placing import Holders, holders_of
+from wdmoe.simulation.placing import Holders
 from wdmoe.simulation.scenario import Scenario, Variant
 from wdmoe.solver.plan import plan_layer
 
@@ -49,9 +49,8 @@ class Outcome:
 OUTCOMES = tuple(field.name for field in fields(Outcome))
 
 
-def outcome(scenario: Scenario, variant: Variant, draw: Draw, replay: Replay) -> Outcome:
-    """Run one variant on one draw."""
-    held = holders_of(variant, scenario.devices, draw.mean, replay.frequency)
+def outcome(scenario: Scenario, variant: Variant, draw: Draw, replay: Replay, held: Holders) -> Outcome:
+    """Run one variant on one draw, experts being held by `held`."""
     passes = [_one_pass(scenario, variant, draw, replay, held, number) for number in range(scenario.model.passes)]
     return Outcome(**{name: float(np.mean([each[name] for each in passes])) for name in OUTCOMES})
 

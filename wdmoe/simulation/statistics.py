@@ -21,6 +21,7 @@ class Summary:
     variant: str
     latency_s: float  # mean over the draws where neither it nor the baseline is in outage
     latency_ci_s: float
+    median_s: float  # fading has heavy tails: a few draws can make the mean
     saving: float  # mean over draws of 1 - latency / latency of the baseline on the same draw
     saving_ci: float
     dropped_weight: float
@@ -55,6 +56,7 @@ def _summary(study: Study, index: int, latency: FloatArray, fine: npt.NDArray[np
         variant=study.scenario.variants[index].name,
         latency_s=mean_s,
         latency_ci_s=half_s,
+        median_s=float(np.median(latency[fine, index])) if fine.any() else float("nan"),
         saving=saving,
         saving_ci=saving_half,
         dropped_weight=float(study.of("dropped_weight")[:, index].mean()),

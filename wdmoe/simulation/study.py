@@ -10,11 +10,13 @@ from typing import Any
 import joblib
 import numpy as np
 import numpy.typing as npt
+from joblib.externals.loky import get_reusable_executor
 
 from wdmoe.errors import ConfigError, MissingExtraError
 from wdmoe.gate_trace import GateTrace
 from wdmoe.simulation.drawing import make_draw
 from wdmoe.simulation.passing import OUTCOMES, Replay, outcome
+from wdmoe.simulation.placing import Holders, holders_of
 from wdmoe.simulation.scenario import Scenario
 from wdmoe.simulation.traces import find_trace
 
@@ -50,7 +52,7 @@ def run_study(scenario: Scenario, workers: int = -1, progress: Progress | None =
     rows: list[Any] = []
     with _backend(scenario.backend):
         parallel = joblib.Parallel(n_jobs=workers, return_as="generator")
-        task = joblib.delayed(_one_draw)
+        task = joblib.delayed(one_draw)
         # In order of their number, whoever finishes first.
         for row in parallel(task(scenario, replay, number) for number in range(scenario.draws)):
             rows.append(row)
@@ -59,10 +61,18 @@ def run_study(scenario: Scenario, workers: int = -1, progress: Progress | None =
     return Study(scenario, np.array(rows, np.float64))
 
 
-def _one_draw(scenario: Scenario, replay: Replay, number: int) -> list[tuple[float, ...]]:
+def one_draw(scenario: Scenario, replay: Replay, number: int) -> list[tuple[float, ...]]:
+    """All variants on draw `number`: values in the order of `OUTCOMES`."""
     layers, tokens = replay.experts.shape[:2]
     draw = make_draw(scenario, number, layers, tokens)
-    return [astuple(outcome(scenario, variant, draw, replay)) for variant in scenario.variants]
+    placed: dict[object, Holders] = {}
+    rows = []
+    for variant in scenario.variants:
+        key = (variant.placement, variant.replicas, variant.policy.levers.bits)
+        if key not in placed:
+            placed[key] = holders_of(variant, scenario.devices, draw.mean, replay.frequency)
+        rows.append(astuple(outcome(scenario, variant, draw, replay, placed[key])))
+    return rows
 
 
 def _check_fit(scenario: Scenario, trace: GateTrace) -> None:
@@ -96,8 +106,15 @@ def _backend(text: str) -> Iterator[None]:
             raise MissingExtraError(f"backend {text} needs {name}: pip install {_PACKAGES[name]}") from error
         except (OSError, ValueError, ConnectionError) as error:
             raise ConfigError(f"backend {text} cannot be reached: {error}") from error
+        if name == "loky":
+            stack.callback(_end_processes)
         stack.enter_context(joblib.parallel_config(backend=name))
         yield
+
+
+def _end_processes() -> None:
+    """joblib keeps its processes for a next time that does not come."""
+    get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
 
 _PACKAGES = {"dask": "'dask[distributed]'", "ray": "ray"}
