@@ -9,6 +9,7 @@ import pytest
 
 from wdmoe.records import ExpertId
 from wdmoe.solver.placement_exact import place_exactly
+from wdmoe.solver.placement_file import placement_of
 from wdmoe.solver.placement_greedy import place_greedily
 from wdmoe.solver.placement_plan import PlacementProblem, device_loads, latency_s, layer_bounds_s
 from wdmoe.solver.placement_shares import best_shares
@@ -168,7 +169,7 @@ def test_no_load_at_all():
 def test_the_plan_as_a_placement():
     frequency = np.array([[3.0, 1, 1, 1]])
     plan = place_greedily(PlacementProblem(frequency, np.ones(2), np.full(2, PLENTY), 1.0))
-    assert plan.placement(["a", "b"], [7]) == {
+    assert placement_of(plan.held, ["a", "b"], [7]) == {
         "a": (ExpertId(7, 0),),
         "b": (ExpertId(7, 1), ExpertId(7, 2), ExpertId(7, 3)),
     }

@@ -82,7 +82,7 @@ def place(
       {"kit": {"memory": "200MiB", "token": "2ms"}, "desk": {"memory": "1GiB", "token": "1ms"}}
     """
     from wdmoe.gate_trace import GateTrace
-    from wdmoe.solver.placement_file import write_placement
+    from wdmoe.solver.placement_file import placement_of, write_placement
 
     devices = _devices(flags, file)
     recorded = GateTrace.load(trace)
@@ -94,7 +94,7 @@ def place(
         need, have = (format_quantity(n, "size") for n in (experts * expert_size, problem.memory_bytes.sum()))
         raise ConfigError(f"{experts} experts of {need} together do not fit on devices of {have} together")
     _tell(problem, plan, names)
-    click.echo(write_placement(plan.placement(names, recorded.layers.tolist())), nl=False)
+    click.echo(write_placement(placement_of(plan.held, names, recorded.layers.tolist())), nl=False)
 
 
 def _devices(flags: tuple[Place, ...], file: Path | None) -> tuple[Place, ...]:

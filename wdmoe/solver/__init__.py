@@ -10,6 +10,9 @@ from wdmoe.solver.combining import combine, combine_partials, is_finite
 from wdmoe.solver.copies import choose_copies
 from wdmoe.solver.grouping import DeviceWork, Groups, group_by_device
 from wdmoe.solver.placement import place_experts
+from wdmoe.solver.placement_exact import place_exactly
+from wdmoe.solver.placement_greedy import place_greedily
+from wdmoe.solver.placement_plan import PlacementProblem, Plan
 from wdmoe.solver.replacing import replace_far
 from wdmoe.solver.selection import Choice, prune_experts, select_experts
 
@@ -20,6 +23,8 @@ __all__ = [
     "DeviceWork",
     "Groups",
     "Links",
+    "PlacementProblem",
+    "Plan",
     "allocate_bandwidth",
     "allocate_bandwidth_many",
     "choose_copies",
@@ -27,7 +32,9 @@ __all__ = [
     "combine_partials",
     "group_by_device",
     "is_finite",
+    "place_exactly",
     "place_experts",
+    "place_greedily",
     "prune_experts",
     "replace_far",
     "select_at_most_dropped",

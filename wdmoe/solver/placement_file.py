@@ -13,6 +13,9 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from wdmoe.errors import ConfigError
 from wdmoe.records import ExpertId
 
@@ -52,6 +55,20 @@ def write_placement(placement: Placement) -> str:
     devices = [f"    {json.dumps(name)}: {_write_device(name, experts)}" for name, experts in placement.items()]
     body = "{\n" + ",\n".join(devices) + "\n  }" if devices else "{}"
     return f'{{\n  "format": {FORMAT},\n  "devices": {body}\n}}\n'
+
+
+def placement_of(held: npt.NDArray[np.bool_], names: Sequence[str], layers: Sequence[int]) -> Placement:
+    """What `write_placement` writes, from who holds what.
+
+    Args:
+        held: (layers, experts, devices), as of a `Plan`.
+        names: of the devices.
+        layers: decoder layer of each row.
+    """
+    return {
+        name: tuple(ExpertId(int(layers[row]), int(expert)) for row, expert in zip(*np.nonzero(mine), strict=True))
+        for name, mine in zip(names, np.moveaxis(held, 2, 0), strict=True)
+    }
 
 
 def check_placement(placement: Placement, experts: Iterable[ExpertId]) -> None:

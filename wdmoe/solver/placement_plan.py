@@ -16,14 +16,12 @@ and go, and asks for an even share rather than for a model of time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-
-from wdmoe.records import ExpertId
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
@@ -98,18 +96,6 @@ class Plan:
         if not np.isfinite(self.latency_s):
             return 1.0
         return max(0.0, 1 - self.lower_bound_s / self.latency_s) if self.latency_s > 0 else 0.0
-
-    def placement(self, names: Sequence[str], layers: Sequence[int]) -> dict[str, tuple[ExpertId, ...]]:
-        """Experts of each device, for `write_placement`.
-
-        Args:
-            names: of the devices, in the problem's order.
-            layers: decoder layer of each row.
-        """
-        return {
-            name: tuple(ExpertId(int(layers[row]), int(e)) for row, e in zip(*np.nonzero(mine), strict=True))
-            for name, mine in zip(names, np.moveaxis(self.held, 2, 0), strict=True)
-        }
 
 
 def device_loads(problem: PlacementProblem, share: FloatArray) -> FloatArray:
