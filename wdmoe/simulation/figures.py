@@ -47,20 +47,23 @@ def _unit(seconds: float) -> tuple[float, str]:
 
 
 def _latency(study: Study, summaries: Sequence[Summary]) -> Figure:
-    """Mean latency with its interval, and what it saves."""
-    factor, unit = _unit(max((each.latency_s for each in summaries), default=0.0))
-    figure, axes = _axes(0.9 + 0.38 * len(summaries))
+    """Latency relative to the baseline's on the same draw, since a few deep fades can make the mean of seconds."""
+    figure, axes = _axes(1.0 + 0.38 * len(summaries))
     places = np.arange(len(summaries))[::-1]
-    means = [factor * each.latency_s for each in summaries]
-    halves = [factor * np.nan_to_num(each.latency_ci_s) for each in summaries]
+    means = [100 * (1 - np.nan_to_num(each.saving)) for each in summaries]
+    halves = [100 * np.nan_to_num(each.saving_ci) for each in summaries]
     axes.barh(places, means, xerr=halves, color="#4c78a8", height=0.62, capsize=3)
     for place, each, mean, half in zip(places, summaries, means, halves, strict=True):
-        text = "baseline" if each is summaries[0] else f"{-each.saving:+.1%} ± {np.nan_to_num(each.saving_ci):.1%}"
+        factor, unit = _unit(each.median_s)
+        text = f"{mean:.1f} ± {half:.1f} %, median {factor * each.median_s:.3g} {unit}"
         axes.annotate(text, (mean + half, place), (5, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_yticks(places, [each.variant for each in summaries])
-    axes.set_xlim(0, 1.28 * max(m + h for m, h in zip(means, halves, strict=True)))
+    axes.set_xlim(0, 1.45 * max(m + h for m, h in zip(means, halves, strict=True)))
     tokens = study.scenario.model.tokens
-    axes.set_xlabel(f"latency of {tokens} token{'s' * (tokens > 1)} through all layers, {unit} (mean, 95 % interval)")
+    axes.set_xlabel(
+        f"latency of {tokens} token{'s' * (tokens > 1)} through all layers, % of the first row's on the same draw\n"
+        "(mean and its 95 % interval)"
+    )
     axes.set_title(f"{study.scenario.name}: {study.scenario.draws} draws", loc="left")
     return figure
 
@@ -87,7 +90,6 @@ def _distribution(study: Study) -> Figure:
 
 def _dropped(study: Study, summaries: Sequence[Summary]) -> Figure:
     """What latency is paid with: gate weight that is not computed."""
-    factor, unit = _unit(max((each.latency_s for each in summaries), default=0.0))
     figure, axes = _axes(4.5)
     for index, each in enumerate(summaries):
         marker = "os^Dv<>PX*"[index % 10]
@@ -95,7 +97,7 @@ def _dropped(study: Study, summaries: Sequence[Summary]) -> Figure:
             100 * each.dropped_weight, factor * each.latency_s, marker, label=each.variant, color=f"C{index % 10}"
         )
     axes.set_xlabel("gate weight that is dropped, %")
-    axes.set_ylabel(f"mean latency, {unit}")
+    axes.set_ylabel("latency, % of the baseline's on the same draw")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
