@@ -25,7 +25,7 @@ def draw_figures(study: Study, summaries: Sequence[Summary], folder: Path) -> li
         figures = {
             "latency": _latency(study, summaries),
             "distribution": _distribution(study),
-            "dropped": _dropped(study, summaries),
+            "dropped": _dropped(summaries),
         }
         return [file for name, figure in figures.items() for file in save_figure(figure, folder / name)]
 
@@ -88,14 +88,12 @@ def _distribution(study: Study) -> Figure:
     return figure
 
 
-def _dropped(study: Study, summaries: Sequence[Summary]) -> Figure:
+def _dropped(summaries: Sequence[Summary]) -> Figure:
     """What latency is paid with: gate weight that is not computed."""
     figure, axes = _axes(4.5)
     for index, each in enumerate(summaries):
-        marker = "os^Dv<>PX*"[index % 10]
-        axes.plot(
-            100 * each.dropped_weight, factor * each.latency_s, marker, label=each.variant, color=f"C{index % 10}"
-        )
+        look = {"marker": "os^Dv<>PX*"[index % 10], "color": f"C{index % 10}", "linestyle": ""}
+        axes.plot(100 * each.dropped_weight, 100 * (1 - each.saving), label=each.variant, **look)
     axes.set_xlabel("gate weight that is dropped, %")
     axes.set_ylabel("latency, % of the baseline's on the same draw")
     axes.set_ylim(bottom=0)
