@@ -175,13 +175,16 @@ public:
     bool choose(double budget_s) {
         table_.begin(budget_s);
         take_heaviest();
-        if (!fit() && !squeeze()) return false;
+        const bool easy = fit();
+        if (!easy && !squeeze()) return false;
         split_rest();
         detail::HertzFilling filling(rest_, load_, table_);
         filling.whole(total_hz_ - hertz());
         for (std::size_t k = 0; k < given_.devices; ++k) {
             for (std::size_t i = 0; i < filling.taken[k]; ++i) kept_[rest_.entries[rest_.begin[k] + i].item] = 1;
+            load_[k] += filling.taken[k];
         }
+        if (!easy) exchange();
         return true;
     }
 
@@ -319,6 +322,30 @@ private:
         kept_[at + best] = 1;
         ++load_[given_.device[at + best]];
         return !had_best || changes > 1;
+    }
+
+    // Token after token exchanges what it keeps for something heavier, where the hertz that are left allow it.
+    void exchange() {
+        double left_hz = total_hz_ - hertz();
+        for (std::size_t at = 0; at < kept_.size(); at += given_.top_k) {
+            for (std::size_t a = at; a < at + given_.top_k; ++a) {
+                for (std::size_t b = at; b < at + given_.top_k && kept_[a] != 0; ++b) {
+                    if (kept_[b] != 0 || given_.device[b] < 0 || !(given_.weight[b] > given_.weight[a])) continue;
+                    std::size_t &from = load_[given_.device[a]], &to = load_[given_.device[b]];
+                    const double freed = table_.soft(given_.device[a], from) - table_.soft(given_.device[a], from - 1);
+                    --from;
+                    const double hertz = table_.soft(given_.device[b], to + 1) - table_.soft(given_.device[b], to);
+                    if (hertz - freed <= left_hz) {
+                        left_hz -= hertz - freed;
+                        kept_[a] = 0;
+                        kept_[b] = 1;
+                        ++to;
+                    } else {
+                        ++from;
+                    }
+                }
+            }
+        }
     }
 
     void split_rest() {

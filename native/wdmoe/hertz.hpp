@@ -77,7 +77,7 @@ public:
     // The same, but finite: what no band is enough for costs a whole band each, so that a search can leave it behind.
     double soft(std::size_t k, std::size_t n) {
         const double hertz = at(k, n);
-        return hertz < kNever ? hertz : total_hz_ * static_cast<double>(n);
+        return hertz < kNever ? hertz : total_hz_ * static_cast<double>(n + 1);
     }
 
 private:

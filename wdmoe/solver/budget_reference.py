@@ -26,12 +26,13 @@ def choose_within_budget(
     kept = layer.heaviest()
     none = np.zeros(device.shape, bool)
     whole, bound, price = layer.fill(none, layer.total_hz, relaxed=True)
-    if not layer.fits(kept):
+    easy = layer.fits(kept)
+    if not easy:
         kept, fits = layer.squeeze(whole, price)
         if not fits:
             return kept, 0.0, False
     more, _, _ = layer.fill(kept, layer.total_hz - layer.hertz(kept))
-    return kept | more, bound, True
+    return kept | more if easy else layer.exchange(kept | more), bound, True
 
 
 @dataclass(slots=True)
@@ -119,7 +120,7 @@ class _Layer:
         """Token after token keeps what gains `factor` weight - price x hertz as things stand, or what loses least."""
         kept, load = kept.copy(), self.loads(kept)
         count = np.arange(self.table.shape[1])
-        soft = np.where(np.isfinite(self.table), self.table, self.total_hz * count)
+        soft = np.where(np.isfinite(self.table), self.table, self.total_hz * (count + 1))
         for _ in range(passes):
             before = kept.copy()
             for token, homes in enumerate(self.device):
@@ -135,4 +136,18 @@ class _Layer:
                     load[homes[value.argmax()]] += 1
             if (kept == before).all():
                 break
+        return kept
+
+    def exchange(self, kept: BoolArray) -> BoolArray:
+        """Token after token exchanges what it keeps for something heavier, where the hertz that are left allow it."""
+        kept = kept.copy()
+        for token, homes in enumerate(self.device):
+            for a in range(len(homes)):
+                for b in np.flatnonzero((homes >= 0) & (self.weight[token] > self.weight[token, a])):
+                    if not kept[token, a] or kept[token, b]:
+                        continue
+                    tried = kept.copy()
+                    tried[token, a], tried[token, b] = False, True
+                    if self.fits(tried):
+                        kept = tried
         return kept
