@@ -81,7 +81,9 @@ inline void cholesky_solve(const double* a, std::size_t n, double* x) {
 class ManyBlocks {
 public:
     explicit ManyBlocks(const BandwidthCore& core)
-        : core_(core), m_(core.rows), n_(core.columns), w_(core.width()), tall_(m_ >= w_) {}
+        : core_(core), m_(core.rows), n_(core.columns), w_(core.width()), tall_(m_ >= w_) {
+        for (std::size_t c = 0; c < n_; ++c) free_ = free_ && core.low[c] <= kSmallestShare && core.high[c] > 1.0;
+    }
 
     // `start_band` (columns,) and `start_weight` (rows, width) of an earlier answer, or empty.
     void solve(const std::vector<double>& start_band, const std::vector<double>& start_weight, double tolerance,
@@ -108,6 +110,7 @@ private:
     const BandwidthCore& core_;
     const std::size_t m_, n_, w_;
     const bool tall_;  // more blocks than devices: the T are eliminated, otherwise the y
+    bool free_ = true;  // no floors, no caps: with them the price may fall to nothing
     double unit_s_ = 1.0;
     std::vector<double> load_, fixed_;                    // (m, w) in units of unit_s_ and of y at the start
     std::vector<double> band_, scale_, y_, y_low_, y_high_;  // (w)
@@ -434,10 +437,23 @@ private:
         for (std::size_t c = 0; c < w_; ++c) right_columns_[c] = -price_ * first_[c];
         newton();
         const double aim = predicted(gap);
-        const double centered = aim * aim * aim * gap / static_cast<double>(m_ * w_ + 2 * n_);
+        const double wait = free_ && gap < 0.03 ? std::min(0.8, 10.0 * unsettled() / gap) : 0.0;
+        const double keep = std::max(aim * aim * aim, wait);
+        const double centered = keep * gap / static_cast<double>(m_ * w_ + 2 * n_);
         correct(centered);
         newton();
         move(centered, gap);
+    }
+
+    // What it costs that the bands are not at their price yet, in units of the gap. A device that needs little comes
+    // nearer to its band by a constant factor a step; were the gap closed before, no room would be left to move in.
+    double unsettled() const {
+        double sum = 0.0;
+        for (std::size_t c = 0; c < n_; ++c) {
+            const double force = mean_load_[c] + price_ * first_[c] - low_weight_[c] + high_weight_[c];
+            sum += force * force / (2.0 * price_ * second_[c]);
+        }
+        return sum;
     }
 
     // Share of the gap that is left after the longest predictor step.
