@@ -156,7 +156,9 @@ def test_a_draw_in_outage_is_counted_and_left_out_of_means(small: Scenario) -> N
 def test_results_are_whole_and_verify(results: Path) -> None:
     names = {file.name for file in results.iterdir()}
     assert {"manifest.json", "scenario.toml", "draws.csv", "summary.csv", "latency.png", "latency.svg"} <= names
-    assert verify_results(results, 1).name == "small"
+    scenario, again = verify_results(results, 1)
+    assert (scenario.name, again) == ("small", 4)
+    assert verify_results(results, 1, draws=2)[1] == 2
     assert (results / "latency.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -187,6 +189,15 @@ def test_a_figure_whose_hash_was_mended_is_found_by_running_again(results: Path,
     _mend(folder, "draws.csv")
     with pytest.raises(ConfigError, match="line 4"):
         verify_results(folder, 1)
+
+
+def test_a_summary_whose_hash_was_mended_is_found(results: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(results, tmp_path / "copy")
+    text = (folder / "summary.csv").read_text()
+    (folder / "summary.csv").write_text(text.replace("equal,0.", "equal,1.", 1))
+    _mend(folder, "summary.csv")
+    with pytest.raises(ConfigError, match="summary.csv, line 2"):
+        verify_results(folder, 1, draws=1)
 
 
 def test_digits_that_another_processor_may_have_are_accepted(results: Path, tmp_path: Path) -> None:

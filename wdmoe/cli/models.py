@@ -105,7 +105,10 @@ def split(dense: Path, moe: Path, **flags: Any) -> None:
 
 @click.command()
 @click.argument("folder", type=DIRECTORY)
-def verify(folder: Path) -> None:
+@click.option(
+    "--draws", type=click.IntRange(min=1), help="Of results, run only the first so many again.  [default: all]"
+)
+def verify(folder: Path, draws: int | None) -> None:
     """Check a bundle's files and graphs, or simulation results.
 
     Of a bundle every file must be what its manifest says, and every expert's graph must be sound. Results of
@@ -114,22 +117,23 @@ def verify(folder: Path) -> None:
     \b
     Examples:
       wdmoe-node verify ./mixtral-bundle
-      wdmoe-node verify ./journal-results
+      wdmoe-node verify ./journal-results --draws 10     # a sample; without it every draw
     """
     if json_kind(folder / "manifest.json") == RESULTS_KIND:
-        _verify_results(folder)
+        _verify_results(folder, draws)
     else:
         _verify_bundle(folder)
 
 
-def _verify_results(folder: Path) -> None:
+def _verify_results(folder: Path, draws: int | None) -> None:
     with needs_extra("sim"):
         from wdmoe.simulation.results import verify_results
     from wdmoe.cli.progress import CountProgress
 
     with CountProgress(f"verify {folder.name}", "draws") as progress:
-        scenario = verify_results(folder, progress=progress.reach)
-    click.echo(f"{folder} holds what {scenario.name} gives: {scenario.draws} draws run again, seed {scenario.seed}")
+        scenario, again = verify_results(folder, progress=progress.reach, draws=draws)
+    of = "" if again == scenario.draws else f" of {scenario.draws}"
+    click.echo(f"{folder} holds what {scenario.name} gives: {again}{of} draws run again, seed {scenario.seed}")
 
 
 def _verify_bundle(folder: Path) -> None:
