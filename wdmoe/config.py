@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wdmoe.errors import ConfigError
 
-POLICIES = ("topk", "cosine")
+POLICIES = ("topk", "cosine", "bottleneck", "budget")
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -32,6 +32,16 @@ def _positive(name: str, value: float) -> None:
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def check_budget(policy: str, budget_s: float) -> None:
+    """Raises ConfigError where the policy `budget` has none, or another one has one, which it would not look at."""
+    if policy == "budget":
+        if budget_s == 0:
+            raise ConfigError("policy budget needs --budget, the time for a pass's experts, as in --budget 150ms")
+        _positive("budget", budget_s)
+    elif budget_s != 0:
+        raise ConfigError(f"--budget is for --policy budget; policy {policy} does not look at it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +93,7 @@ class StationSettings:
     http_port: int = 8080  # -1: no HTTP
     api_key: str = ""
     policy: str = "topk"
+    budget_s: float = 0.0  # `budget`: what a forward pass may spend in experts, over all layers
     deadline_s: float = 1.0  # longest wait for experts of one layer, plus deadline_per_token_s for each token
     deadline_per_token_s: float = 0.02
     prefill_chunk: int = 128  # tokens of a prompt in one forward pass
@@ -99,6 +110,7 @@ class StationSettings:
 
     def __post_init__(self) -> None:
         _one_of("policy", self.policy, POLICIES)
+        check_budget(self.policy, self.budget_s)
         for name in ("deadline_s", "prefill_chunk", "max_active", "lease_s"):
             _positive(name, getattr(self, name))
         if self.max_queued < 0 or self.deadline_per_token_s < 0 or self.threads < 0:

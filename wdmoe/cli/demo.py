@@ -13,7 +13,7 @@ import click
 
 from wdmoe.cli.bundles import find_bundle
 from wdmoe.cli.failures import needs_extra
-from wdmoe.cli.params import DIRECTORY, FILE, RATES
+from wdmoe.cli.params import DIRECTORY, FILE, RATES, TIME, refuse_budget
 from wdmoe.config import POLICIES, cache_home
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ _PROMPT = "Tell me a short story about a lighthouse keeper who finds a message i
     show_default=True,
     help="How the first run chooses experts.",
 )
+@click.option("--budget", "budget_s", type=TIME, default=0, help="For --policy budget: time for the experts of a pass.")
 @click.option(
     "--links",
     "rates_bps",
@@ -61,8 +62,10 @@ def demo(bundle: str, cache: Path | None, no_view: bool, as_json: bool, picture:
       wdmoe-node demo
       wdmoe-node demo "Why is the sky blue?" --tokens 100
       wdmoe-node demo --devices 4 --links 100Mbit/s,50Mbit/s,20Mbit/s,5Mbit/s
+      wdmoe-node demo --policy budget --budget 150ms
       wdmoe-node demo --model ./mixtral-bundle --links 0 --json > figures.json
     """
+    refuse_budget(flags["policy"], flags["budget_s"])
     signal.signal(signal.SIGTERM, _end)
     from wdmoe.backbone.bundle import Bundle
     from wdmoe.nodes.demo.figures import as_document

@@ -8,7 +8,7 @@ import click
 
 from wdmoe.cli.failures import needs_extra
 from wdmoe.cli.logs import tell_events
-from wdmoe.cli.params import DIRECTORY, FILE, LISTEN, RATE, SECRET, SIZE, TIME
+from wdmoe.cli.params import DIRECTORY, FILE, LISTEN, RATE, SECRET, SIZE, TIME, refuse_budget
 from wdmoe.cli.running import run_until_stopped
 from wdmoe.config import POLICIES, PROVIDERS, DeviceSettings, LinkEmulation, StationSettings
 
@@ -111,7 +111,15 @@ def device(downlink: float, uplink: float, **flags: Any) -> None:
     type=click.Choice(POLICIES),
     default="topk",
     show_default=True,
-    help="Which experts serve a token: the gate's top k, or of those the ones worth their latency.",
+    help="Which experts serve a token: the gate's top k; or of those the ones worth their latency (cosine), all but "
+    "light work of the device that would be last (bottleneck), or as much as fits --budget.",
+)
+@click.option(
+    "--budget",
+    "budget_s",
+    type=TIME,
+    default=0,
+    help="For --policy budget: time that a pass through the model may spend in experts, all layers together.",
 )
 @click.option("--placement", type=FILE, help="Who holds what; `place` and `status --print-placement` write one.")
 @click.option("--record-trace", type=FILE, help="Leave a gate trace (.npz, no text) of what was served when it stops.")
@@ -181,8 +189,10 @@ def bs(bundle: str, http: tuple[str, int], **flags: Any) -> None:
     Examples:
       wdmoe-node bs default
       wdmoe-node bs ./mixtral-bundle --http 0.0.0.0:8080 --api-key @key.txt --policy cosine
+      wdmoe-node bs default --policy budget --budget 150ms
       curl 127.0.0.1:8080/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once upon"}'
     """
+    refuse_budget(flags["policy"], flags["budget_s"])
     with needs_extra("bs"):
         from wdmoe.cli.bundles import find_bundle
         from wdmoe.nodes import base_station

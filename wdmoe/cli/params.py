@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from wdmoe.config import check_budget
 from wdmoe.errors import ConfigError
 from wdmoe.units import Dimension, parse_quantity
 
@@ -53,6 +54,14 @@ class Secret(click.ParamType):  # type: ignore[type-arg]
             return Path(text[1:]).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             self.fail(f"cannot read {text[1:]}: {error}", param, ctx)
+
+
+def refuse_budget(policy: str, budget_s: float) -> None:
+    """Raises click.UsageError where `--policy` and `--budget` do not go together."""
+    try:
+        check_budget(policy, budget_s)
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from error
 
 
 FREQUENCY = Quantity("frequency")

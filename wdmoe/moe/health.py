@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from wdmoe.transport.messages import Int32Array
 from wdmoe.transport.routing import DeviceRoute
@@ -65,12 +66,14 @@ class DeviceHealth:
         usable = np.array([self.usable(device) for device in devices] + [False])  # index -1: not served
         return usable[device_of]
 
-    def latency_s(self, devices: tuple[DeviceRoute, ...], device_of: Int32Array) -> np.ndarray:
-        """(experts,) float64: expected seconds per token. A device not yet measured counts as the mean one."""
+    def pace_s(self, devices: tuple[DeviceRoute, ...]) -> npt.NDArray[np.float64] | None:
+        """(devices,) expected seconds per token, > 0. One not measured counts as the mean one; None: none was."""
         seen = [r.token_s if (r := self._records.get(device.route)) else 0.0 for device in devices]
         known = [s for s in seen if s > 0]
-        mean_s = sum(known) / len(known) if known else 1.0
-        return np.array([s or mean_s for s in seen] + [mean_s])[device_of]
+        if not known:
+            return None
+        mean_s = sum(known) / len(known)
+        return np.array([s or mean_s for s in seen])
 
     def token_s(self, route: bytes) -> float | None:
         """Running mean of seconds per token of one connection; None while nothing was measured. Any thread."""

@@ -19,7 +19,8 @@ from wdmoe.ledger import Ledger
 from wdmoe.moe.combine import Answer, Missing, combine, missing_weight
 from wdmoe.moe.dispatch import Part, dispatch
 from wdmoe.moe.health import DeviceHealth
-from wdmoe.moe.select import Chosen, Demand, choose, substitute
+from wdmoe.moe.select import Chosen, Costs, Demand, choose, substitute
+from wdmoe.solver.bandwidth import Links
 from wdmoe.solver.combining import is_finite
 from wdmoe.transport.exchange import Exchange
 from wdmoe.transport.messages import Activations, Float32Array, Int32Array
@@ -35,6 +36,7 @@ class LayerRules:
     """How layers are served: from the bundle (what the model wants) and the settings (what the user wants)."""
 
     policy: str = "topk"
+    budget_s: float = 0.0  # `budget`: what one layer may take
     renormalise: bool = True  # on drop: kept weights grow to the sum of all; else they keep their values
     gate_temperature: float = 1.0
     deadline_s: float = 1.0
@@ -50,6 +52,7 @@ class ExpertLayers:
         self._rules = rules
         self.health = DeviceHealth()
         self._seen = Routing()
+        self._links = _own_links(0)
 
     def run(
         self,
@@ -87,6 +90,7 @@ class ExpertLayers:
         if routing is not self._seen:
             self.health.forget_all_but(routing.devices)
             self._seen = routing
+            self._links = _own_links(len(routing.devices))
         return routing
 
     def _choose(self, routing: Routing, layer: int, demand: Demand) -> Chosen:
@@ -95,11 +99,20 @@ class ExpertLayers:
         return choose(
             demand,
             policy=self._rules.policy,
-            latency_s=None if self._rules.policy == "topk" else self.health.latency_s(routing.devices, device_of),
+            costs=None if self._rules.policy == "topk" else self._costs(routing, device_of),
+            budget_s=self._rules.budget_s,
             available=None if all_served else self.health.available(routing.devices, device_of),
             renormalise=self._rules.renormalise,
             gate_temperature=self._rules.gate_temperature,
         )
+
+    def _costs(self, routing: Routing, device_of: Int32Array) -> Costs | None:
+        """What the policy decides by; None while no device was measured."""
+        token_s = self.health.pace_s(routing.devices)
+        if token_s is None:
+            return None
+        links = self._links.with_compute(token_s) if self._rules.policy == "budget" else self._links
+        return Costs(device_of, token_s, links)
 
     def _device_of(self, routing: Routing, layer: int) -> Int32Array:
         device_of = routing.device_of.get(layer)
@@ -178,6 +191,12 @@ class ExpertLayers:
         partly = (owed > 0) & (arrived > NOTHING * wanted)
         scale: Float32Array = np.where(partly, wanted / np.where(partly, arrived, 1), 1).astype(np.float32)
         return scale
+
+
+def _own_links(devices: int) -> Links:
+    """Links that share nothing: what a token takes on them is measured, together with its compute."""
+    nothing = np.zeros(max(devices, 1))
+    return Links(downlink_snr_hz=nothing, uplink_snr_hz=nothing, downlink_bits=nothing, uplink_bits=nothing)
 
 
 def _owed(tokens: int, parts: list[Part]) -> Float32Array | None:

@@ -8,8 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.solver.bandwidth import Links
+from wdmoe.solver.bottleneck import shed_bottleneck
+from wdmoe.solver.budget import select_within_budget
 from wdmoe.solver.selection import prune_experts
 from wdmoe.transport.messages import Float32Array, Int32Array
+
+FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,11 +36,22 @@ class Chosen:
     lost: Float32Array | None = None  # (tokens,) share left out because no device serves the expert; None: nothing
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Costs:
+    """What the devices take for a token now, as far as that is known."""
+
+    device_of: Int32Array  # (experts,) the device that serves each, -1: none does
+    token_s: FloatArray  # (devices,) expected seconds per token, > 0
+    links: Links  # the same for `budget`, which chooses with the band in hand; no bits where each has a link of its own
+    total_hz: float = 1.0  # the band that they share
+
+
 def choose(
     demand: Demand,
     *,
     policy: str,
-    latency_s: npt.NDArray[np.float64] | None,
+    costs: Costs | None,
+    budget_s: float,
     available: npt.NDArray[np.bool_] | None,
     renormalise: bool,
     gate_temperature: float,
@@ -44,22 +60,37 @@ def choose(
 
     Args:
         demand: the gate's own choice.
-        policy: "topk" keeps it; "cosine" drops by weight and latency (Algorithm 1 of WDMoE).
-        latency_s: (experts,) expected seconds per token; None where nothing is known: the policy drops nothing.
+        policy: "topk" keeps it; "cosine" drops by weight and latency (Algorithm 1 of WDMoE); "bottleneck" relieves the
+            device that would be last (Algorithm 2); "budget" keeps the most weight that fits a time.
+        costs: of the devices; None where nothing is known: the policy drops nothing.
+        budget_s: seconds that this layer may take, for "budget".
         available: (experts,) bool; None where every expert is served.
         renormalise: kept weights grow to the sum of all; else they keep their values.
         gate_temperature: what the router's scores are divided by before a policy ranks by them.
     """
     kept, lost = (demand, None) if available is None else _without_unavailable(demand, available, renormalise)
-    if policy == "topk" or latency_s is None:
+    if policy == "topk" or costs is None:
         return Chosen(kept.experts, kept.weights, lost=lost)
     ranks = _ranks(kept, gate_temperature)
-    pruned = prune_experts(kept.experts, ranks, latency_s, policy=policy, renormalise=False).experts
+    pruned = _prune(kept.experts, ranks, policy, costs, budget_s)
     weights = np.where(pruned >= 0, kept.weights, np.float32(0))
     dropped = _share(kept.weights - weights, demand.weights)
     if renormalise:
         weights = _grow(weights, kept.weights.sum(axis=1))
     return Chosen(pruned, weights, dropped=dropped, lost=lost)
+
+
+def _prune(experts: Int32Array, ranks: FloatArray, policy: str, costs: Costs, budget_s: float) -> Int32Array:
+    """(tokens, top_k) what the policy keeps, -1 where it drops."""
+    if policy == "bottleneck":
+        kept = shed_bottleneck(experts, ranks, costs.device_of, costs.token_s)
+        return np.where(kept, experts, np.int32(-1))
+    if policy == "budget":
+        return select_within_budget(
+            experts, ranks, costs.device_of, costs.links, costs.total_hz, budget_s, renormalise=False
+        ).experts
+    latency_s = np.append(costs.token_s, costs.token_s.mean())[costs.device_of]  # index -1: not served
+    return prune_experts(experts, ranks, latency_s, policy=policy, renormalise=False).experts
 
 
 def substitute(demand: Demand, rows: npt.NDArray[np.intp], available: npt.NDArray[np.bool_]) -> Chosen | None:

@@ -200,6 +200,7 @@ class BaseStation:
         manifest, settings = self.bundle.manifest, self._settings
         return LayerRules(
             policy=settings.policy,
+            budget_s=settings.budget_s / max(len(manifest.moe_layers), 1),
             renormalise=manifest.on_drop == "renormalise",
             gate_temperature=manifest.gate_temperature,
             deadline_s=settings.deadline_s,

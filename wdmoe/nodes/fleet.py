@@ -53,6 +53,7 @@ class FleetPlan:
     bundle: Path
     placement: str
     policy: str
+    budget_s: float  # of the policy `budget`, else 0
     cache: Path
     devices: tuple[DevicePlan, ...]
 
@@ -109,6 +110,7 @@ class Fleet:
         placement.write_text(self._plan.placement)
         words = ["-v", "bs", str(self._plan.bundle.resolve()), "--bind", "tcp://127.0.0.1:*", "--http", "127.0.0.1:0"]
         words += ["--policy", self._plan.policy, "--placement", str(placement), "--state", str(self._folder / "state")]
+        words += ["--budget", f"{self._plan.budget_s!r}s"] if self._plan.budget_s else []
         words += ["--deadline", DEADLINE, "--lease", LEASE, "--prefill-chunk", str(PREFILL_CHUNK), "--threads", "1"]
         return self._start("base-station", words)
 

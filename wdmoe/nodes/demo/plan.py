@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wdmoe.backbone.bundle import ExpertFile
-from wdmoe.config import POLICIES
+from wdmoe.config import POLICIES, check_budget
 from wdmoe.errors import ConfigError
 from wdmoe.nodes.demo.links import Links, equal_links, unequal_links
 from wdmoe.solver.placement_file import write_placement
@@ -24,6 +24,7 @@ class DemoSettings:
     devices: int = 8
     tokens: int = 64  # of the answer, at most
     policy: str = "cosine"
+    budget_s: float = 0.0  # of the policy `budget`
     rates_bps: tuple[float, ...] = ()  # see `unequal_links`
     seed: int = 0
     compare: bool = True  # also with plain top-k
@@ -35,6 +36,7 @@ class DemoSettings:
             raise ConfigError(f"tokens must be at least 1, got {self.tokens}")
         if self.policy not in POLICIES:
             raise ConfigError(f"policy must be one of {', '.join(POLICIES)}; got {self.policy!r}")
+        check_budget(self.policy, self.budget_s)
         if not self.prompt.strip():
             raise ConfigError("the prompt is empty")
         unequal_links(self.devices, self.rates_bps, self.seed)

@@ -55,6 +55,7 @@ def _fleet_plan(settings: DemoSettings, bundle: Bundle, plan: RunPlan) -> FleetP
         bundle=bundle.root,
         placement=placement_text(dealt),
         policy=plan.policy,
+        budget_s=settings.budget_s if plan.policy == "budget" else 0.0,
         cache=settings.cache,
         devices=tuple(
             DevicePlan(name=name, link=link, memory_bytes=sum(file.size for file in files))

@@ -1,0 +1,206 @@
+"""Policies on the live node: real model, codec and experts, the decisions taken from what the devices showed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from tests.families import save_tiny
+from tests.lab import Lab
+from wdmoe.backbone.bundle import Bundle
+from wdmoe.backbone.export import ExportSettings, export_bundle
+from wdmoe.cli.main import cli
+from wdmoe.config import POLICIES, StationSettings
+from wdmoe.errors import ConfigError
+from wdmoe.ledger import Ledger
+from wdmoe.moe.health import DeviceHealth
+from wdmoe.moe.select import Costs, Demand, choose
+from wdmoe.records import GenerationRequest, Receipt, Sampling, TextDelta
+from wdmoe.solver.bandwidth import Links
+from wdmoe.transport.messages import Message, Run
+
+PROMPT = tuple(range(40, 60))
+HUGE_S = 1e6
+
+
+@pytest.fixture(scope="module", params=["mixtral", "granitemoeshared"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp(request.param)
+    export_bundle(save_tiny(request.param, folder / "checkpoint"), folder / "bundle", ExportSettings())
+    return Bundle.open(folder / "bundle")
+
+
+@contextmanager
+def opened(bundle: Bundle, **rules: Any) -> Iterator[Lab]:
+    lab = Lab(bundle, rules=rules)
+    try:
+        yield lab
+    finally:
+        lab.close()
+
+
+def ask(lab: Lab) -> tuple[list[int], Receipt]:
+    async def answer() -> tuple[list[int], Receipt]:
+        sampling = Sampling(max_tokens=8, ignore_eos=True)
+        ids, receipt = [], None
+        async for event in lab.engine.stream(GenerationRequest(request_id="t", prompt=PROMPT, sampling=sampling)):
+            if isinstance(event, TextDelta):
+                ids += [event.token_id] if event.token_id >= 0 else []
+            else:
+                receipt = event.receipt
+        assert receipt is not None
+        return ids, receipt
+
+    return asyncio.run(answer())
+
+
+class Watched:
+    """What every layer demanded, and what the devices were asked."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.wanted: list[float] = []  # sum over tokens of the share of the gate weight that was not asked for
+        self.runs: list[Run] = []
+        self._lab, self._run = lab, lab.layers.run
+        lab.layers.run = self._layer  # type: ignore[method-assign]
+        for device in lab.devices:
+            device.spoil = self._answer
+
+    def _answer(self, run: Run, reply: Message) -> Message:
+        self.runs.append(run)
+        return reply
+
+    def _layer(self, layer: int, tokens: Any, demand: Demand, ledger: Ledger, meanwhile: Any) -> Any:
+        before = len(self.runs)
+        out = self._run(layer, tokens, demand, ledger, meanwhile)
+        asked = np.zeros(len(tokens))
+        for run in self.runs[before:]:
+            experts = np.repeat(run.experts, run.counts)
+            rows = [int(np.flatnonzero((tokens == run.tokens[row]).all(axis=1))[0]) for row in run.rows]
+            for row, expert in zip(rows, experts, strict=True):
+                asked[row] += demand.weights[row][demand.experts[row] == expert][0]
+        self.wanted.append(float((1 - asked / demand.weights.sum(axis=1)).sum()))
+        return out
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_is_not_asked_for_is_what_the_receipt_says(bundle: Bundle, policy: str) -> None:
+    with opened(bundle, policy=policy, budget_s=1e-4 if policy == "budget" else 0.0) as lab:
+        ask(lab)  # so that the devices' pace is known
+        watched = Watched(lab)
+        _, receipt = ask(lab)
+    layers = lab.station.manifest.moe_layers
+    dropped = sum(watched.wanted) / (len(layers) * (len(PROMPT) + 7))
+    assert receipt.dropped_weight == pytest.approx(dropped, abs=1e-5)
+    assert receipt.lost_weight == 0
+    assert not receipt.degraded
+    assert receipt.policy == policy
+    if policy == "topk":
+        assert receipt.dropped_weight == 0
+    if policy == "budget":  # nothing fits, so each token keeps one expert
+        assert all(len(run.rows) == len(run.tokens) for run in watched.runs)
+        assert dropped > 0.1
+
+
+def test_a_budget_that_is_never_short_changes_nothing(bundle: Bundle) -> None:
+    with opened(bundle) as lab:
+        plain, _ = ask(lab)
+    with opened(bundle, policy="budget", budget_s=HUGE_S) as lab:
+        for _ in range(2):
+            ids, receipt = ask(lab)
+            assert (ids, receipt.dropped_weight) == (plain, 0.0)
+
+
+def costs(token_s: list[float], device_of: list[int]) -> Costs:
+    none = np.zeros(len(token_s))
+    links = Links(downlink_snr_hz=none, uplink_snr_hz=none, downlink_bits=none, uplink_bits=none)
+    pace = np.array(token_s)
+    return Costs(np.array(device_of, np.int32), pace, links.with_compute(pace))
+
+
+def decide(
+    policy: str, experts: list[list[int]], weights: list[list[float]], known: Costs | None, **changes: Any
+) -> Any:
+    demand = Demand(np.array(experts, np.int32), np.array(weights, np.float32), None)
+    rules = {"budget_s": 0.0, "available": None, "renormalise": False, "gate_temperature": 1.0}
+    return choose(demand, policy=policy, costs=known, **{**rules, **changes})
+
+
+def test_budget_counts_what_each_device_gets() -> None:
+    known = costs([1e-3, 1e-3], [0, 0, 1, 1])
+    experts, weights = [[0, 2], [1, 3]], [[0.6, 0.4], [0.7, 0.3]]
+    fits = decide("budget", experts, weights, known, budget_s=2.1e-3)
+    assert fits.experts.tolist() == experts
+    assert fits.dropped.tolist() == [0, 0]
+    short = decide("budget", experts, weights, known, budget_s=1.1e-3)  # one for each device
+    assert np.bincount(short.experts[short.experts >= 0] // 2).tolist() == [1, 1]
+    assert short.dropped == pytest.approx([0.6, 0.3])  # the first token leaves device 0 to the second
+
+
+def test_bottleneck_sheds_light_work_of_the_slow_device() -> None:
+    known = costs([1e-3, 9e-3], [0, 1, 1])
+    chosen = decide("bottleneck", [[0, 1], [0, 2]], [[0.8, 0.2], [0.5, 0.5]], known)
+    assert chosen.experts.tolist() == [[0, -1], [0, 2]]
+    assert chosen.weights == pytest.approx(np.array([[0.8, 0], [0.5, 0.5]]))
+    grown = decide("bottleneck", [[0, 1], [0, 2]], [[0.8, 0.2], [0.5, 0.5]], known, renormalise=True)
+    assert grown.weights == pytest.approx(np.array([[1.0, 0], [0.5, 0.5]]))
+    assert grown.dropped == pytest.approx([0.2, 0])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_nothing_is_dropped_before_anything_is_known(policy: str) -> None:
+    chosen = decide(policy, [[0, 1]], [[0.9, 0.1]], None, budget_s=1e-9)
+    assert chosen.experts.tolist() == [[0, 1]]
+    assert chosen.dropped is None
+
+
+def test_the_pace_of_a_device_that_was_not_asked_is_the_mean() -> None:
+    health = DeviceHealth()
+    devices = tuple(SimpleNamespace(route=route) for route in (b"a", b"b", b"c"))
+    assert health.pace_s(devices) is None  # type: ignore[arg-type]
+    health.answered(b"a", 4e-3, 4)
+    health.answered(b"c", 3e-3, 1)
+    assert health.pace_s(devices) == pytest.approx([1e-3, 2e-3, 3e-3])  # type: ignore[arg-type]
+
+
+def test_links_take_another_compute_time() -> None:
+    links = Links(downlink_snr_hz=[1e6, 1e7], uplink_snr_hz=1e6, downlink_bits=8.0, uplink_bits=8.0, compute_s=1e-3)
+    other = links.with_compute(np.array([2e-3, 0.0]))
+    assert other.table[4].tolist() == [2e-3, 0.0]
+    assert (other.table[:4] == links.table[:4]).all()
+    assert links.table[4].tolist() == [1e-3, 1e-3]
+    for wrong in (np.zeros(3), np.array([1.0, -1.0]), np.array([1.0, np.nan]), np.array([1.0, np.inf])):
+        with pytest.raises(ValueError, match="compute_s"):
+            links.with_compute(wrong)
+
+
+def test_policy_and_budget_go_together(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs --budget"):
+        StationSettings(bundle=tmp_path, policy="budget")
+    with pytest.raises(ConfigError, match="does not look at it"):
+        StationSettings(bundle=tmp_path, policy="cosine", budget_s=0.1)
+    with pytest.raises(ConfigError, match="budget must be positive"):
+        StationSettings(bundle=tmp_path, policy="budget", budget_s=float("nan"))
+
+
+@pytest.mark.parametrize("command", [["bs", "nowhere"], ["demo"]])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--policy", "budget"], "policy budget needs --budget"),
+        (["--policy", "bottleneck", "--budget", "150ms"], "does not look at it"),
+        (["--policy", "budget", "--budget", "150"], "the unit is missing"),
+        (["--policy", "luck"], "'luck' is not one of"),
+    ],
+)
+def test_flags_that_do_not_go_together(command: list[str], flags: list[str], said: str) -> None:
+    done = CliRunner().invoke(cli, [*command, *flags])
+    assert done.exit_code == 2
+    assert said in done.output
