@@ -32,7 +32,6 @@ def perplexity(model: Any, tokenizer: Any, text: str, window: int = 512, max_tok
     return window_perplexity(model, torch.tensor(ids[: count * window]).view(count, window))
 
 
-@torch.no_grad()
 def window_perplexity(model: Any, windows: torch.Tensor, progress: Callable[[float], None] = lambda _: None) -> float:
     """exp of the mean negative log-likelihood of every token but the first of each window.
 
@@ -43,8 +42,18 @@ def window_perplexity(model: Any, windows: torch.Tensor, progress: Callable[[flo
     nats = 0.0
     batch = max(1, _TOKENS_AT_ONCE // windows.shape[1])
     for start in range(0, len(windows), batch):
-        ids = windows[start : start + batch].to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-        nats += float(functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum"))
+        nats += float(window_nats(model, windows[start : start + batch]).sum())
         progress(min(1.0, (start + batch) / len(windows)))
     return math.exp(nats / (windows.numel() - len(windows)))
+
+
+@torch.no_grad()
+def window_nats(model: Any, windows: torch.Tensor) -> torch.Tensor:
+    """(windows, length - 1) float32: negative log-likelihood of every token but the first of each window.
+
+    Args:
+        windows: (windows, length) int64 token ids.
+    """
+    ids = windows.to(model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")

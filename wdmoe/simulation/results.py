@@ -15,6 +15,7 @@ import io
 import json
 import math
 import platform
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,9 @@ from wdmoe.simulation.statistics import Summary, summarise
 from wdmoe.simulation.study import Progress, Study, run_study
 from wdmoe.simulation.traces import find_trace
 
+# Writes more files into the folder; gives their names, and what the manifest shall say beside them.
+Beside = Callable[[Path, Sequence[Summary]], tuple[list[str], dict[str, Any]]]
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 _PACKAGES = ("wdmoe", "numpy", "scipy", "joblib", "matplotlib")
@@ -43,9 +47,11 @@ def is_results(folder: Path) -> bool:
     return json_kind(folder / MANIFEST) == RESULTS_KIND
 
 
-def save_results(study: Study, folder: Path) -> list[Summary]:
+def save_results(study: Study, folder: Path, beside: Beside | None = None) -> list[Summary]:
     """Write everything; the manifest comes last, so a folder without one is not finished.
 
+    Args:
+        beside: writes more, before the manifest; the hashes of its files are checked with the others.
     Raises:
         ConfigError: the folder holds something else, or cannot be written.
     """
@@ -59,7 +65,8 @@ def save_results(study: Study, folder: Path) -> list[Summary]:
     (folder / "summary.csv").write_text(summary_text(summaries), encoding="utf-8")
     figures = draw_figures(study, summaries, folder)
     names = ["scenario.toml", "draws.csv", "summary.csv", *(figure.name for figure in figures)]
-    manifest = _manifest(study.scenario, {name: _sha256(folder / name) for name in names})
+    more, about = beside(folder, summaries) if beside is not None else ([], {})
+    manifest = about | _manifest(study.scenario, {name: _sha256(folder / name) for name in (*names, *more)})
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return summaries
 
