@@ -127,12 +127,14 @@ class Station:
             )
         )
 
-    async def run(self, expert: int, tokens: Any, *, layer: int = 0, remaining_s: float = 10.0) -> Result | Failure:
+    async def run(self, expert: int, tokens: Any, **fields: Any) -> Result | Failure:
         """Send a Run for all tokens and wait for its reply."""
-        attempt = await self.start_run(expert, tokens, layer=layer, remaining_s=remaining_s)
+        attempt = await self.start_run(expert, tokens, **fields)
         return await self.until(lambda: self.reply(attempt))
 
-    async def start_run(self, expert: int, tokens: Any, *, layer: int = 0, remaining_s: float = 10.0) -> int:
+    async def start_run(
+        self, expert: int, tokens: Any, *, layer: int = 0, remaining_s: float = 10.0, bandwidth_hz: float = 0.0
+    ) -> int:
         await self.until(lambda: self.data_route)
         self._attempt += 1
         run = Run(
@@ -144,13 +146,15 @@ class Station:
             tokens=tokens,
             rows=np.arange(len(tokens), dtype=np.int32),
             weights=np.ones(len(tokens), np.float32),
+            bandwidth_hz=bandwidth_hz,
         )
         await self.until(lambda: self._sent(run))
         return self._attempt
 
     def _sent(self, run: Run) -> bool:
         try:
-            return self._data.send(self.data_route, run) > 0
+            self.sent_bytes = self._data.send(self.data_route, run)
+            return True
         except PeerGoneError:  # of a session that ended; the device attaches again
             return False
 

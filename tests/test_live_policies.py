@@ -68,6 +68,7 @@ class Watched:
     def __init__(self, lab: Lab) -> None:
         self.wanted: list[float] = []  # sum over tokens of the share of the gate weight that was not asked for
         self.runs: list[Run] = []
+        self.layers: list[list[Run]] = []  # the runs of each layer of each pass
         self._lab, self._run = lab, lab.layers.run
         lab.layers.run = self._layer  # type: ignore[method-assign]
         for device in lab.devices:
@@ -81,7 +82,8 @@ class Watched:
         before = len(self.runs)
         out = self._run(layer, tokens, demand, ledger, meanwhile)
         asked = np.zeros(len(tokens))
-        for run in self.runs[before:]:
+        self.layers.append(self.runs[before:])
+        for run in self.layers[-1]:
             experts = np.repeat(run.experts, run.counts)
             rows = [int(np.flatnonzero((tokens == run.tokens[row]).all(axis=1))[0]) for row in run.rows]
             for row, expert in zip(rows, experts, strict=True):

@@ -36,6 +36,8 @@ def hellos(draw: st.DrawFn) -> m.Hello:
         threads=draw(_INDEX),
         memory_bytes=draw(_COUNT),
         flops=draw(_SECONDS),
+        downlink_snr_hz=draw(_SECONDS),
+        uplink_snr_hz=draw(_SECONDS),
     )
     return m.Hello(session=draw(_ID), report=report, enrol_key=draw(st.sampled_from(["", KEY])))
 
@@ -62,6 +64,7 @@ def runs(draw: st.DrawFn) -> m.Run:
         attempt=draw(_ID),
         layer=draw(_INDEX),
         remaining_s=draw(_SECONDS),
+        bandwidth_hz=draw(_SECONDS),
         experts=tuple(experts),
         counts=tuple(counts),
         tokens=draw(hnp.arrays(dtype, (tokens, draw(st.integers(1, 300))))),

@@ -11,6 +11,8 @@ from wdmoe.errors import ConfigError
 
 POLICIES = ("topk", "cosine", "bottleneck", "budget")
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
+ALLOCATIONS = ("optimal", "equal")
+MOST_HZ = 1e24  # a watt over the noise density of room temperature is 2.5e20 Hz
 PRECISIONS = ("fp32", "fp16", "int8")
 
 
@@ -34,6 +36,11 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
+def is_hertz(value: float) -> bool:
+    """Whether it can be a bandwidth, or an SNR over a noise density."""
+    return 1 <= value <= MOST_HZ
+
+
 def check_budget(policy: str, budget_s: float) -> None:
     """Raises ConfigError where the policy `budget` has none, or another one has one, which it would not look at."""
     if policy == "budget":
@@ -46,16 +53,25 @@ def check_budget(policy: str, budget_s: float) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkEmulation:
-    """A radio link in user space: what the device waits before it computes and before it answers. 0 means no limit."""
+    """A radio link in user space: what the device waits before it computes and before it answers. 0 means no limit.
+
+    With SNRs it has the rate of the band that the base station gives it, where that shares one.
+    """
 
     downlink_bps: float = 0.0
     uplink_bps: float = 0.0
+    downlink_snr_hz: float = 0.0  # received power over noise density, hertz; both or none
+    uplink_snr_hz: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("downlink_bps", "uplink_bps"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ConfigError(f"link {name} must be zero (no limit) or positive, got {value}")
+        snrs = (self.downlink_snr_hz, self.uplink_snr_hz)
+        if snrs != (0, 0) and not all(map(is_hertz, snrs)):
+            given = " and ".join(f"{snr:g} Hz" for snr in snrs)
+            raise ConfigError(f"link SNRs must both be from 1 Hz to {MOST_HZ:g} Hz, got {given}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +109,8 @@ class StationSettings:
     http_port: int = 8080  # -1: no HTTP
     api_key: str = ""
     policy: str = "topk"
+    bandwidth_hz: float = 0.0  # the band that all devices share; 0: each has a link of its own
+    allocation: str = "optimal"  # who gets how much of it
     budget_s: float = 0.0  # `budget`: what a forward pass may spend in experts, over all layers
     deadline_s: float = 1.0  # longest wait for experts of one layer, plus deadline_per_token_s for each token
     deadline_per_token_s: float = 0.02
@@ -110,6 +128,9 @@ class StationSettings:
 
     def __post_init__(self) -> None:
         _one_of("policy", self.policy, POLICIES)
+        _one_of("allocation", self.allocation, ALLOCATIONS)
+        if self.bandwidth_hz and not is_hertz(self.bandwidth_hz):
+            raise ConfigError(f"bandwidth must be from 1 Hz to {MOST_HZ:g} Hz, got {self.bandwidth_hz:g} Hz")
         check_budget(self.policy, self.budget_s)
         for name in ("deadline_s", "prefill_chunk", "max_active", "lease_s"):
             _positive(name, getattr(self, name))

@@ -25,6 +25,8 @@ class DeviceReport:
     threads: int  # threads per expert run
     memory_bytes: int  # memory it offers to experts
     flops: float  # measured by a short warm-up, FLOP/s of one expert run
+    downlink_snr_hz: float = 0.0  # received power over noise density of its link, hertz; 0: unknown
+    uplink_snr_hz: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,9 +8,9 @@ import click
 
 from wdmoe.cli.failures import needs_extra
 from wdmoe.cli.logs import tell_events
-from wdmoe.cli.params import DIRECTORY, FILE, LISTEN, RATE, SECRET, SIZE, TIME, refuse_budget
+from wdmoe.cli.params import DIRECTORY, FILE, FREQUENCY, LINK_SNR, LISTEN, RATE, SECRET, SIZE, TIME, refuse_budget
 from wdmoe.cli.running import run_until_stopped
-from wdmoe.config import POLICIES, PROVIDERS, DeviceSettings, LinkEmulation, StationSettings
+from wdmoe.config import ALLOCATIONS, POLICIES, PROVIDERS, DeviceSettings, LinkEmulation, StationSettings
 
 
 @click.command()
@@ -55,8 +55,14 @@ from wdmoe.config import POLICIES, PROVIDERS, DeviceSettings, LinkEmulation, Sta
 @click.option("--state", type=DIRECTORY, help="Folder of this device's key, its identity over restarts.")
 @click.option("--downlink", type=RATE, default=0, help="Emulate a radio link of this rate to the device.")
 @click.option("--uplink", type=RATE, default=0, help="Emulate a radio link of this rate from the device.")
+@click.option(
+    "--link-snr",
+    type=LINK_SNR,
+    help="Emulate a link of this strength, DOWN[/UP], on whatever part of its --bandwidth the base station gives it: "
+    "received power over noise density, a frequency. In a band that wide the SNR is 1 (0 dB), in a tenth of it 10.",
+)
 @click.option("--insecure", is_flag=True, help="No encryption; --join is the base station's address then.")
-def device(downlink: float, uplink: float, **flags: Any) -> None:
+def device(downlink: float, uplink: float, link_snr: tuple[float, float] | None, **flags: Any) -> None:
     """Compute experts for a base station, until stopped.
 
     The device dials the base station. The join token admits it once, from then on its own key does. It
@@ -67,10 +73,12 @@ def device(downlink: float, uplink: float, **flags: Any) -> None:
       wdmoe-node device --join @token.txt
       wdmoe-node device --join @token.txt --name kitchen --memory 2GiB --provider cuda
       wdmoe-node device --join @token.txt --downlink 20Mbit/s --uplink 5Mbit/s
+      wdmoe-node device --join @token.txt --link-snr 2GHz/400MHz
       wdmoe-node device --join tcp://192.0.2.7:5555 --insecure
     """
     flags["memory_bytes"], flags["cache_bytes"] = int(flags["memory_bytes"]), int(flags["cache_bytes"])
-    link = LinkEmulation(downlink_bps=downlink, uplink_bps=uplink)
+    snr_down_hz, snr_up_hz = link_snr or (0.0, 0.0)
+    link = LinkEmulation(downlink_bps=downlink, uplink_bps=uplink, downlink_snr_hz=snr_down_hz, uplink_snr_hz=snr_up_hz)
     settings = DeviceSettings(link=link, **_stated(flags))
     with needs_extra("device"):
         from wdmoe.nodes.device import run_device
@@ -121,6 +129,18 @@ def device(downlink: float, uplink: float, **flags: Any) -> None:
     default=0,
     help="For --policy budget: time that a pass through the model may spend in experts, all layers together.",
 )
+@click.option(
+    "--bandwidth",
+    "bandwidth_hz",
+    type=FREQUENCY,
+    default=0,
+    help="A band that all devices share, given out anew in each layer. Each device must state its --link-snr.",
+)
+@click.option(
+    "--allocation",
+    type=click.Choice(ALLOCATIONS),
+    help="Who gets how much of --bandwidth: optimal, so that a layer is done soonest, or equal.  [default: optimal]",
+)
 @click.option("--placement", type=FILE, help="Who holds what; `place` and `status --print-placement` write one.")
 @click.option("--record-trace", type=FILE, help="Leave a gate trace (.npz, no text) of what was served when it stops.")
 @click.option(
@@ -149,9 +169,7 @@ def device(downlink: float, uplink: float, **flags: Any) -> None:
 @click.option(
     "--max-active",
     type=click.IntRange(min=1),
-    default=4,
-    show_default=True,
-    help="Requests computed at the same time.",
+    help="Requests computed at the same time.  [default: 4; 1 with --bandwidth, which one layer at a time gets whole]",
 )
 @click.option(
     "--max-queued",
@@ -189,10 +207,14 @@ def bs(bundle: str, http: tuple[str, int], **flags: Any) -> None:
     Examples:
       wdmoe-node bs default
       wdmoe-node bs ./mixtral-bundle --http 0.0.0.0:8080 --api-key @key.txt --policy cosine
-      wdmoe-node bs default --policy budget --budget 150ms
+      wdmoe-node bs default --policy budget --budget 150ms --bandwidth 20MHz
       curl 127.0.0.1:8080/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once upon"}'
     """
     refuse_budget(flags["policy"], flags["budget_s"])
+    if flags["bandwidth_hz"]:
+        flags["max_active"] = flags["max_active"] or 1
+    elif flags["allocation"]:
+        raise click.UsageError("--allocation says how --bandwidth is shared: give that too, as in --bandwidth 20MHz")
     with needs_extra("bs"):
         from wdmoe.cli.bundles import find_bundle
         from wdmoe.nodes import base_station

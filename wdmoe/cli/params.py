@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from wdmoe.config import check_budget
+from wdmoe.config import MOST_HZ, check_budget, is_hertz
 from wdmoe.errors import ConfigError
 from wdmoe.units import Dimension, parse_quantity
 
@@ -64,11 +64,27 @@ def refuse_budget(policy: str, budget_s: float) -> None:
         raise click.UsageError(str(error)) from error
 
 
+class LinkSnr(click.ParamType):  # type: ignore[type-arg]
+    """`DOWN` or `DOWN/UP`, in units of frequency; handed on as a pair of SI floats."""
+
+    name = "frequency[/frequency]"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        """Read both; one alone stands for both directions."""
+        down, slash, up = str(value).partition("/")
+        found = [FREQUENCY.convert(part, param, ctx) for part in (down, up if slash else down)]
+        for part in found:
+            if not is_hertz(part):
+                self.fail(f"{value!r}: an SNR over a noise density must be from 1 Hz to {MOST_HZ:g} Hz", param, ctx)
+        return found[0], found[1]
+
+
 FREQUENCY = Quantity("frequency")
 TIME = Quantity("time")
 SIZE = Quantity("size")
 RATE = Quantity("rate")
 RATES = Quantities("rate")
+LINK_SNR = LinkSnr()
 SECRET = Secret()
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from wdmoe.solver.grouping import group_by_device
 from wdmoe.transport.exchange import Exchange, Order, Reply
 from wdmoe.transport.messages import Activations, Float32Array, Int32Array
 from wdmoe.transport.routing import DeviceRoute
+
+FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +36,7 @@ def dispatch(
     device_of: Int32Array,
     wait_s: float,
     meanwhile: Callable[[], object],
+    share: Callable[[list[tuple[int, int]]], FloatArray] | None = None,
 ) -> list[Part]:
     """Send each device its tokens and wait for the answers, `wait_s` seconds at most.
 
@@ -40,9 +46,11 @@ def dispatch(
         weights: (tokens, top_k) gate weights.
         device_of: (experts,) index into `devices`, -1 where not served.
         meanwhile: called once the orders are on their way.
+        share: from (device, its tokens) to (devices,) hertz; None: no band is shared.
     """
     groups = group_by_device(experts, weights, device_of)
     everyone = tokens.shape[0]
+    hertz = share([(group.device, len(group.token_rows)) for group in groups]) if share is not None and groups else None
     orders = [
         Order(
             route=devices[group.device].route,
@@ -52,6 +60,7 @@ def dispatch(
             tokens=tokens if len(group.token_rows) == everyone else tokens[group.token_rows],
             rows=group.rows,
             weights=group.weights,
+            bandwidth_hz=0.0 if hertz is None else float(hertz[group.device]),
         )
         for group in groups
     ]

@@ -24,6 +24,7 @@ SMOOTHING = 0.1  # weight of the newest latency in the running mean
 @dataclass(slots=True)
 class _Record:
     token_s: float = 0.0  # running mean of the time from sending to the answer, per token
+    other_s: float = 0.0  # the same without what the device says of its (emulated) link
     pause_s: float = 0.0
     paused_until_s: float = 0.0
 
@@ -40,12 +41,14 @@ class DeviceHealth:
         """No connection is paused: the cheap answer for the hot path."""
         return not self._paused
 
-    def answered(self, route: bytes, seconds: float, tokens: int) -> None:
-        """A good reply came."""
+    def answered(self, route: bytes, seconds: float, tokens: int, link_s: float = 0.0) -> None:
+        """A good reply came after so many seconds, of which its device says that it waited `link_s` for the link."""
+        token_s, other_s = seconds / tokens, max(seconds - link_s, 0.0) / tokens
         record = self._records.get(route)
         if record is None:
-            record = self._records[route] = _Record(token_s=seconds / tokens)
-        record.token_s += SMOOTHING * (seconds / tokens - record.token_s)
+            record = self._records[route] = _Record(token_s=token_s, other_s=other_s)
+        record.token_s += SMOOTHING * (token_s - record.token_s)
+        record.other_s += SMOOTHING * (other_s - record.other_s)
         if record.pause_s:
             record.pause_s = 0.0
             self._paused.discard(route)
@@ -68,12 +71,11 @@ class DeviceHealth:
 
     def pace_s(self, devices: tuple[DeviceRoute, ...]) -> npt.NDArray[np.float64] | None:
         """(devices,) expected seconds per token, > 0. One not measured counts as the mean one; None: none was."""
-        seen = [r.token_s if (r := self._records.get(device.route)) else 0.0 for device in devices]
-        known = [s for s in seen if s > 0]
-        if not known:
-            return None
-        mean_s = sum(known) / len(known)
-        return np.array([s or mean_s for s in seen])
+        return _filled([r.token_s if (r := self._records.get(device.route)) else 0.0 for device in devices])
+
+    def other_s(self, devices: tuple[DeviceRoute, ...]) -> npt.NDArray[np.float64] | None:
+        """As `pace_s`, without the time on the link: what a token costs there whatever its band."""
+        return _filled([r.other_s if (r := self._records.get(device.route)) else 0.0 for device in devices])
 
     def token_s(self, route: bytes) -> float | None:
         """Running mean of seconds per token of one connection; None while nothing was measured. Any thread."""
@@ -85,3 +87,12 @@ class DeviceHealth:
         live = {device.route for device in devices}
         self._records = {route: r for route, r in self._records.items() if route in live}
         self._paused &= live
+
+
+def _filled(seen: list[float]) -> npt.NDArray[np.float64] | None:
+    """The mean of what is known in place of zeros; None where nothing is."""
+    known = [s for s in seen if s > 0]
+    if not known:
+        return None
+    mean_s = sum(known) / len(known)
+    return np.array([s or mean_s for s in seen])

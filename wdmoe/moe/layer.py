@@ -13,14 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from wdmoe.errors import ExpertsUnavailableError
 from wdmoe.ledger import Ledger
+from wdmoe.moe.air import Air
 from wdmoe.moe.combine import Answer, Missing, combine, missing_weight
 from wdmoe.moe.dispatch import Part, dispatch
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.moe.select import Chosen, Costs, Demand, choose, substitute
-from wdmoe.solver.bandwidth import Links
 from wdmoe.solver.combining import is_finite
 from wdmoe.transport.exchange import Exchange
 from wdmoe.transport.messages import Activations, Float32Array, Int32Array
@@ -28,6 +29,7 @@ from wdmoe.transport.routing import Routing
 
 log = logging.getLogger(__name__)
 
+FloatArray = npt.NDArray[np.float64]
 NOTHING = 1e-6  # share of a token's gate weight below which it counts as unanswered
 
 
@@ -37,6 +39,8 @@ class LayerRules:
 
     policy: str = "topk"
     budget_s: float = 0.0  # `budget`: what one layer may take
+    bandwidth_hz: float = 0.0  # the band that all devices share in a layer; 0: each has a link of its own
+    equal_bandwidth: bool = False  # each device gets the same part of it, whatever it needs
     renormalise: bool = True  # on drop: kept weights grow to the sum of all; else they keep their values
     gate_temperature: float = 1.0
     deadline_s: float = 1.0
@@ -52,7 +56,7 @@ class ExpertLayers:
         self._rules = rules
         self.health = DeviceHealth()
         self._seen = Routing()
-        self._links = _own_links(0)
+        self._last_air: Air | None = None
 
     def run(
         self,
@@ -76,7 +80,7 @@ class ExpertLayers:
             ExpertsUnavailableError: not one expert of this layer answered, nor did a substitute.
         """
         routing = self._newest_routing()
-        chosen = self._choose(routing, layer, demand)
+        chosen = self._choose(routing, layer, tokens, demand)
         parts = self._ask(routing, layer, tokens, chosen, ledger, meanwhile)
         owed = _owed(len(tokens), parts)
         if owed is not None or not parts:
@@ -90,29 +94,48 @@ class ExpertLayers:
         if routing is not self._seen:
             self.health.forget_all_but(routing.devices)
             self._seen = routing
-            self._links = _own_links(len(routing.devices))
         return routing
 
-    def _choose(self, routing: Routing, layer: int, demand: Demand) -> Chosen:
+    def _choose(self, routing: Routing, layer: int, tokens: Activations, demand: Demand) -> Chosen:
         all_served = self.health.all_well and layer in routing.complete
         device_of = self._device_of(routing, layer)
         return choose(
             demand,
             policy=self._rules.policy,
-            costs=None if self._rules.policy == "topk" else self._costs(routing, device_of),
+            costs=None if self._rules.policy == "topk" else self._costs(routing, tokens, device_of),
             budget_s=self._rules.budget_s,
             available=None if all_served else self.health.available(routing.devices, device_of),
             renormalise=self._rules.renormalise,
             gate_temperature=self._rules.gate_temperature,
         )
 
-    def _costs(self, routing: Routing, device_of: Int32Array) -> Costs | None:
-        """What the policy decides by; None while no device was measured."""
-        token_s = self.health.pace_s(routing.devices)
-        if token_s is None:
+    def _costs(self, routing: Routing, tokens: Activations, device_of: Int32Array) -> Costs | None:
+        """What the policy decides by: what was measured, and in a shared band what the air takes if all have the same.
+
+        Not what the air took: the far device that was given the most hertz would look near. None: nothing is known.
+        """
+        if not routing.devices:
             return None
-        links = self._links.with_compute(token_s) if self._rules.policy == "budget" else self._links
-        return Costs(device_of, token_s, links)
+        air = self._air(routing, tokens)
+        other_s = self._other_s(air) if air.total_hz else self.health.pace_s(routing.devices)
+        if other_s is None:
+            return None
+        links = air.links(other_s) if self._rules.policy == "budget" else None
+        return Costs(device_of, air.each_s + other_s, links, air.total_hz or 1.0)
+
+    def _other_s(self, air: Air) -> FloatArray:
+        """(devices,) seconds of a token beside the air; 0 while no device was measured."""
+        measured_s = self.health.other_s(air.devices)
+        return np.zeros(len(air.devices)) if measured_s is None else measured_s
+
+    def _air(self, routing: Routing, tokens: Activations) -> Air:
+        """Of this routing table, which need not be the newest: another request may have seen that meanwhile."""
+        air = self._last_air
+        if air is None or air.devices is not routing.devices:
+            bits = 8.0 * tokens.itemsize * tokens.shape[1]
+            air = Air(routing.devices, bits, self._rules.bandwidth_hz, self._rules.equal_bandwidth)
+            self._last_air = air
+        return air
 
     def _device_of(self, routing: Routing, layer: int) -> Int32Array:
         device_of = routing.device_of.get(layer)
@@ -131,6 +154,7 @@ class ExpertLayers:
     ) -> list[Part]:
         """Dispatch, and book what it took."""
         started_s, busy = time.monotonic(), _Busy(meanwhile)
+        air = self._air(routing, tokens) if self._rules.bandwidth_hz and routing.devices else None
         parts = dispatch(
             self._exchange,
             layer,
@@ -141,6 +165,7 @@ class ExpertLayers:
             self._device_of(routing, layer),
             self._rules.deadline_s + len(tokens) * self._rules.deadline_per_token_s,
             busy,
+            None if air is None else lambda loads: air.share(loads, self._other_s(air)),
         )
         for part in parts:
             self._judge(part)
@@ -153,7 +178,8 @@ class ExpertLayers:
         if reply.result is not None and not is_finite(reply.result.partial):
             reply.result, reply.reason = None, "answered with values that are not finite"
         if reply.result is not None:
-            self.health.answered(device.route, reply.answered_s - reply.sent_s, len(part.token_rows))
+            link_s = reply.result.link_down_s + reply.result.link_up_s
+            self.health.answered(device.route, reply.answered_s - reply.sent_s, len(part.token_rows), link_s)
         else:
             log.warning("device %s, layer %d: %s", device.name, part.order.layer, reply.reason)
             self.health.failed(device.route)
@@ -191,12 +217,6 @@ class ExpertLayers:
         partly = (owed > 0) & (arrived > NOTHING * wanted)
         scale: Float32Array = np.where(partly, wanted / np.where(partly, arrived, 1), 1).astype(np.float32)
         return scale
-
-
-def _own_links(devices: int) -> Links:
-    """Links that share nothing: what a token takes on them is measured, together with its compute."""
-    nothing = np.zeros(max(devices, 1))
-    return Links(downlink_snr_hz=nothing, uplink_snr_hz=nothing, downlink_bits=nothing, uplink_bits=nothing)
 
 
 def _owed(tokens: int, parts: list[Part]) -> Float32Array | None:

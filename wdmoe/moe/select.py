@@ -42,7 +42,7 @@ class Costs:
 
     device_of: Int32Array  # (experts,) the device that serves each, -1: none does
     token_s: FloatArray  # (devices,) expected seconds per token, > 0
-    links: Links  # the same for `budget`, which chooses with the band in hand; no bits where each has a link of its own
+    links: Links | None = None  # the same for `budget`, which decides with the band in hand; None for other policies
     total_hz: float = 1.0  # the band that they share
 
 
@@ -85,7 +85,7 @@ def _prune(experts: Int32Array, ranks: FloatArray, policy: str, costs: Costs, bu
     if policy == "bottleneck":
         kept = shed_bottleneck(experts, ranks, costs.device_of, costs.token_s)
         return np.where(kept, experts, np.int32(-1))
-    if policy == "budget":
+    if policy == "budget" and costs.links is not None:
         return select_within_budget(
             experts, ranks, costs.device_of, costs.links, costs.total_hz, budget_s, renormalise=False
         ).experts

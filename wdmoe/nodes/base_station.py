@@ -143,6 +143,7 @@ class BaseStation:
             lease_s=settings.lease_s,
             max_message_bytes=self._options.max_message_bytes,
             pinned=pinned,
+            shares_band=settings.bandwidth_hz > 0,
         )
         thread = ModelThread(
             exchange,
@@ -200,6 +201,8 @@ class BaseStation:
         manifest, settings = self.bundle.manifest, self._settings
         return LayerRules(
             policy=settings.policy,
+            bandwidth_hz=settings.bandwidth_hz,
+            equal_bandwidth=settings.allocation == "equal",
             budget_s=settings.budget_s / max(len(manifest.moe_layers), 1),
             renormalise=manifest.on_drop == "renormalise",
             gate_temperature=manifest.gate_temperature,

@@ -185,7 +185,7 @@ class ComputeThread:
         message = envelope.message
         if isinstance(message, Run):
             now_s = time.monotonic()
-            job = _Job(message, now_s, self._air.down.cross(now_s, envelope.size_bytes))
+            job = _Job(message, now_s, self._air.down.cross(now_s, envelope.size_bytes, message.bandwidth_hz))
             self._jobs.append(job)
         elif isinstance(message, Attached):
             self._attach_s = time.monotonic() + ATTACH_AGAIN_S
@@ -206,7 +206,7 @@ class ComputeThread:
             self._send(link, Failure(attempt=run.attempt, reason=str(error)))
             return
         done_s = time.monotonic()
-        due_s = self._air.up.cross(done_s, partial.nbytes + REPLY_HEADER_BYTES)
+        due_s = self._air.up.cross(done_s, partial.nbytes + REPLY_HEADER_BYTES, run.bandwidth_hz)
         answer = _Answer(job, partial, done_s - start_s, done_s, due_s)
         if due_s > done_s:
             self._answers.append(answer)
@@ -217,7 +217,7 @@ class ComputeThread:
         job = answer.job
         now_s = time.monotonic()
         link_down_s = job.ready_s - job.arrived_s
-        link_up_s = now_s - answer.done_s if answer.due_s > answer.done_s else 0.0
+        link_up_s = max(answer.due_s - answer.done_s, 0.0)  # by the link's rates: waking up late is residence
         result = Result(
             attempt=job.run.attempt,
             layer=job.run.layer,

@@ -17,7 +17,7 @@ import numpy as np
 from wdmoe.backbone.bundle import Bundle
 from wdmoe.errors import BundleError, TransportError, WdmoeError
 from wdmoe.nodes.entrance import Entrance
-from wdmoe.nodes.placing import Catalogue, Host, Targets, choose_targets, holdings, routing, wanted
+from wdmoe.nodes.placing import Catalogue, Host, Targets, choose_targets, holdings, knows_link, routing, wanted
 from wdmoe.records import ExpertId
 from wdmoe.transport.channel import ControlStation, Envelope
 from wdmoe.transport.membership import (
@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 SETTLE_S = 0.4  # devices that join within this time are placed together, so that little is fetched in vain
 TICKS_PER_LEASE = 6
 MAX_CHUNK_BYTES = 1 << 20
+NEEDS_SNR = "this base station shares a band (--bandwidth), so a device must say how strong its link is: --link-snr"
 
 
 class DataPlane(Protocol):
@@ -82,6 +83,7 @@ class ControlPlane:
         lease_s: float,
         max_message_bytes: int,
         pinned: Mapping[str, frozenset[ExpertId]],
+        shares_band: bool = False,
     ) -> None:
         self._channel = channel
         self._bundle = bundle
@@ -90,6 +92,7 @@ class ControlPlane:
         self._data_port = data_port
         self._max_message_bytes = max_message_bytes
         self._pinned = pinned
+        self._shares_band = shares_band
         self._catalogue = _catalogue(bundle)
         self._known = frozenset(self._catalogue.experts)
         self.roster = Roster(lease_s=lease_s)
@@ -209,6 +212,10 @@ class ControlPlane:
             log.warning("%s sent a %s, which a device never does", _who(device), type(message).__name__)
 
     def _hello(self, envelope: Envelope, hello: Hello) -> None:
+        if self._shares_band and not knows_link(hello.report):
+            log.warning("refused %r: it does not say how strong its link is (--link-snr)", hello.report.name)
+            self._post(envelope.route, Goodbye(reason=NEEDS_SNR, retry=False))
+            return
         if self._entrance.is_enrolment(envelope.key):
             self._enrol(envelope, hello)
             return

@@ -77,6 +77,8 @@ def _report(settings: DeviceSettings, opener: ExpertOpener) -> DeviceReport:
         threads=settings.threads,
         memory_bytes=settings.memory_bytes or hardware.free_memory_bytes() // 2,
         flops=opener.flops,
+        downlink_snr_hz=settings.link.downlink_snr_hz,
+        uplink_snr_hz=settings.link.uplink_snr_hz,
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from wdmoe.config import is_hertz
 from wdmoe.records import DeviceReport, ExpertId
 from wdmoe.solver.placement import place_experts
 from wdmoe.transport.routing import DeviceRoute, Routing
@@ -164,10 +165,20 @@ def holdings(
     return {device_id: tuple(sorted(experts)) for device_id, experts in hold.items()}
 
 
+def knows_link(report: DeviceReport) -> bool:
+    """Whether hertz can be given out by what it says of its link. A peer wrote it."""
+    return is_hertz(report.downlink_snr_hz) and is_hertz(report.uplink_snr_hz)
+
+
+def _device_route(host: Host) -> DeviceRoute:
+    report = host.report
+    return DeviceRoute(host.device_id, report.name, host.route or b"", report.downlink_snr_hz, report.uplink_snr_hz)
+
+
 def routing(catalogue: Catalogue, hosts: Sequence[Host], targets: Mapping[ExpertId, str]) -> Routing:
     """Who serves what: an expert's home where it is ready, else any device that holds it."""
     attached = [host for host in hosts if host.route is not None]
-    devices = tuple(DeviceRoute(h.device_id, h.report.name, h.route or b"") for h in attached)
+    devices = tuple(_device_route(h) for h in attached)
     device_of = {layer: np.full(count, -1, np.int32) for layer, count in catalogue.experts_per_layer.items() if count}
     for index, host in enumerate(attached):
         for layer, expert in host.ready:

@@ -36,6 +36,7 @@ class Order:
     tokens: Activations
     rows: Int32Array
     weights: Float32Array
+    bandwidth_hz: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -171,6 +172,7 @@ class Exchange:
             tokens=order.tokens,
             rows=order.rows,
             weights=order.weights,
+            bandwidth_hz=order.bandwidth_hz,
         )
         try:
             reply.bytes_down = self._station.send(order.route, run)

@@ -146,6 +146,7 @@ class Run:
     tokens: Activations  # (tokens, hidden)
     rows: Int32Array  # (sum(counts),) into tokens
     weights: Float32Array  # (sum(counts),) gate weights
+    bandwidth_hz: float = 0.0  # the device's part of the band for this order and its answer; 0: no band is shared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -15,6 +15,8 @@ class DeviceRoute:
     device_id: str
     name: str
     route: bytes  # its data connection
+    downlink_snr_hz: float = 0.0  # as in its report; 0: unknown
+    uplink_snr_hz: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -192,6 +192,8 @@ _REPORT = Record(
     threads=_INDEX,
     memory_bytes=_BYTES,
     flops=Number(),
+    downlink_snr_hz=Number(),
+    uplink_snr_hz=Number(),
 )
 
 _TABLE = (
@@ -243,6 +245,7 @@ _TABLE = (
         attempt=_ID,
         layer=_INDEX,
         remaining_s=_SECONDS,
+        bandwidth_hz=Number(),
         experts=Ints(INT32_MAX),
         counts=Ints(INT32_MAX, least=1),
         tokens=_ACTIVATIONS,
