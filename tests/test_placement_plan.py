@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from wdmoe.records import ExpertId
-from wdmoe.solver.placement_exact import place_exactly
-from wdmoe.solver.placement_file import placement_of
-from wdmoe.solver.placement_greedy import place_greedily
-from wdmoe.solver.placement_plan import PlacementProblem, device_loads, latency_s, layer_bounds_s
-from wdmoe.solver.placement_shares import best_shares
+from wdmoe.solver.placing.exact import place_exactly
+from wdmoe.solver.placing.file import placement_of
+from wdmoe.solver.placing.greedy import place_greedily
+from wdmoe.solver.placing.plan import PlacementProblem, device_loads, latency_s, layer_bounds_s
+from wdmoe.solver.placing.shares import best_shares
 
 PLENTY = 1e12
 

@@ -196,7 +196,7 @@ def test_a_summary_whose_hash_was_mended_is_found(results: Path, tmp_path: Path)
     text = (folder / "summary.csv").read_text()
     (folder / "summary.csv").write_text(text.replace("equal,0.", "equal,1.", 1))
     _mend(folder, "summary.csv")
-    with pytest.raises(ConfigError, match="summary.csv, line 2"):
+    with pytest.raises(ConfigError, match=r"summary\.csv, line 2"):
         verify_results(folder, 1, draws=1)
 
 

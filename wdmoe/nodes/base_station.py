@@ -34,7 +34,7 @@ from wdmoe.nodes.control_plane import ControlPlane
 from wdmoe.nodes.entrance import Entrance, GuardedEntrance, OpenEntrance
 from wdmoe.nodes.overview import describe
 from wdmoe.records import ExpertId
-from wdmoe.solver.placement_file import read_placement, write_placement
+from wdmoe.solver.placing.file import read_placement, write_placement
 from wdmoe.transport.admission import Admission
 from wdmoe.transport.channel import Envelope
 from wdmoe.transport.exchange import Exchange

@@ -13,7 +13,7 @@ REPLY_HEADER_BYTES = 128  # what travels beside the tensor of a Result, rounded 
 class Lane:
     """One direction of a link: messages cross it one after the other, each at the rate that it is given then."""
 
-    def __init__(self, fixed_bps: float, snr_hz: float) -> None:
+    def __init__(self, fixed_bps: float, snr_hz: float = 0.0) -> None:
         """`fixed_bps` is its rate while the base station shares no band, or `snr_hz` is 0. A rate of 0: no limit."""
         self._fixed_bps = fixed_bps
         self._snr_hz = snr_hz

@@ -8,9 +8,9 @@ import numpy.typing as npt
 from wdmoe.errors import ConfigError
 from wdmoe.simulation.scenario import DeviceSetup, Variant
 from wdmoe.solver.layer_time import Air
-from wdmoe.solver.placement_exact import place_exactly
-from wdmoe.solver.placement_greedy import place_greedily
-from wdmoe.solver.placement_plan import PlacementProblem
+from wdmoe.solver.placing.exact import place_exactly
+from wdmoe.solver.placing.greedy import place_greedily
+from wdmoe.solver.placing.plan import PlacementProblem
 
 Holders = npt.NDArray[np.bool_]  # (layers, experts, devices)
 FloatArray = npt.NDArray[np.float64]

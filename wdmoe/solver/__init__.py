@@ -9,10 +9,10 @@ from wdmoe.solver.budget import BudgetChoice, select_at_most_dropped, select_wit
 from wdmoe.solver.combining import combine, combine_partials, is_finite
 from wdmoe.solver.copies import choose_copies
 from wdmoe.solver.grouping import DeviceWork, Groups, group_by_device
-from wdmoe.solver.placement import place_experts
-from wdmoe.solver.placement_exact import place_exactly
-from wdmoe.solver.placement_greedy import place_greedily
-from wdmoe.solver.placement_plan import PlacementProblem, Plan
+from wdmoe.solver.placing.exact import place_exactly
+from wdmoe.solver.placing.greedy import place_greedily
+from wdmoe.solver.placing.live import place_experts
+from wdmoe.solver.placing.plan import PlacementProblem, Plan
 from wdmoe.solver.replacing import replace_far
 from wdmoe.solver.selection import Choice, prune_experts, select_experts
 

@@ -10,7 +10,7 @@ from wdmoe.backbone.bundle import ExpertFile
 from wdmoe.config import POLICIES, check_budget
 from wdmoe.errors import ConfigError
 from wdmoe.nodes.demo.links import Links, equal_links, unequal_links
-from wdmoe.solver.placement_file import write_placement
+from wdmoe.solver.placing.file import write_placement
 
 MOST_DEVICES = 64
 

@@ -10,7 +10,7 @@ side and the next layer waits for the last. For few tokens at a time it is a low
 the mean of a maximum is at least the maximum of the means).
 Each copy of an expert takes its memory.
 
-`place_experts` of `placement` answers another question, the live base station's: it moves little when devices come
+`place_experts` of `live` answers another question, the live base station's: it moves little when devices come
 and go, and asks for an even share rather than for a model of time.
 """
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.solver.placement_greedy import place_greedily
-from wdmoe.solver.placement_plan import (
+from wdmoe.solver.placing.greedy import place_greedily
+from wdmoe.solver.placing.plan import (
     BoolArray,
     FloatArray,
     PlacementProblem,
@@ -28,7 +28,7 @@ from wdmoe.solver.placement_plan import (
     layer_bounds_s,
     no_plan,
 )
-from wdmoe.solver.placement_shares import best_shares
+from wdmoe.solver.placing.shares import best_shares
 
 IntArray = npt.NDArray[np.int64]
 INFEASIBLE = 2  # scipy's number for it
