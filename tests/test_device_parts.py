@@ -96,6 +96,7 @@ def test_a_lane_carries_one_message_after_the_other():
     assert lane.cross(100.1, 1000) == 101.5
     assert lane.cross(200.0, 1000) == 201.0
     assert Lane(0.0).cross(100.0, 10**9) == 100.0
+    assert Lane(8000.0).cross(100.0, 500, 1e6) == 100.5  # how strong the link is, it was not told
 
 
 # ---- coroutines
