@@ -106,6 +106,19 @@ def test_figures_as_json(words, environment, tmp_path):
     assert left_behind(environment) == []
 
 
+def test_a_band_that_devices_share(words, environment):
+    flags = ["--devices", "2", "--tokens", "3", "--bandwidth", "20MHz", "--budget", "1h", "--no-compare", "--json"]
+    done = subprocess.run([*words, *flags], env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stderr
+    (run,) = json.loads(done.stdout)["runs"]
+    assert (run["name"], run["bandwidth_hz"]) == ("budget, optimal bandwidth", 20e6)
+    assert run["figures"]["dropped_weight"] == 0
+    air_s = run["figures"]["stages_s"]["wire_down"] + run["figures"]["stages_s"]["wire_up"]
+    computed = run["receipt"]["prompt_tokens"] + run["receipt"]["completion_tokens"] - 1
+    bits = 8 * 4 * 2 * 32 * computed  # of one device that has every token of one layer
+    assert air_s > bits / (20e6 * 30)  # no link here carries 30 bit/s/Hz
+
+
 def test_ctrl_c_in_a_terminal_while_the_answer_streams(words, environment, tmp_path):
     terminal, child_side = pty.openpty()
     flags = ["--devices", "2", "--tokens", "400", "--links", "1Mbit/s"]

@@ -11,7 +11,7 @@ from rich.console import Console
 from wdmoe.config import LinkEmulation
 from wdmoe.errors import ConfigError
 from wdmoe.nodes.demo.figures import Run, agreement, as_document, figures, percentile
-from wdmoe.nodes.demo.links import equal_links, unequal_links
+from wdmoe.nodes.demo.links import equal_links, radio_links, unequal_links
 from wdmoe.nodes.demo.plan import DemoSettings, RunPlan, plan_runs
 from wdmoe.nodes.demo.report import report
 from wdmoe.nodes.demo.view import DemoView
@@ -89,11 +89,47 @@ def test_runs_tell_policy_and_links_apart(tmp_path):
     assert len(plan_runs(settings(tmp_path, policy="topk", rates_bps=(1e6,)))) == 1
 
 
+def test_radio_links_are_a_row_over_20_db():
+    links = radio_links(8, seed=1)
+    for name, strongest_hz in (("downlink_snr_hz", 20e6 * 10**2.5), ("uplink_snr_hz", 20e6 * 10**1.5)):
+        row = sorted(getattr(link, name) for link in links)
+        assert (row[0], row[-1]) == (pytest.approx(strongest_hz / 100), pytest.approx(strongest_hz))
+    assert links == radio_links(8, seed=1)
+    assert {radio_links(8, seed) for seed in range(5)} != {links}
+    assert len(radio_links(1, seed=0)) == 1
+
+
+def test_runs_in_a_shared_band_tell_policy_and_bandwidth_apart(tmp_path):
+    plans = plan_runs(settings(tmp_path, policy="budget", budget_s=0.1, bandwidth_hz=20e6))
+    assert [plan.name for plan in plans] == [
+        "budget, optimal bandwidth",
+        "topk, optimal bandwidth",
+        "topk, equal bandwidth",
+    ]
+    assert len({plan.links for plan in plans}) == 1
+    names = [plan.name for plan in plan_runs(settings(tmp_path, policy="topk", bandwidth_hz=20e6))]
+    assert names == ["topk, optimal bandwidth", "topk, equal bandwidth"]
+    document = as_document("m", "p", 0, [run(plans[2], 1, 2)])
+    assert (document["runs"][0]["bandwidth_hz"], document["runs"][0]["allocation"]) == (20e6, "equal")
+    assert document["runs"][0]["devices"][0]["downlink_snr_hz"] == plans[2].links[0].downlink_snr_hz
+    assert "SNR 25 dB" in drawn(DemoView("m", "p", plans[0], "1 of 3"))
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"devices": 0}, {"tokens": 0}, {"policy": "luck"}, {"prompt": " "}, {"rates_bps": (1.0,) * 3}]
+    "wrong",
+    [
+        {"devices": 0},
+        {"tokens": 0},
+        {"policy": "luck"},
+        {"prompt": " "},
+        {"rates_bps": (1.0,) * 3},
+        {"bandwidth_hz": -1.0},
+        {"bandwidth_hz": 1e6, "rates_bps": (1e6,)},
+        {"budget_s": 0.1},
+    ],
 )
 def test_settings_are_checked(tmp_path, wrong):
-    with pytest.raises(ConfigError, match=next(iter(wrong)).removesuffix("s_bps")):
+    with pytest.raises(ConfigError, match=next(iter(wrong)).removesuffix("s_bps").split("_")[0]):
         DemoSettings(**{"cache": tmp_path, "prompt": "x", **wrong})
 
 

@@ -31,10 +31,10 @@ PROMPT = tuple(range(40, 60))
 HUGE_S = 1e6
 
 
-@pytest.fixture(scope="module", params=["mixtral", "granitemoeshared"])
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp(request.param)
-    export_bundle(save_tiny(request.param, folder / "checkpoint"), folder / "bundle", ExportSettings())
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("granite")
+    export_bundle(save_tiny("granitemoeshared", folder / "checkpoint"), folder / "bundle", ExportSettings())
     return Bundle.open(folder / "bundle")
 
 
@@ -200,6 +200,7 @@ def test_policy_and_budget_go_together(tmp_path: Path) -> None:
         (["--policy", "bottleneck", "--budget", "150ms"], "does not look at it"),
         (["--policy", "budget", "--budget", "150"], "the unit is missing"),
         (["--policy", "luck"], "'luck' is not one of"),
+        (["--bandwidth", "20"], "the unit is missing"),
     ],
 )
 def test_flags_that_do_not_go_together(command: list[str], flags: list[str], said: str) -> None:

@@ -13,7 +13,7 @@ import click
 
 from wdmoe.cli.bundles import find_bundle
 from wdmoe.cli.failures import needs_extra
-from wdmoe.cli.params import DIRECTORY, FILE, RATES, TIME, refuse_budget
+from wdmoe.cli.params import DIRECTORY, FILE, FREQUENCY, RATES, TIME, chosen_policy
 from wdmoe.config import POLICIES, cache_home
 
 if TYPE_CHECKING:
@@ -29,19 +29,22 @@ _PROMPT = "Tell me a short story about a lighthouse keeper who finds a message i
 @click.option(
     "--policy",
     type=click.Choice(POLICIES),
-    default="cosine",
-    show_default=True,
-    help="How the first run chooses experts.",
+    help="How the first run chooses experts.  [default: cosine; budget with --budget]",
 )
-@click.option("--budget", "budget_s", type=TIME, default=0, help="For --policy budget: time for the experts of a pass.")
+@click.option("--budget", "budget_s", type=TIME, default=0, help="Time for the experts of a pass, for --policy budget.")
 @click.option(
     "--links",
     "rates_bps",
     type=RATES,
-    default="200Mbit/s,20Mbit/s",
-    show_default=True,
     help="Rates of the emulated links, both directions alike: one for each device; or two, the ends of a row; or one "
-    "for all; 0 emulates none.",
+    "for all; 0 emulates none.  [default: 200Mbit/s,20Mbit/s]",
+)
+@click.option(
+    "--bandwidth",
+    "bandwidth_hz",
+    type=FREQUENCY,
+    default=0,
+    help="Let the devices share this band instead, over links whose strengths differ by 20 dB.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides which device has the slow link.")
 @click.option("--model", "bundle", default="default", show_default=True, help="Bundle folder, or the default model.")
@@ -54,18 +57,22 @@ def demo(bundle: str, cache: Path | None, no_view: bool, as_json: bool, picture:
     """Run a base station and devices on this machine, and watch them answer PROMPT.
 
     Every part is a process of its own, all traffic is encrypted, and links of different rates are emulated. At
-    the end a table compares the chosen policy with plain top-k. The default model is made on first use, which
-    takes minutes; experts stay in the cache. Ctrl-C ends everything at any time.
+    the end a table compares the chosen policy with plain top-k; with --bandwidth, also with equal parts of it.
+    The default model is made on first use, which takes minutes; experts stay in the cache. Ctrl-C ends
+    everything at any time.
 
     \b
     Examples:
       wdmoe-node demo
       wdmoe-node demo "Why is the sky blue?" --tokens 100
       wdmoe-node demo --devices 4 --links 100Mbit/s,50Mbit/s,20Mbit/s,5Mbit/s
-      wdmoe-node demo --policy budget --budget 150ms
+      wdmoe-node demo --bandwidth 20MHz --budget 150ms
       wdmoe-node demo --model ./mixtral-bundle --links 0 --json > figures.json
     """
-    refuse_budget(flags["policy"], flags["budget_s"])
+    flags["policy"] = chosen_policy(flags["policy"], flags["budget_s"], "cosine")
+    if flags["bandwidth_hz"] and flags["rates_bps"]:
+        raise click.UsageError("--links have rates of their own, with --bandwidth they share a band: give one of them")
+    flags["rates_bps"] = flags["rates_bps"] or ()
     signal.signal(signal.SIGTERM, _end)
     from wdmoe.backbone.bundle import Bundle
     from wdmoe.nodes.demo.figures import as_document

@@ -8,7 +8,7 @@ import click
 
 from wdmoe.cli.failures import needs_extra
 from wdmoe.cli.logs import tell_events
-from wdmoe.cli.params import DIRECTORY, FILE, FREQUENCY, LINK_SNR, LISTEN, RATE, SECRET, SIZE, TIME, refuse_budget
+from wdmoe.cli.params import DIRECTORY, FILE, FREQUENCY, LINK_SNR, LISTEN, RATE, SECRET, SIZE, TIME, chosen_policy
 from wdmoe.cli.running import run_until_stopped
 from wdmoe.config import ALLOCATIONS, POLICIES, PROVIDERS, DeviceSettings, LinkEmulation, StationSettings
 
@@ -117,17 +117,16 @@ def device(downlink: float, uplink: float, link_snr: tuple[float, float] | None,
 @click.option(
     "--policy",
     type=click.Choice(POLICIES),
-    default="topk",
-    show_default=True,
     help="Which experts serve a token: the gate's top k; or of those the ones worth their latency (cosine), all but "
-    "light work of the device that would be last (bottleneck), or as much as fits --budget.",
+    "light work of the device that would be last (bottleneck), or as much as fits --budget.  [default: topk; budget "
+    "with --budget]",
 )
 @click.option(
     "--budget",
     "budget_s",
     type=TIME,
     default=0,
-    help="For --policy budget: time that a pass through the model may spend in experts, all layers together.",
+    help="Time that a pass through the model may spend in experts, all layers together, for --policy budget.",
 )
 @click.option(
     "--bandwidth",
@@ -207,10 +206,10 @@ def bs(bundle: str, http: tuple[str, int], **flags: Any) -> None:
     Examples:
       wdmoe-node bs default
       wdmoe-node bs ./mixtral-bundle --http 0.0.0.0:8080 --api-key @key.txt --policy cosine
-      wdmoe-node bs default --policy budget --budget 150ms --bandwidth 20MHz
+      wdmoe-node bs default --budget 150ms --bandwidth 20MHz
       curl 127.0.0.1:8080/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once upon"}'
     """
-    refuse_budget(flags["policy"], flags["budget_s"])
+    flags["policy"] = chosen_policy(flags["policy"], flags["budget_s"], "topk")
     if flags["bandwidth_hz"]:
         flags["max_active"] = flags["max_active"] or 1
     elif flags["allocation"]:

@@ -56,12 +56,18 @@ class Secret(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"cannot read {text[1:]}: {error}", param, ctx)
 
 
-def refuse_budget(policy: str, budget_s: float) -> None:
-    """Raises click.UsageError where `--policy` and `--budget` do not go together."""
+def chosen_policy(policy: str | None, budget_s: float, default: str) -> str:
+    """What `--policy` says or `--budget` means.
+
+    Raises:
+        click.UsageError: they do not go together.
+    """
+    chosen = policy or ("budget" if budget_s else default)
     try:
-        check_budget(policy, budget_s)
+        check_budget(chosen, budget_s)
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
+    return chosen
 
 
 class LinkSnr(click.ParamType):  # type: ignore[type-arg]

@@ -54,6 +54,8 @@ class FleetPlan:
     placement: str
     policy: str
     budget_s: float  # of the policy `budget`, else 0
+    bandwidth_hz: float  # that the devices share, else 0
+    allocation: str
     cache: Path
     devices: tuple[DevicePlan, ...]
 
@@ -110,9 +112,15 @@ class Fleet:
         placement.write_text(self._plan.placement)
         words = ["-v", "bs", str(self._plan.bundle.resolve()), "--bind", "tcp://127.0.0.1:*", "--http", "127.0.0.1:0"]
         words += ["--policy", self._plan.policy, "--placement", str(placement), "--state", str(self._folder / "state")]
-        words += ["--budget", f"{self._plan.budget_s!r}s"] if self._plan.budget_s else []
+        words += self._radio()
         words += ["--deadline", DEADLINE, "--lease", LEASE, "--prefill-chunk", str(PREFILL_CHUNK), "--threads", "1"]
         return self._start("base-station", words)
+
+    def _radio(self) -> list[str]:
+        plan = self._plan
+        budget = ["--budget", f"{plan.budget_s!r}s"] if plan.budget_s else []
+        band = ["--bandwidth", f"{plan.bandwidth_hz!r}Hz", "--allocation", plan.allocation] if plan.bandwidth_hz else []
+        return budget + band
 
     def _start_device(self, device: DevicePlan, token: Path) -> None:
         words = ["-v", "device", "--join", f"@{token}", "--name", device.name, "--threads", "1"]
@@ -124,6 +132,8 @@ class Fleet:
             "--uplink",
             f"{device.link.uplink_bps:.0f}bit/s",
         ]
+        if device.link.downlink_snr_hz:
+            words += ["--link-snr", f"{device.link.downlink_snr_hz!r}Hz/{device.link.uplink_snr_hz!r}Hz"]
         self._start(device.name, words)
 
     def _start(self, name: str, words: list[str]) -> Child:

@@ -126,6 +126,8 @@ def _run(run: Run) -> dict[str, Any]:
         "name": run.plan.name,
         "policy": run.plan.policy,
         "links": "equal" if run.plan.equal else "unequal",
+        "bandwidth_hz": run.plan.bandwidth_hz,
+        "allocation": run.plan.allocation if run.plan.bandwidth_hz else None,
         "figures": {field.name: getattr(found, field.name) for field in fields(found)} | {"stages_s": _stages(found)},
         "devices": [
             {"name": name, **asdict(link), "experts": run.experts.get(name, 0), "layers_served": work.get(name, 0)}

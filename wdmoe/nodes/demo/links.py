@@ -12,6 +12,10 @@ Links = tuple[LinkEmulation, ...]
 
 FASTEST_BPS = 200e6
 SLOWEST_BPS = 20e6
+# Received power over noise density: in 20 MHz 25 dB and 5 dB, and a device sends with a tenth of what it is sent with.
+STRONGEST_SNR_HZ = 20e6 * 10**2.5
+SPREAD = 100.0  # 20 dB
+UPLINK_PART = 0.1
 
 
 def unequal_links(devices: int, rates_bps: Sequence[float], seed: int) -> Links:
@@ -38,6 +42,14 @@ def unequal_links(devices: int, rates_bps: Sequence[float], seed: int) -> Links:
     row = [rates[0] * step**index for index in range(devices)]
     random.Random(seed).shuffle(row)  # noqa: S311 - no secret
     return _links(row)
+
+
+def radio_links(devices: int, seed: int) -> Links:
+    """Links of unequal strength, for a band that is shared: a geometric row over 20 dB, which the seed deals out."""
+    step = SPREAD ** (-1 / max(devices - 1, 1))
+    row = [STRONGEST_SNR_HZ * step**index for index in range(devices)]
+    random.Random(seed).shuffle(row)  # noqa: S311 - no secret
+    return tuple(LinkEmulation(downlink_snr_hz=snr, uplink_snr_hz=snr * UPLINK_PART) for snr in row)
 
 
 def equal_links(links: Links) -> Links:

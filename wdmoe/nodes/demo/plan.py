@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wdmoe.backbone.bundle import ExpertFile
-from wdmoe.config import POLICIES, check_budget
+from wdmoe.config import MOST_HZ, POLICIES, check_budget, is_hertz
 from wdmoe.errors import ConfigError
-from wdmoe.nodes.demo.links import Links, equal_links, unequal_links
+from wdmoe.nodes.demo.links import Links, equal_links, radio_links, unequal_links
 from wdmoe.solver.placing.file import write_placement
 
 MOST_DEVICES = 64
@@ -26,6 +26,7 @@ class DemoSettings:
     policy: str = "cosine"
     budget_s: float = 0.0  # of the policy `budget`
     rates_bps: tuple[float, ...] = ()  # see `unequal_links`
+    bandwidth_hz: float = 0.0  # a band that all share, in place of links with rates of their own
     seed: int = 0
     compare: bool = True  # also with plain top-k
 
@@ -39,6 +40,10 @@ class DemoSettings:
         check_budget(self.policy, self.budget_s)
         if not self.prompt.strip():
             raise ConfigError("the prompt is empty")
+        if self.bandwidth_hz and not is_hertz(self.bandwidth_hz):
+            raise ConfigError(f"bandwidth must be from 1 Hz to {MOST_HZ:g} Hz, got {self.bandwidth_hz:g} Hz")
+        if self.bandwidth_hz and self.rates_bps:
+            raise ConfigError("links have rates of their own, or share a band: give --links or --bandwidth, not both")
         unequal_links(self.devices, self.rates_bps, self.seed)
 
 
@@ -49,22 +54,40 @@ class RunPlan:
     policy: str
     equal: bool
     links: Links
+    bandwidth_hz: float = 0.0  # 0: no band is shared
+    allocation: str = "optimal"  # of that band
 
     @property
     def name(self) -> str:
         """For people and machines."""
+        if self.bandwidth_hz:
+            return f"{self.policy}, {self.allocation} bandwidth"
         return f"{self.policy}, {'equal' if self.equal else 'unequal'} links"
 
 
 def plan_runs(settings: DemoSettings) -> tuple[RunPlan, ...]:
     """The chosen policy over unequal links; then top-k over the same links and over equal ones of the same total
-    rate, so that what the policy does and what the links do can be told apart."""
+    rate, so that what the policy does and what the links do can be told apart. Where they share a band, links are the
+    same in all runs, and what is made equal is the bandwidth."""
+    if settings.bandwidth_hz:
+        return _radio_runs(settings)
     links = unequal_links(settings.devices, settings.rates_bps, settings.seed)
     runs = [RunPlan(policy=settings.policy, equal=len(set(links)) == 1, links=links)]
     if settings.compare:
         runs.append(RunPlan(policy="topk", equal=runs[0].equal, links=links))
         runs.append(RunPlan(policy="topk", equal=True, links=equal_links(links)))
     return tuple(dict.fromkeys(runs))
+
+
+def _radio_runs(settings: DemoSettings) -> tuple[RunPlan, ...]:
+    links = radio_links(settings.devices, settings.seed)
+    wanted = [(settings.policy, "optimal")]
+    if settings.compare:
+        wanted += [("topk", "optimal"), ("topk", "equal")]
+    return tuple(
+        RunPlan(policy=policy, equal=False, links=links, bandwidth_hz=settings.bandwidth_hz, allocation=allocation)
+        for policy, allocation in dict.fromkeys(wanted)
+    )
 
 
 def device_names(devices: int) -> tuple[str, ...]:

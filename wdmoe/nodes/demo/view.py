@@ -10,7 +10,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from wdmoe.config import LinkEmulation
 from wdmoe.nodes.demo.plan import RunPlan, device_names
+from wdmoe.nodes.link_emulation import shannon_bps
 from wdmoe.nodes.station_client import Token
 from wdmoe.units import format_quantity
 
@@ -63,7 +65,8 @@ class DemoView:
         last = self._tokens[-1] if self._tokens else None
         layers = dict(zip(last.devices, last.layers, strict=True)) if last else {}
         most_layers = max(layers.values(), default=1)
-        most_bps = max(link.downlink_bps for link in self._plan.links) or 1.0
+        rates_bps = [_rate_bps(link, self._plan.bandwidth_hz) for link in self._plan.links]
+        most_bps = max(rates_bps) or 1.0
         wide = width >= _WIDE
         names = device_names(len(self._plan.links))
         table = Table("device", "link", *([""] if wide else []), "experts", box=SIMPLE_HEAD, expand=True)
@@ -72,14 +75,14 @@ class DemoView:
         for column in table.columns:
             column.no_wrap = True
         table.columns[0].min_width = max(len(name) for name in names) + 2
-        for name, link in zip(names, self._plan.links, strict=True):
+        for name, link, rate_bps in zip(names, self._plan.links, rates_bps, strict=True):
             served = layers.get(name, 0)
             bar = "█" * -(-_BAR * served // most_layers) if wide else ""
             worked = Text.assemble((bar, "green"), f" {served}" if served else "")
             table.add_row(
                 Text(f"● {name}", "bold green") if served else Text(f"○ {name}", "dim"),
-                format_quantity(link.downlink_bps, "rate") if link.downlink_bps else "not limited",
-                *([Text("━" * max(round(_BAR * link.downlink_bps / most_bps), 1), "cyan")] if wide else []),
+                _strength(link, self._plan.bandwidth_hz),
+                *([Text("━" * max(round(_BAR * rate_bps / most_bps), 1), "cyan")] if wide else []),
                 str(self._experts.get(name, "-")),
                 worked if layers else "",
             )
@@ -99,6 +102,17 @@ class DemoView:
         spent_s = self._tokens[-1].at_s - self._tokens[0].at_s
         rate = f"{(len(self._tokens) - 1) / spent_s:.1f} tokens/s, " if spent_s > 0 else ""
         return f"{len(self._tokens)} tokens, {rate}gate weight dropped {self._tokens[-1].dropped_weight:.1%}"
+
+
+def _rate_bps(link: LinkEmulation, band_hz: float) -> float:
+    """To the device, with the whole band where one is shared."""
+    return shannon_bps(band_hz, link.downlink_snr_hz) if band_hz else link.downlink_bps
+
+
+def _strength(link: LinkEmulation, band_hz: float) -> str:
+    if band_hz:
+        return f"SNR {format_quantity(link.downlink_snr_hz / band_hz, 'gain')}"
+    return format_quantity(link.downlink_bps, "rate") if link.downlink_bps else "not limited"
 
 
 def shown(text: str) -> str:
