@@ -30,6 +30,7 @@ class Step:
     variant: str
     latency_s: float
     latency_ci_s: float
+    median_s: float  # fading has heavy tails: a single draw can make the mean
     saving: float  # share of the baseline's latency, paired draw by draw
     saving_ci: float
     dropped_weight: float
@@ -75,7 +76,7 @@ def csv_text(made: Sequence[Step]) -> str:
 def markdown(made: Sequence[Step], title: str) -> str:
     """A table to be put into a document."""
     asked = any(np.isfinite(each.accuracy) for each in made)
-    columns = ["variant", "latency, ms", "saved, %", "perplexity", "times baseline"]
+    columns = ["variant", "mean latency", "median", "saved, %", "perplexity", "times baseline"]
     columns += ["accuracy, %", "change", "by bytes, %"] if asked else []
     lines = [
         f"{title}; ± and ranges are 95 % intervals",
@@ -84,7 +85,7 @@ def markdown(made: Sequence[Step], title: str) -> str:
         "| --- " * len(columns) + "|",
     ]
     for number, each in enumerate(made):
-        cells = [each.variant, f"{1e3 * each.latency_s:.4g} ± {1e3 * each.latency_ci_s:.2g}"]
+        cells = [each.variant, f"{_time(each.latency_s)} ± {_time(each.latency_ci_s)}", _time(each.median_s)]
         cells.append(_percent(each.saving, each.saving_ci) if number else "baseline")
         low, high = each.perplexity_ratio_low, each.perplexity_ratio_high
         cells.append(f"{each.perplexity:.2f}")
@@ -102,6 +103,7 @@ def _step(summary: Summary, quality: Quality) -> Step:
         variant=summary.variant,
         latency_s=summary.latency_s,
         latency_ci_s=summary.latency_ci_s,
+        median_s=summary.median_s,
         saving=summary.saving,
         saving_ci=summary.saving_ci,
         dropped_weight=summary.dropped_weight,
@@ -139,15 +141,19 @@ def _figure(made: Sequence[Step], title: str) -> Figure:
 
 
 def _latency(axes: Any, places: Any, made: Sequence[Step]) -> None:
-    means = 1e3 * np.array([each.latency_s for each in made])
-    halves = 1e3 * np.nan_to_num([each.latency_ci_s for each in made])
-    axes.barh(places, means, xerr=halves, color="#4c78a8", height=0.62, capsize=3)
-    for place, each, end in zip(places, made, means + halves, strict=True):
-        text = "baseline" if each is made[0] else f"{-100 * each.saving:+.0f} %"
+    """Latency as a share of the baseline's on the same draw: that has an interval even where the mean has none."""
+    shares = 100 * (1 - np.array([each.saving for each in made]))
+    halves = 100 * np.nan_to_num([each.saving_ci for each in made])
+    axes.barh(places, shares, xerr=halves, color="#4c78a8", height=0.62, capsize=3)
+    for place, each, end in zip(places, made, shares + halves, strict=True):
+        text = f"{_time(each.median_s)}" + (f"  ({-100 * each.saving:+.0f} %)" if each is not made[0] else "")
         axes.annotate(text, (end, place), (5, 0), textcoords="offset points", va="center", fontsize=9)
-    highest = np.nan_to_num(means + halves, posinf=0.0).max()
-    axes.set_xlim(0, 1.25 * highest if highest > 0 else 1.0)
-    axes.set_xlabel("latency, ms")
+    axes.set_xlim(0, 1.3 * np.nan_to_num(shares + halves, posinf=0.0).max(initial=1.0))
+    axes.set_xlabel("latency, % of the baseline's (beside it: median)")
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 or not np.isfinite(seconds) else f"{1e3 * seconds:.3g} ms"
 
 
 def _ratio(axes: Any, places: Any, made: Sequence[Step]) -> None:
@@ -166,7 +172,7 @@ def _ratio(axes: Any, places: Any, made: Sequence[Step]) -> None:
         markersize=5,
     )
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("perplexity, % above the baseline")
+    axes.set_xlabel("perplexity,\n% above the baseline")
 
 
 def _accuracy(axes: Any, places: Any, made: Sequence[Step]) -> None:
