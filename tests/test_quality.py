@@ -16,6 +16,7 @@ from families import reference, save_tiny, tiny_config, tiny_model
 from transformers import AutoTokenizer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from wdmoe.backbone.default_model import default_checkpoint
 from wdmoe.backbone.perplexity import window_nats, window_perplexity
 from wdmoe.backbone.planned_experts import EXACT, Order, PlannedExperts, travelled
 from wdmoe.backbone.questions import Question, choice_nats, read_bigbench, read_questions, score
@@ -187,6 +188,19 @@ def whole(tiny: Path) -> Any:
 @pytest.fixture(scope="module")
 def tokenizer(tiny: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny)
+
+
+@pytest.mark.slow
+def test_the_default_model_as_planned() -> None:
+    """Nothing rounded: the model itself. 8 bits: what it says is hardly less likely."""
+    default = reference(default_checkpoint())
+    window = torch.arange(1000, 1064)[None]
+    plain = window_nats(default, window)
+    with PlannedExperts(default, everything(EXACT)) as planned:
+        assert torch.equal(window_nats(default, window), plain)
+        planned.decide = everything(8)
+        assert float(window_nats(default, window).mean()) == pytest.approx(float(plain.mean()), rel=0.05)
+        assert not planned.renormalise
 
 
 def test_a_window_meets_the_simulators_draw(scenario: Scenario, whole: Any, tokenizer: Any) -> None:
