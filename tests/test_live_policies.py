@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from wdmoe.moe.select import Costs, Demand, choose
 from wdmoe.records import GenerationRequest, Receipt, Sampling, TextDelta
 from wdmoe.solver.bandwidth import Links
 from wdmoe.transport.messages import Message, Run
+from wdmoe.transport.routing import DeviceRoute
 
 PROMPT = tuple(range(40, 60))
 HUGE_S = 1e6
@@ -140,7 +140,7 @@ def test_budget_counts_what_each_device_gets() -> None:
     experts, weights = [[0, 2], [1, 3]], [[0.6, 0.4], [0.7, 0.3]]
     fits = decide("budget", experts, weights, known, budget_s=2.1e-3)
     assert fits.experts.tolist() == experts
-    assert fits.dropped.tolist() == [0, 0]
+    assert fits.dropped is None
     short = decide("budget", experts, weights, known, budget_s=1.1e-3)  # one for each device
     assert np.bincount(short.experts[short.experts >= 0] // 2).tolist() == [1, 1]
     assert short.dropped == pytest.approx([0.6, 0.3])  # the first token leaves device 0 to the second
@@ -163,13 +163,22 @@ def test_nothing_is_dropped_before_anything_is_known(policy: str) -> None:
     assert chosen.dropped is None
 
 
-def test_the_pace_of_a_device_that_was_not_asked_is_the_mean() -> None:
+def test_a_device_is_known_by_orders_of_that_size_or_by_the_others() -> None:
     health = DeviceHealth()
-    devices = tuple(SimpleNamespace(route=route) for route in (b"a", b"b", b"c"))
-    assert health.pace_s(devices) is None  # type: ignore[arg-type]
-    health.answered(b"a", 4e-3, 4)
-    health.answered(b"c", 3e-3, 1)
-    assert health.pace_s(devices) == pytest.approx([1e-3, 2e-3, 3e-3])  # type: ignore[arg-type]
+    devices = tuple(DeviceRoute(name, name, name.encode()) for name in "abc")
+    assert health.token_s(devices, [1, 1, 1]) is None
+    assert health.seen_s(b"a") is None
+    health.answered(b"a", 4e-3, 4, 1e-3)
+    health.answered(b"c", 3e-3, 1, 9.0)  # a device may say anything of its link
+    assert health.token_s(devices, [4, 4, 4]) == pytest.approx([1e-3, 2e-3, 3e-3])
+    assert health.other_s(devices, [4, 4, 4]) == pytest.approx([0.75e-3] * 3)
+    health.answered(b"a", 2e-3, 1)
+    assert health.token_s(devices, [1, 1, 1]) == pytest.approx([2e-3, 2.5e-3, 3e-3])
+    assert health.token_s(devices, [5, 1, 99]) == pytest.approx([1e-3, 2e-3, 3e-3])
+    health.answered(b"a", 12e-3, 1)
+    assert health.token_s(devices[:1], [1]) == pytest.approx([3e-3])  # a tenth of the way
+    health.forget_all_but(devices[1:])
+    assert health.token_s(devices[:1], [1]) is None
 
 
 def test_links_take_another_compute_time() -> None:

@@ -57,7 +57,7 @@ def routes() -> tuple[DeviceRoute, ...]:
 def test_every_layer_gives_the_band_to_those_who_have_work(
     bundle: Bundle, policy: str, equal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DeviceHealth, "other_s", lambda self, devices: None)  # so that the air alone decides
+    monkeypatch.setattr(DeviceHealth, "other_s", lambda self, devices, tokens: None)  # so that the air alone decides
     budget_s = 5e-4 if policy == "budget" else 0.0
     with opened(bundle, policy=policy, budget_s=budget_s, bandwidth_hz=BAND_HZ, equal_bandwidth=equal) as lab:
         devices = [
@@ -85,9 +85,9 @@ def test_policies_know_a_device_by_its_part_of_an_equal_band() -> None:
     np.testing.assert_allclose(air.each_s, by_hand)
     other_s = np.array([1e-3, 2e-3, 0.0])
     assert air.links(other_s).table[4].tolist() == other_s.tolist()
-    alone = air.share([(1, 5)], other_s)
+    alone = air.share([0, 5, 0], other_s)
     assert alone[1] == pytest.approx(BAND_HZ)
-    np.testing.assert_array_equal(Air(routes(), bits, BAND_HZ, equal=True).share([(1, 5)], other_s), [each_hz] * 3)
+    np.testing.assert_array_equal(Air(routes(), bits, BAND_HZ, equal=True).share([0, 5, 0], other_s), [each_hz] * 3)
     own = Air(routes(), bits, 0.0, equal=False)
     assert not own.each_s.any()
     assert not own.links(other_s).table[:2].any()

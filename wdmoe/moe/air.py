@@ -6,7 +6,7 @@ them are some 150 bytes a message.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -48,16 +48,13 @@ class Air:
         """For the solver; other_s: (devices,) seconds per token beside the shared band."""
         return self._links.with_compute(other_s)
 
-    def share(self, tokens: Iterable[tuple[int, int]], other_s: FloatArray) -> FloatArray:
+    def share(self, tokens: Sequence[int], other_s: FloatArray) -> FloatArray:
         """(devices,) hertz of each. What all have together is at most the band.
 
         Args:
-            tokens: (device, how many tokens it gets).
+            tokens: how many each gets.
             other_s: as `links`.
         """
         if self._equal is not None:
             return self._equal
-        load = np.zeros(len(self.devices))
-        for device, count in tokens:
-            load[device] = count
-        return allocate_bandwidth(load, self.links(other_s), self.total_hz).bandwidth_hz
+        return allocate_bandwidth(np.array(tokens, np.float64), self.links(other_s), self.total_hz).bandwidth_hz

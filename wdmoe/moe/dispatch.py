@@ -36,7 +36,7 @@ def dispatch(
     device_of: Int32Array,
     wait_s: float,
     meanwhile: Callable[[], object],
-    share: Callable[[list[tuple[int, int]]], FloatArray] | None = None,
+    share: Callable[[list[int]], FloatArray] | None = None,
 ) -> list[Part]:
     """Send each device its tokens and wait for the answers, `wait_s` seconds at most.
 
@@ -46,11 +46,16 @@ def dispatch(
         weights: (tokens, top_k) gate weights.
         device_of: (experts,) index into `devices`, -1 where not served.
         meanwhile: called once the orders are on their way.
-        share: from (device, its tokens) to (devices,) hertz; None: no band is shared.
+        share: from tokens to hertz of each device; None: no band is shared.
     """
     groups = group_by_device(experts, weights, device_of)
     everyone = tokens.shape[0]
-    hertz = share([(group.device, len(group.token_rows)) for group in groups]) if share is not None and groups else None
+    hertz = None
+    if share is not None:
+        counts = [0] * len(devices)
+        for group in groups:
+            counts[group.device] = len(group.token_rows)
+        hertz = share(counts)
     orders = [
         Order(
             route=devices[group.device].route,

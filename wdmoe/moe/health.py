@@ -8,7 +8,8 @@ to a connection, not to a device: one that reconnects starts afresh.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +23,23 @@ SMOOTHING = 0.1  # weight of the newest latency in the running mean
 
 
 @dataclass(slots=True)
+class _Pace:
+    """Running means of the time from sending to the answer, per token."""
+
+    token_s: float
+    other_s: float  # without what the device says of its (emulated) link
+
+    def learn(self, token_s: float, other_s: float) -> None:
+        self.token_s += SMOOTHING * (token_s - self.token_s)
+        self.other_s += SMOOTHING * (other_s - self.other_s)
+
+
+@dataclass(slots=True)
 class _Record:
-    token_s: float = 0.0  # running mean of the time from sending to the answer, per token
-    other_s: float = 0.0  # the same without what the device says of its (emulated) link
+    pace: _Pace | None = None  # over all orders
+    # Apart for orders of 1, 2 to 3, 4 to 7, ... tokens: a message costs the same with one token in it or with many, so
+    # what a token takes in an answer says little about what it takes in a prompt.
+    by_size: dict[int, _Pace] = field(default_factory=dict)
     pause_s: float = 0.0
     paused_until_s: float = 0.0
 
@@ -46,9 +61,11 @@ class DeviceHealth:
         token_s, other_s = seconds / tokens, max(seconds - link_s, 0.0) / tokens
         record = self._records.get(route)
         if record is None:
-            record = self._records[route] = _Record(token_s=token_s, other_s=other_s)
-        record.token_s += SMOOTHING * (token_s - record.token_s)
-        record.other_s += SMOOTHING * (other_s - record.other_s)
+            record = self._records[route] = _Record()
+        if record.pace is None:
+            record.pace = _Pace(token_s, other_s)
+        record.pace.learn(token_s, other_s)
+        record.by_size.setdefault(tokens.bit_length(), _Pace(token_s, other_s)).learn(token_s, other_s)
         if record.pause_s:
             record.pause_s = 0.0
             self._paused.discard(route)
@@ -69,18 +86,30 @@ class DeviceHealth:
         usable = np.array([self.usable(device) for device in devices] + [False])  # index -1: not served
         return usable[device_of]
 
-    def pace_s(self, devices: tuple[DeviceRoute, ...]) -> npt.NDArray[np.float64] | None:
-        """(devices,) expected seconds per token, > 0. One not measured counts as the mean one; None: none was."""
-        return _filled([r.token_s if (r := self._records.get(device.route)) else 0.0 for device in devices])
+    def token_s(self, devices: tuple[DeviceRoute, ...], tokens: Sequence[int]) -> npt.NDArray[np.float64] | None:
+        """(devices,) expected seconds per token, > 0. One not measured counts as the mean one; None: none was.
 
-    def other_s(self, devices: tuple[DeviceRoute, ...]) -> npt.NDArray[np.float64] | None:
-        """As `pace_s`, without the time on the link: what a token costs there whatever its band."""
-        return _filled([r.other_s if (r := self._records.get(device.route)) else 0.0 for device in devices])
+        Args:
+            tokens: of the order that each would get; the nearest size that was measured counts.
+        """
+        paces = map(self._nearest, devices, tokens)
+        return _filled([pace.token_s if pace else 0.0 for pace in paces])
 
-    def token_s(self, route: bytes) -> float | None:
+    def other_s(self, devices: tuple[DeviceRoute, ...], tokens: Sequence[int]) -> npt.NDArray[np.float64] | None:
+        """As `token_s`, without the time on the link: what a token costs there whatever its band."""
+        paces = map(self._nearest, devices, tokens)
+        return _filled([pace.other_s if pace else 0.0 for pace in paces])
+
+    def _nearest(self, device: DeviceRoute, tokens: int) -> _Pace | None:
+        record, size = self._records.get(device.route), tokens.bit_length()
+        if record is None or not record.by_size:
+            return None
+        return record.by_size.get(size) or record.by_size[min(record.by_size, key=lambda known: abs(known - size))]
+
+    def seen_s(self, route: bytes) -> float | None:
         """Running mean of seconds per token of one connection; None while nothing was measured. Any thread."""
         record = self._records.get(route)
-        return record.token_s if record is not None and record.token_s else None
+        return record.pace.token_s if record is not None and record.pace is not None else None
 
     def forget_all_but(self, devices: tuple[DeviceRoute, ...]) -> None:
         """Drop connections that are gone."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -102,14 +102,14 @@ class ExpertLayers:
         return choose(
             demand,
             policy=self._rules.policy,
-            costs=None if self._rules.policy == "topk" else self._costs(routing, tokens, device_of),
+            costs=None if self._rules.policy == "topk" else self._costs(routing, tokens, demand, device_of),
             budget_s=self._rules.budget_s,
             available=None if all_served else self.health.available(routing.devices, device_of),
             renormalise=self._rules.renormalise,
             gate_temperature=self._rules.gate_temperature,
         )
 
-    def _costs(self, routing: Routing, tokens: Activations, device_of: Int32Array) -> Costs | None:
+    def _costs(self, routing: Routing, tokens: Activations, demand: Demand, device_of: Int32Array) -> Costs | None:
         """What the policy decides by: what was measured, and in a shared band what the air takes if all have the same.
 
         Not what the air took: the far device that was given the most hertz would look near. None: nothing is known.
@@ -117,15 +117,17 @@ class ExpertLayers:
         if not routing.devices:
             return None
         air = self._air(routing, tokens)
-        other_s = self._other_s(air) if air.total_hz else self.health.pace_s(routing.devices)
+        about = min(-(-demand.experts.size // len(routing.devices)), len(tokens))
+        counts = (about,) * len(routing.devices)
+        other_s = self._other_s(air, counts) if air.total_hz else self.health.token_s(routing.devices, counts)
         if other_s is None:
             return None
         links = air.links(other_s) if self._rules.policy == "budget" else None
         return Costs(device_of, air.each_s + other_s, links, air.total_hz or 1.0)
 
-    def _other_s(self, air: Air) -> FloatArray:
-        """(devices,) seconds of a token beside the air; 0 while no device was measured."""
-        measured_s = self.health.other_s(air.devices)
+    def _other_s(self, air: Air, tokens: Sequence[int]) -> FloatArray:
+        """(devices,) seconds of a token beside the air in orders of so many; 0 while no device was measured."""
+        measured_s = self.health.other_s(air.devices, tokens)
         return np.zeros(len(air.devices)) if measured_s is None else measured_s
 
     def _air(self, routing: Routing, tokens: Activations) -> Air:
@@ -165,7 +167,7 @@ class ExpertLayers:
             self._device_of(routing, layer),
             self._rules.deadline_s + len(tokens) * self._rules.deadline_per_token_s,
             busy,
-            None if air is None else lambda loads: air.share(loads, self._other_s(air)),
+            None if air is None else lambda counts: air.share(counts, self._other_s(air, counts)),
         )
         for part in parts:
             self._judge(part)

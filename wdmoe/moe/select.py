@@ -73,6 +73,8 @@ def choose(
         return Chosen(kept.experts, kept.weights, lost=lost)
     ranks = _ranks(kept, gate_temperature)
     pruned = _prune(kept.experts, ranks, policy, costs, budget_s)
+    if np.array_equal(pruned, kept.experts):
+        return Chosen(kept.experts, kept.weights, lost=lost)
     weights = np.where(pruned >= 0, kept.weights, np.float32(0))
     dropped = _share(kept.weights - weights, demand.weights)
     if renormalise:
@@ -148,11 +150,14 @@ def _ranks(demand: Demand, temperature: float) -> npt.NDArray[np.float64]:
     """(tokens, top_k) what a policy ranks by: the gate's probabilities, which need not be the weights it mixes by."""
     if demand.gate is None or temperature == 1.0:
         return demand.weights.astype(np.float64)
-    scores = demand.gate.astype(np.float64) / temperature
-    scores = np.exp(scores - scores.max(axis=1, keepdims=True))
+    scores = demand.gate.astype(np.float64)
+    scores -= scores.max(axis=1, keepdims=True)
+    scores /= temperature
+    np.exp(scores, out=scores)
     scores /= scores.sum(axis=1, keepdims=True)
-    picked = np.take_along_axis(scores, np.maximum(demand.experts, 0), axis=1)
-    return np.where(demand.experts >= 0, picked, 0.0)
+    picked: FloatArray = scores[np.arange(len(scores))[:, None], demand.experts]
+    picked[demand.experts < 0] = 0.0
+    return picked
 
 
 def _share(part: Float32Array, whole: Float32Array) -> Float32Array:

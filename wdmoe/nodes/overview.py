@@ -63,5 +63,5 @@ def _device(device: Device, health: DeviceHealth) -> Mapping[str, object]:
         "runs": device.done,
         "queued": device.queued,
         "rss_bytes": device.rss_bytes,
-        "rtt_s": None if device.data_route is None else health.token_s(device.data_route),  # per token of an order
+        "rtt_s": None if device.data_route is None else health.seen_s(device.data_route),  # per token of an order
     }
