@@ -23,7 +23,8 @@ from wdmoe.ledger import Ledger
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.moe.select import Costs, Demand, choose
 from wdmoe.records import GenerationRequest, Receipt, Sampling, TextDelta
-from wdmoe.solver.bandwidth import Links
+from wdmoe.solver import select_experts, shed_bottleneck
+from wdmoe.solver.bandwidth import Links, with_compute
 from wdmoe.transport.messages import Message, Run
 from wdmoe.transport.routing import DeviceRoute
 
@@ -124,7 +125,7 @@ def costs(token_s: list[float], device_of: list[int]) -> Costs:
     none = np.zeros(len(token_s))
     links = Links(downlink_snr_hz=none, uplink_snr_hz=none, downlink_bits=none, uplink_bits=none)
     pace = np.array(token_s)
-    return Costs(np.array(device_of, np.int32), pace, links.with_compute(pace))
+    return Costs(np.array(device_of, np.int32), pace, with_compute(links, pace))
 
 
 def decide(
@@ -183,13 +184,13 @@ def test_a_device_is_known_by_orders_of_that_size_or_by_the_others() -> None:
 
 def test_links_take_another_compute_time() -> None:
     links = Links(downlink_snr_hz=[1e6, 1e7], uplink_snr_hz=1e6, downlink_bits=8.0, uplink_bits=8.0, compute_s=1e-3)
-    other = links.with_compute(np.array([2e-3, 0.0]))
+    other = with_compute(links, np.array([2e-3, 0.0]))
     assert other.table[4].tolist() == [2e-3, 0.0]
     assert (other.table[:4] == links.table[:4]).all()
     assert links.table[4].tolist() == [1e-3, 1e-3]
     for wrong in (np.zeros(3), np.array([1.0, -1.0]), np.array([1.0, np.nan]), np.array([1.0, np.inf])):
         with pytest.raises(ValueError, match="compute_s"):
-            links.with_compute(wrong)
+            with_compute(links, wrong)
 
 
 def test_policy_and_budget_go_together(tmp_path: Path) -> None:
@@ -216,3 +217,32 @@ def test_flags_that_do_not_go_together(command: list[str], flags: list[str], sai
     done = CliRunner().invoke(cli, [*command, *flags])
     assert done.exit_code == 2
     assert said in done.output
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_the_embedded_face_has_every_policy(rng: np.random.Generator, renormalise: bool) -> None:
+    gate, latency_s, home = rng.dirichlet(np.ones(6), 40), rng.uniform(1e-3, 4e-3, 6), np.array([0, 0, 1, 1, 2, 2])
+    slowest = np.maximum.reduceat(latency_s, [0, 2, 4])
+    plain = select_experts(gate, latency_s, "topk", 3, renormalise)
+    for policy in ("bottleneck", "budget"):
+        choice = select_experts(gate, latency_s, policy, 3, renormalise, device_of=home, budget_s=0.06)
+        kept = choice.experts >= 0
+        if policy == "bottleneck":
+            np.testing.assert_array_equal(kept, shed_bottleneck(plain.experts, plain.weights, home, slowest))
+        else:
+            assert (np.bincount(home[choice.experts[kept]], minlength=3) * slowest <= 0.06).all()
+        assert 0 < choice.dropped_weight.mean() < 0.7
+        assert kept.any(axis=1).all()
+        share = np.where(kept, plain.weights, 0).sum(axis=1) / plain.weights.sum(axis=1)
+        np.testing.assert_allclose(choice.dropped_weight, 1 - share, atol=1e-12)
+        total = plain.weights.sum(axis=1) * (1 if renormalise else share)
+        np.testing.assert_allclose(choice.weights.sum(axis=1), total)
+    alone = select_experts(gate, latency_s, "budget", 3, budget_s=1e3)
+    np.testing.assert_array_equal(alone.experts, plain.experts)
+    for wrong, said in (
+        ({"policy": "budget"}, "budget_s"),
+        ({"policy": "bottleneck", "device_of": [0, 1]}, "device_of"),
+        ({"policy": "bottleneck", "latency_s": np.ones((40, 6))}, "latency_s"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            select_experts(**{"gate": gate, "latency_s": latency_s, **wrong})  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.solver.bandwidth import Links, allocate_bandwidth
+from wdmoe.solver.bandwidth import Links, allocate_bandwidth, with_compute
 from wdmoe.solver.layer_time import air_s
 from wdmoe.transport.routing import DeviceRoute
 
@@ -46,7 +46,7 @@ class Air:
 
     def links(self, other_s: FloatArray) -> Links:
         """For the solver; other_s: (devices,) seconds per token beside the shared band."""
-        return self._links.with_compute(other_s)
+        return with_compute(self._links, other_s)
 
     def share(self, tokens: Sequence[int], other_s: FloatArray) -> FloatArray:
         """(devices,) hertz of each. What all have together is at most the band.

@@ -88,30 +88,31 @@ class Links:
         object.__setattr__(self, "table", table)
         object.__setattr__(self, "flat", given == ["efficiency"])
 
-    def with_compute(self, compute_s: FloatArray) -> Links:
-        """The same links, another compute time: for who decides anew every millisecond, where the checks above count.
-
-        Args:
-            compute_s: (devices,) float64, or (draws, devices) as the links are.
-        Raises:
-            ValueError: another shape, or a value that is not within 0 to 1e30.
-        """
-        table = self.table.copy()
-        if compute_s.shape != table[..., 4, :].shape:
-            raise ValueError(f"compute_s must have shape {table[..., 4, :].shape}, got {compute_s.shape}")
-        if not 0 <= compute_s.min() <= compute_s.max() <= LARGEST:  # also refuses NaN
-            raise ValueError(f"compute_s must be within 0 to {LARGEST:g}")
-        table[..., 4, :] = compute_s
-        table.flags.writeable = False
-        other = object.__new__(Links)
-        for name in _LINK_FIELDS:
-            object.__setattr__(other, name, getattr(self, name))
-        object.__setattr__(other, "compute_s", compute_s)
-        object.__setattr__(other, "table", table)
-        return other
-
 
 _LINK_FIELDS = tuple(each.name for each in fields(Links))
+
+
+def with_compute(links: Links, compute_s: FloatArray) -> Links:
+    """The same links, another compute time: for who decides anew every millisecond, where the checks of Links count.
+
+    Args:
+        compute_s: (devices,) float64, or (draws, devices) as the links are.
+    Raises:
+        ValueError: another shape, or a value that is not within 0 to 1e30.
+    """
+    table = links.table.copy()
+    if compute_s.shape != table[..., 4, :].shape:
+        raise ValueError(f"compute_s must have shape {table[..., 4, :].shape}, got {compute_s.shape}")
+    if not 0 <= compute_s.min() <= compute_s.max() <= LARGEST:  # also refuses NaN
+        raise ValueError(f"compute_s must be within 0 to {LARGEST:g}")
+    table[..., 4, :] = compute_s
+    table.flags.writeable = False
+    other = object.__new__(Links)
+    for name in _LINK_FIELDS:
+        object.__setattr__(other, name, getattr(links, name))
+    object.__setattr__(other, "compute_s", compute_s)
+    object.__setattr__(other, "table", table)
+    return other
 
 
 def allocate_bandwidth(

@@ -12,8 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from wdmoe.solver import _native
+from wdmoe.solver.assignments import check_int32
+from wdmoe.solver.bandwidth import Links, with_compute
+from wdmoe.solver.bottleneck import shed_bottleneck
+from wdmoe.solver.budget import select_within_budget
 
-POLICIES = ("topk", "cosine")
+POLICIES = ("topk", "cosine", "bottleneck", "budget")
 WLR_DEFINITIONS = ("mean", "sum")
 
 Int32Array = npt.NDArray[np.int32]
@@ -44,19 +48,23 @@ def select_experts(
     wlr: str = "mean",
     available: npt.ArrayLike | None = None,
     substitute: bool = False,
+    device_of: npt.ArrayLike | None = None,
+    budget_s: float = 0.0,
 ) -> Choice:
     """Choose at most `top_k` experts for each token from full gate rows, then prune as `prune_experts` does.
 
     Args:
         gate: (tokens, experts) weights, finite, >= 0; rows need not sum to 1. Ties go to the lower expert.
         latency_s: (experts,) or (tokens, experts) seconds that an expert takes for one token, > 0 and finite.
-        policy: "topk" (no more than availability asks for) or "cosine" (Algorithm 1 [S]).
+        policy: "topk" (no more than availability asks for), "cosine" (Algorithm 1 [S]), "bottleneck" (Algorithm 2 [U])
+            or "budget" [D].
         top_k: 1 to experts.
         renormalise: the weights of a token sum to 1; otherwise they stay as in `gate`.
         theta, theta_step, gamma: as `prune_experts`.
         wlr: as `prune_experts`.
         available: (experts,) bool; others are not used. None: all are.
         substitute: take the next best available expert for one that is not, instead of dropping it.
+        device_of, budget_s: as `prune_experts`.
     Raises:
         ValueError: an argument is not as above; the message names it.
     """
@@ -65,7 +73,9 @@ def select_experts(
     allowed = usable if substitute else None
     experts, weights = _native.top_k(rows, top_k, allowed, renormalise)
     latency = _of_experts(latency_s, rows.shape[1])
-    choice = prune_experts(experts, weights, latency, policy, renormalise, theta, theta_step, gamma, wlr, available)
+    choice = prune_experts(
+        experts, weights, latency, policy, renormalise, theta, theta_step, gamma, wlr, available, device_of, budget_s
+    )
     if allowed is None:
         return choice
     lost = _share_lost_to_substitution(rows, experts, top_k)
@@ -84,6 +94,8 @@ def prune_experts(
     gamma: float = 1.05,
     wlr: str = "mean",
     available: npt.ArrayLike | None = None,
+    device_of: npt.ArrayLike | None = None,
+    budget_s: float = 0.0,
 ) -> Choice:
     """Prune a model's own top-k. A family's routing (groups, biases, sigmoid gates) is thereby respected.
 
@@ -93,11 +105,15 @@ def prune_experts(
     token keeps its last expert, and one whose weights are all zero is left alone. Tokens that lose nothing
     keep their weights to the bit.
 
+    `bottleneck` is `shed_bottleneck`, and `budget` is `select_within_budget`, for devices that have links of their own:
+    a device takes its tokens times the latency of its slowest expert. Where they share a band, call those.
+
     Args:
         experts: (tokens, k) int, -1 where there is none.
         weights: (tokens, k) float, finite, >= 0.
         latency_s: (experts,) or (tokens, experts) seconds that an expert takes for one token, > 0 and finite.
-        policy: "topk" or "cosine".
+            "bottleneck" and "budget" take the former only.
+        policy: "topk", "cosine", "bottleneck" or "budget".
         renormalise: what a token keeps grows to the sum it had; otherwise kept weights stay as they are.
         theta: first threshold, 0 to 1. Published re-implementation: 0.5, later 0.8 [S].
         theta_step: 0.001 to 1 [S: 0.05].
@@ -105,6 +121,8 @@ def prune_experts(
         wlr: the WLR of a token is the "mean" over its kept experts of weight/latency [S], or the "sum". At a
             fixed latency a drop can never raise the sum unless weights are renormalised [D].
         available: (experts,) bool; None: all are.
+        device_of: "bottleneck" and "budget": (experts,) int, the device of each expert, or -1. None: each its own.
+        budget_s: "budget": seconds that the slowest device may take for all tokens, > 0.
     Raises:
         ValueError: an argument is not as above; the message names it.
     """
@@ -115,10 +133,40 @@ def prune_experts(
         raise ValueError(f"weights must have the shape of experts {chosen.shape}, got {np.shape(weights)}")
     latency = _latency(latency_s, chosen.shape[0])
     usable = _availability(available, latency.shape[1])
-    dropped, ratio, last_theta = _native.prune(
-        chosen, kept, latency, usable, policy == "cosine", renormalise, wlr == "sum", theta, theta_step, gamma
-    )
+
+    def prune(cosine: bool) -> tuple[FloatArray, float, float]:
+        return _native.prune(chosen, kept, latency, usable, cosine, renormalise, wlr == "sum", theta, theta_step, gamma)
+
+    dropped, ratio, last_theta = prune(policy == "cosine")
+    if policy in ("bottleneck", "budget"):
+        marked = _marked(chosen, kept, latency, policy, device_of, budget_s)
+        shed, _ = _native.keep_marked(chosen, kept, marked, renormalise)
+        dropped, ratio = 1.0 - (1.0 - dropped) * (1.0 - shed), prune(cosine=False)[1]
     return Choice(chosen, kept, dropped, ratio, last_theta)
+
+
+def _marked(
+    experts: Int32Array,
+    weights: FloatArray,
+    latency_s: FloatArray,
+    policy: str,
+    device_of: npt.ArrayLike | None,
+    budget_s: float,
+) -> UInt8Array:
+    """(tokens, k) 1 where a policy that looks at devices keeps the assignment."""
+    if len(latency_s) != 1:
+        raise ValueError(f"latency_s must be (experts,) for policy {policy}, got {latency_s.shape}")
+    home = np.arange(latency_s.shape[1]) if device_of is None else check_int32("device_of", device_of)
+    if home.shape != latency_s.shape[1:]:
+        raise ValueError(f"device_of must be ({latency_s.shape[1]},), one device an expert, got shape {home.shape}")
+    token_s = np.full(max(int(home.max(initial=-1)) + 1, 1), np.finfo(float).tiny)
+    np.maximum.at(token_s, home[home >= 0], latency_s[0, home >= 0])
+    if policy == "bottleneck":
+        return shed_bottleneck(experts, weights, home, token_s).view(np.uint8)
+    none = np.zeros_like(token_s)
+    links = Links(downlink_snr_hz=none, uplink_snr_hz=none, downlink_bits=none, uplink_bits=none)
+    found = select_within_budget(experts, weights, home, with_compute(links, token_s), 1.0, budget_s)
+    return (found.experts >= 0).view(np.uint8)
 
 
 def _check_options(policy: str, wlr: str, theta: float, theta_step: float, gamma: float) -> None:
