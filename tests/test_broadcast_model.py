@@ -44,7 +44,7 @@ def inputs(blocks=2, side=32, seed=0, alpha=0.5, kept=8, snr_db=(10.0, 5.0)):
 
 
 @torch.no_grad()
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(alpha=st.floats(0, 1), kept=st.integers(1, 16), first=st.floats(-5, 30), second=st.floats(-5, 30))
 def test_symbols_have_unit_power_and_only_where_they_are_sent(codec, alpha, kept, first, second):
     symbols = codec.encode(*inputs(alpha=alpha, kept=kept, snr_db=(first, second)))

@@ -1,0 +1,129 @@
+"""The folder of one training run, and the weights that come out of it.
+
+settings.json          of the model, the training and the batches
+state.safetensors      to go on from
+curve.csv, curves.png  loss, and quality on the 500 pictures to choose by
+model.safetensors      the averaged weights, with the model's settings inside
+manifest.json          versions, seed, data, SHA-256 of every file; written last, so a folder without it is not finished
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from wdmoe.broadcast.batches import Draws
+from wdmoe.broadcast.model import BroadcastCodec, ModelSettings
+from wdmoe.broadcast.training import Row, Training
+from wdmoe.errors import BundleError, ConfigError
+
+FORMAT = 1
+STATE, MODEL, MANIFEST = "state.safetensors", "model.safetensors", "manifest.json"
+_FILES = ("settings.json", "curve.csv", "curves.png", MODEL)
+_PACKAGES = ("wdmoe", "torch", "numpy", "safetensors", "matplotlib")
+
+
+def write_settings(folder: Path, model: ModelSettings, training: Training, draws: Draws) -> None:
+    """Make the folder and write what will be done in it.
+
+    Raises:
+        ConfigError: the folder holds something else, or cannot be written.
+    """
+    told = {"model": asdict(model), "training": asdict(training), "batches": asdict(draws)}
+    try:
+        if folder.exists() and any(folder.iterdir()) and not (folder / "settings.json").exists():
+            raise ConfigError(f"{folder} holds other files; name an empty or a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        (folder / "settings.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def write_results(folder: Path, codec: BroadcastCodec, curve: Sequence[Row], facts: dict[str, Any]) -> None:
+    """Write everything but the settings and the state; the manifest comes last.
+
+    Args:
+        codec: the averaged weights.
+        curve: at least one row, all with the same columns.
+        facts: into the manifest: seed, data, time.
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    try:
+        with (folder / "curve.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(curve[0]))
+            writer.writeheader()
+            writer.writerows(curve)
+        _draw_curves(curve, folder / "curves.png")
+        save_model(codec, folder / MODEL)
+        versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+        hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in _FILES}
+        manifest = {"format": FORMAT, "kind": "broadcast training", "versions": versions, **facts, "files": hashes}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def save_model(codec: BroadcastCodec, file: Path) -> None:
+    """Write the weights with their settings; the same weights give the same bytes."""
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in codec.state_dict().items()}
+    save_file(weights, file, {"settings": json.dumps(asdict(codec.settings), sort_keys=True)})
+
+
+def load_model(file: Path) -> BroadcastCodec:
+    """A codec in evaluation mode.
+
+    Raises:
+        BundleError: the file is missing, damaged or not such a model.
+    """
+    try:
+        with safe_open(file, framework="pt") as stored:
+            settings = ModelSettings(**json.loads(stored.metadata()["settings"]))
+            codec = BroadcastCodec(settings)
+            codec.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise BundleError(f"{file} is not a broadcast model that can be read: {error}") from error
+    return codec.eval()
+
+
+def weights_device(name: str, local_rank: int) -> torch.device:
+    """`auto`, `cpu` or `cuda` as a device; ConfigError if there is no such one here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("no CUDA device here; use --device cpu")
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def _draw_curves(curve: Sequence[Row], file: Path) -> None:
+    """Loss on top, qualities below, over steps."""
+    figure = Figure(figsize=(8, 6), dpi=120)
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    steps = [row["step"] for row in curve]
+    top.plot(steps, [row["loss"] for row in curve], marker=".", color="#4c78a8")
+    top.set_ylabel("training loss")
+    for name in (name for name in curve[0] if name.startswith("psnr")):
+        bottom.plot(steps, [row[name] for row in curve], marker=".", label=name)
+    bottom.set_ylabel("mean PSNR, dB")
+    bottom.set_xlabel("steps")
+    if bottom.lines:
+        bottom.legend(fontsize=8)
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Software": None})
