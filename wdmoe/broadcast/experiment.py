@@ -19,7 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
@@ -98,15 +97,6 @@ def load_model(file: Path) -> BroadcastCodec:
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise BundleError(f"{file} is not a broadcast model that can be read: {error}") from error
     return codec.eval()
-
-
-def weights_device(name: str, local_rank: int) -> torch.device:
-    """`auto`, `cpu` or `cuda` as a device; ConfigError if there is no such one here."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("no CUDA device here; use --device cpu")
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
 def _draw_curves(curve: Sequence[Row], file: Path) -> None:
