@@ -76,15 +76,16 @@ class RadioPlans:
 
     def __init__(self, scenario: Scenario, variant: Variant, replay: Replay) -> None:
         self._scenario, self._variant, self._replay = scenario, variant, replay
-        self._draw: Draw
+        self._draw: Draw | None = None
         self._held: Holders
         self._real: npt.NDArray[np.bool_] | None = None
         self.latency_s = self.dropped = 0.0
 
     def meet(self, draw: Draw) -> None:
         """Begin a pass on this draw."""
+        if draw is not self._draw:  # a window and a question share it
+            self._held = holders_of(self._variant, self._scenario.devices, draw.mean, self._replay.frequency)
         self._draw = draw
-        self._held = holders_of(self._variant, self._scenario.devices, draw.mean, self._replay.frequency)
         self._real = None
         self.latency_s, self.dropped = len(self._replay.experts) * self._scenario.model.station_s, 0.0
 
@@ -107,6 +108,8 @@ class RadioPlans:
         return Order(found[0], found[1], found[2], found[3], sums)
 
     def _part(self, layer: int, part: int, experts: npt.NDArray[np.int32], ranks: FloatArray, parts: int) -> Order:
+        if self._draw is None:
+            raise RuntimeError("no draw was met")
         airs = self._draw.airs[part % len(self._draw.airs)]
         alike = None if self._replay.similarity is None else self._replay.similarity[layer]
         policy = self._variant.policy
