@@ -139,10 +139,11 @@ class Encoder(nn.Module):
 
     def forward(self, pictures: Tensor, told: Tensor) -> Tensor:
         """(picture, 3, side, side) and (picture, 3) to (picture, token, width)."""
-        tokens, condition = self.stem(pictures - 0.5).flatten(2).transpose(1, 2), self.told(told)
+        tokens: Tensor = self.stem(pictures - 0.5).flatten(2).transpose(1, 2)
+        condition = self.told(told)
         for block in self.blocks:
             tokens = block(tokens, condition)
-        return torch.as_tensor(tokens)
+        return tokens
 
 
 class Fusion(nn.Module):
@@ -177,7 +178,8 @@ class Fusion(nn.Module):
         condition = self.joint(torch.cat([told, alpha[:, None]], dim=1))
         for block in self.blocks:
             tokens = block(tokens, condition)
-        return torch.as_tensor(self.out(tokens).unflatten(-1, (-1, 2)))
+        symbols: Tensor = self.out(tokens).unflatten(-1, (-1, 2))
+        return symbols
 
     def share(self, first: Tensor, second: Tensor, told: Tensor, alpha: Tensor) -> Tensor:
         """The first user's share of each channel of each token, (block, token, width) 0 to 1."""
@@ -210,8 +212,9 @@ class Decoder(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, condition)
         side = math.isqrt(tokens.shape[1])
-        grid = self.spread(self.norm(tokens)).transpose(1, 2).reshape(len(tokens), -1, side, side)
-        return torch.as_tensor(self.head(grid) + 0.5)
+        grid = self.spread(self.norm(tokens)).transpose(1, 2).reshape(-1, self.spread.out_features, side, side)
+        pictures: Tensor = self.head(grid) + 0.5
+        return pictures
 
 
 class Block(nn.Module):
@@ -235,18 +238,20 @@ class Block(nn.Module):
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
         """(block, token, width) and (block, condition) to (block, token, width); tokens are a square grid."""
         side = math.isqrt(tokens.shape[1])
-        grid = tokens.transpose(1, 2).reshape(len(tokens), -1, side, side)
+        grid = tokens.transpose(1, 2).reshape(-1, tokens.shape[2], side, side)
         tokens = tokens + self.near(grid).flatten(2).transpose(1, 2)
         shift, scale, gate, shift2, scale2, gate2 = self.modulate(condition)[:, None].chunk(6, dim=-1)
         tokens = tokens + (1 + gate) * self._attended(self.norms[0](tokens) * (1 + scale) + shift)
-        return torch.as_tensor(tokens + (1 + gate2) * self.layer(self.norms[1](tokens) * (1 + scale2) + shift2))
+        changed: Tensor = tokens + (1 + gate2) * self.layer(self.norms[1](tokens) * (1 + scale2) + shift2)
+        return changed
 
     def _attended(self, tokens: Tensor) -> Tensor:
         query, key, value = (
             each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in self.attend(tokens).chunk(3, dim=-1)
         )
         merged = functional.scaled_dot_product_attention(query, key, value)
-        return torch.as_tensor(self.merge(merged.transpose(1, 2).flatten(2)))
+        attended: Tensor = self.merge(merged.transpose(1, 2).flatten(2))
+        return attended
 
 
 class _Told(nn.Sequential):
