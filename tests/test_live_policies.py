@@ -121,6 +121,17 @@ def test_a_budget_that_is_never_short_changes_nothing(bundle: Bundle) -> None:
             assert (ids, receipt.dropped_weight) == (plain, 0.0)
 
 
+def test_a_prompt_may_have_more_time_than_a_token(bundle: Bundle) -> None:
+    with opened(bundle, policy="budget", budget_s=1e-9, budget_per_token_s=HUGE_S) as lab:
+        ask(lab)
+        watched = Watched(lab)
+        ask(lab)
+    layers = len(lab.station.manifest.moe_layers)
+    chunks = -(-len(PROMPT) // lab.prefill_chunk)
+    assert max(map(abs, watched.wanted[: layers * chunks])) < 1e-5
+    assert min(watched.wanted[layers * chunks :]) > 0.1
+
+
 def costs(token_s: list[float], device_of: list[int]) -> Costs:
     none = np.zeros(len(token_s))
     links = Links(downlink_snr_hz=none, uplink_snr_hz=none, downlink_bits=none, uplink_bits=none)
@@ -209,6 +220,8 @@ def test_policy_and_budget_go_together(tmp_path: Path) -> None:
         (["--policy", "budget"], "policy budget needs --budget"),
         (["--policy", "bottleneck", "--budget", "150ms"], "does not look at it"),
         (["--policy", "budget", "--budget", "150"], "the unit is missing"),
+        (["--policy", "budget", "--budget-per-token", "1ms"], "policy budget needs --budget"),
+        (["--budget-per-token", "1ms"], "does not look at it"),
         (["--policy", "luck"], "'luck' is not one of"),
         (["--bandwidth", "20"], "the unit is missing"),
     ],

@@ -41,13 +41,15 @@ def is_hertz(value: float) -> bool:
     return 1 <= value <= MOST_HZ
 
 
-def check_budget(policy: str, budget_s: float) -> None:
+def check_budget(policy: str, budget_s: float, per_token_s: float = 0.0) -> None:
     """Raises ConfigError where the policy `budget` has none, or another one has one, which it would not look at."""
     if policy == "budget":
         if budget_s == 0:
             raise ConfigError("policy budget needs --budget, the time for a pass's experts, as in --budget 150ms")
         _positive("budget", budget_s)
-    elif budget_s != 0:
+        if not 0 <= per_token_s < math.inf:
+            raise ConfigError(f"budget_per_token must be zero or positive, got {per_token_s}")
+    elif budget_s != 0 or per_token_s != 0:
         raise ConfigError(f"--budget is for --policy budget; policy {policy} does not look at it")
 
 
@@ -112,6 +114,7 @@ class StationSettings:
     bandwidth_hz: float = 0.0  # the band that all devices share; 0: each has a link of its own
     allocation: str = "optimal"  # who gets how much of it
     budget_s: float = 0.0  # `budget`: what a forward pass may spend in experts, over all layers
+    budget_per_token_s: float = 0.0  # and this more for each token after the first, as a prompt has them
     deadline_s: float = 1.0  # longest wait for experts of one layer, plus deadline_per_token_s for each token
     deadline_per_token_s: float = 0.02
     prefill_chunk: int = 128  # tokens of a prompt in one forward pass
@@ -131,7 +134,7 @@ class StationSettings:
         _one_of("allocation", self.allocation, ALLOCATIONS)
         if self.bandwidth_hz and not is_hertz(self.bandwidth_hz):
             raise ConfigError(f"bandwidth must be from 1 Hz to {MOST_HZ:g} Hz, got {self.bandwidth_hz:g} Hz")
-        check_budget(self.policy, self.budget_s)
+        check_budget(self.policy, self.budget_s, self.budget_per_token_s)
         for name in ("deadline_s", "prefill_chunk", "max_active", "lease_s"):
             _positive(name, getattr(self, name))
         if self.max_queued < 0 or self.deadline_per_token_s < 0 or self.threads < 0:

@@ -31,7 +31,12 @@ _PROMPT = "Tell me a short story about a lighthouse keeper who finds a message i
     type=click.Choice(POLICIES),
     help="How the first run chooses experts.  [default: cosine; budget with --budget]",
 )
-@click.option("--budget", "budget_s", type=TIME, default=0, help="Time for the experts of a pass, for --policy budget.")
+@click.option(
+    "--budget", "budget_s", type=TIME, default=0, help="Time for the experts of a pass, for --policy budget ..."
+)
+@click.option(
+    "--budget-per-token", "budget_per_token_s", type=TIME, default=0, help="... plus this for more tokens in it."
+)
 @click.option(
     "--links",
     "rates_bps",
@@ -66,10 +71,10 @@ def demo(bundle: str, cache: Path | None, no_view: bool, as_json: bool, picture:
       wdmoe-node demo
       wdmoe-node demo "Why is the sky blue?" --tokens 100
       wdmoe-node demo --devices 4 --links 100Mbit/s,50Mbit/s,20Mbit/s,5Mbit/s
-      wdmoe-node demo --bandwidth 20MHz --budget 150ms
+      wdmoe-node demo --bandwidth 20MHz --budget 150ms --budget-per-token 50ms
       wdmoe-node demo --model ./mixtral-bundle --links 0 --json > figures.json
     """
-    flags["policy"] = chosen_policy(flags["policy"], flags["budget_s"], "cosine")
+    flags["policy"] = chosen_policy(flags["policy"], flags["budget_s"], flags["budget_per_token_s"], "cosine")
     if flags["bandwidth_hz"] and flags["rates_bps"]:
         raise click.UsageError("--links have rates of their own, with --bandwidth they share a band: give one of them")
     flags["rates_bps"] = flags["rates_bps"] or ()

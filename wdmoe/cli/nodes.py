@@ -126,7 +126,14 @@ def device(downlink: float, uplink: float, link_snr: tuple[float, float] | None,
     "budget_s",
     type=TIME,
     default=0,
-    help="Time that a pass through the model may spend in experts, all layers together, for --policy budget.",
+    help="Time that a pass through the model may spend in experts, all layers together, for --policy budget ...",
+)
+@click.option(
+    "--budget-per-token",
+    "budget_per_token_s",
+    type=TIME,
+    default=0,
+    help="... plus this for each further token of a prompt; without it a prompt has the time of one token.",
 )
 @click.option(
     "--bandwidth",
@@ -209,7 +216,7 @@ def bs(bundle: str, http: tuple[str, int], **flags: Any) -> None:
       wdmoe-node bs default --budget 150ms --bandwidth 20MHz
       curl 127.0.0.1:8080/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once upon"}'
     """
-    flags["policy"] = chosen_policy(flags["policy"], flags["budget_s"], "topk")
+    flags["policy"] = chosen_policy(flags["policy"], flags["budget_s"], flags["budget_per_token_s"], "topk")
     if flags["bandwidth_hz"]:
         flags["max_active"] = flags["max_active"] or 1
     elif flags["allocation"]:

@@ -56,7 +56,7 @@ class Secret(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"cannot read {text[1:]}: {error}", param, ctx)
 
 
-def chosen_policy(policy: str | None, budget_s: float, default: str) -> str:
+def chosen_policy(policy: str | None, budget_s: float, per_token_s: float, default: str) -> str:
     """What `--policy` says or `--budget` means.
 
     Raises:
@@ -64,7 +64,7 @@ def chosen_policy(policy: str | None, budget_s: float, default: str) -> str:
     """
     chosen = policy or ("budget" if budget_s else default)
     try:
-        check_budget(chosen, budget_s)
+        check_budget(chosen, budget_s, per_token_s)
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
     return chosen

@@ -38,7 +38,8 @@ class LayerRules:
     """How layers are served: from the bundle (what the model wants) and the settings (what the user wants)."""
 
     policy: str = "topk"
-    budget_s: float = 0.0  # `budget`: what one layer may take
+    budget_s: float = 0.0  # `budget`: what one layer may take for one token
+    budget_per_token_s: float = 0.0  # and for each further one
     bandwidth_hz: float = 0.0  # the band that all devices share in a layer; 0: each has a link of its own
     equal_bandwidth: bool = False  # each device gets the same part of it, whatever it needs
     renormalise: bool = True  # on drop: kept weights grow to the sum of all; else they keep their values
@@ -103,7 +104,7 @@ class ExpertLayers:
             demand,
             policy=self._rules.policy,
             costs=None if self._rules.policy == "topk" else self._costs(routing, tokens, demand, device_of),
-            budget_s=self._rules.budget_s,
+            budget_s=self._rules.budget_s + (len(tokens) - 1) * self._rules.budget_per_token_s,
             available=None if all_served else self.health.available(routing.devices, device_of),
             renormalise=self._rules.renormalise,
             gate_temperature=self._rules.gate_temperature,

@@ -199,11 +199,13 @@ class BaseStation:
 
     def _rules(self) -> LayerRules:
         manifest, settings = self.bundle.manifest, self._settings
+        layers = max(len(manifest.moe_layers), 1)
         return LayerRules(
             policy=settings.policy,
             bandwidth_hz=settings.bandwidth_hz,
             equal_bandwidth=settings.allocation == "equal",
-            budget_s=settings.budget_s / max(len(manifest.moe_layers), 1),
+            budget_s=settings.budget_s / layers,
+            budget_per_token_s=settings.budget_per_token_s / layers,
             renormalise=manifest.on_drop == "renormalise",
             gate_temperature=manifest.gate_temperature,
             deadline_s=settings.deadline_s,

@@ -54,6 +54,7 @@ class FleetPlan:
     placement: str
     policy: str
     budget_s: float  # of the policy `budget`, else 0
+    budget_per_token_s: float
     bandwidth_hz: float  # that the devices share, else 0
     allocation: str
     cache: Path
@@ -119,6 +120,7 @@ class Fleet:
     def _radio(self) -> list[str]:
         plan = self._plan
         budget = ["--budget", f"{plan.budget_s!r}s"] if plan.budget_s else []
+        budget += ["--budget-per-token", f"{plan.budget_per_token_s!r}s"] if plan.budget_per_token_s else []
         band = ["--bandwidth", f"{plan.bandwidth_hz!r}Hz", "--allocation", plan.allocation] if plan.bandwidth_hz else []
         return budget + band
 

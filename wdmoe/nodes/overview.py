@@ -31,6 +31,7 @@ def describe(
         "family": manifest.family,
         "policy": settings.policy,
         "budget_s": settings.budget_s,
+        "budget_per_token_s": settings.budget_per_token_s,
         "bandwidth_hz": settings.bandwidth_hz,
         "allocation": settings.allocation,
         "encrypted": not settings.insecure,

@@ -25,6 +25,7 @@ class DemoSettings:
     tokens: int = 64  # of the answer, at most
     policy: str = "cosine"
     budget_s: float = 0.0  # of the policy `budget`
+    budget_per_token_s: float = 0.0
     rates_bps: tuple[float, ...] = ()  # see `unequal_links`
     bandwidth_hz: float = 0.0  # a band that all share, in place of links with rates of their own
     seed: int = 0
@@ -37,7 +38,7 @@ class DemoSettings:
             raise ConfigError(f"tokens must be at least 1, got {self.tokens}")
         if self.policy not in POLICIES:
             raise ConfigError(f"policy must be one of {', '.join(POLICIES)}; got {self.policy!r}")
-        check_budget(self.policy, self.budget_s)
+        check_budget(self.policy, self.budget_s, self.budget_per_token_s)
         if not self.prompt.strip():
             raise ConfigError("the prompt is empty")
         if self.bandwidth_hz and not is_hertz(self.bandwidth_hz):

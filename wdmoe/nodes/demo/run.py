@@ -56,6 +56,7 @@ def _fleet_plan(settings: DemoSettings, bundle: Bundle, plan: RunPlan) -> FleetP
         placement=placement_text(dealt),
         policy=plan.policy,
         budget_s=settings.budget_s if plan.policy == "budget" else 0.0,
+        budget_per_token_s=settings.budget_per_token_s if plan.policy == "budget" else 0.0,
         bandwidth_hz=plan.bandwidth_hz,
         allocation=plan.allocation,
         cache=settings.cache,
