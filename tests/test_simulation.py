@@ -82,6 +82,16 @@ def test_levers_and_bandwidth_order_every_draw(small: Scenario) -> None:
     assert (np.diff(latency, axis=1) < 0).all()
 
 
+def test_layers_that_are_kept_whole_drop_nothing(small: Scenario) -> None:
+    part, whole = (
+        run_study(replace(small, variants=(replace(small.variants[2], rank="energy", whole_layers=count),)), 1)
+        for count in (0, 30)
+    )
+    assert (part.of("dropped_weight") > 0).all()
+    assert (whole.of("dropped_weight") == 0).all()
+    np.testing.assert_allclose(whole.of("experts_per_token"), 4)
+
+
 def test_latency_without_randomness_is_the_formula() -> None:
     """Devices at one distance, no fading, equal bands: each layer waits for the most loaded device."""
     text = """
@@ -259,6 +269,7 @@ def _mend(folder: Path, name: str) -> None:
         ("draws = 4", "draws = 4\nradio = 3", r"\[radio\] must be a table"),
         ('name = "best"', 'name = "equal"', "same name"),
         ('policy = "budget"', 'policy = "magic"', "policy must be one of"),
+        ('policy = "budget"', 'policy = "budget"\nrank = "luck"', "rank must be one of"),
         ("bits = 8", "bits = 7", "'budget': bits must be one of"),
         ("bits = 8", "least_similarity = 2.5", "least_similarity"),
         ('name = "small"', 'name = "small', "not TOML"),

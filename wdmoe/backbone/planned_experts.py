@@ -22,6 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from wdmoe.backbone.families import experts_modules, gate_temperature, on_drop_of, router_of
 from wdmoe.errors import BundleError
 from wdmoe.solver.plan import LayerPlan
+from wdmoe.solver.ranking import rank_weights
 
 IMPLEMENTATION = "wdmoe-planned"
 EXACT = 32  # bits of a vector that is left as it is
@@ -61,7 +62,7 @@ class Decide(Protocol):
         Args:
             layer: counted from 0 among those that have experts.
             experts: (tokens, top_k) the gate's choice, -1 where there is none.
-            ranks: (tokens, top_k) the gate's probabilities of these, 0 where there is none: what policies rank by.
+            ranks: (tokens, top_k) of these, 0 where there is none: what policies rank by.
         """
         ...
 
@@ -93,6 +94,7 @@ class PlannedExperts:
         rule = marks.get("on_drop") if isinstance(marks, dict) else None
         self.renormalise: bool = (rule or on_drop_of(model, model.config)) == "renormalise"
         self.temperature = gate_temperature(model.config)
+        self.rank = "probability"  # what `decide` is given, see `wdmoe.solver.ranking`; may be set anew in between
         self._hooks: list[Any] = []
         self._before: Any = None
 
@@ -127,11 +129,8 @@ class PlannedExperts:
             delattr(module, _SEATS)
 
     def ranks(self, scores: torch.Tensor, experts: Int32Array) -> npt.NDArray[np.float64]:
-        """(tokens, top_k) softmax of the router's scores over the model's temperature, at the chosen experts."""
-        logits = scores.detach().double().cpu() / self.temperature
-        picked = np.take_along_axis(torch.softmax(logits, 1).numpy(), np.maximum(experts, 0).astype(np.int64), axis=1)
-        ranked: npt.NDArray[np.float64] = np.where(experts >= 0, picked, 0.0)
-        return ranked
+        """(tokens, top_k) what policies rank by, from the router's scores, at the chosen experts."""
+        return rank_weights(scores.detach().double().cpu().numpy(), experts, self.temperature, self.rank)
 
 
 def travelled(vectors: torch.Tensor, bits: int) -> torch.Tensor:

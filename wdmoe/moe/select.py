@@ -11,6 +11,7 @@ import numpy.typing as npt
 from wdmoe.solver.bandwidth import Links
 from wdmoe.solver.bottleneck import shed_bottleneck
 from wdmoe.solver.budget import select_within_budget
+from wdmoe.solver.ranking import rank_weights
 from wdmoe.solver.selection import prune_experts
 from wdmoe.transport.messages import Float32Array, Int32Array
 
@@ -150,14 +151,7 @@ def _ranks(demand: Demand, temperature: float) -> npt.NDArray[np.float64]:
     """(tokens, top_k) what a policy ranks by: the gate's probabilities, which need not be the weights it mixes by."""
     if demand.gate is None or temperature == 1.0:
         return demand.weights.astype(np.float64)
-    scores = demand.gate.astype(np.float64)
-    scores -= scores.max(axis=1, keepdims=True)
-    scores /= temperature
-    np.exp(scores, out=scores)
-    scores /= scores.sum(axis=1, keepdims=True)
-    picked: FloatArray = scores[np.arange(len(scores))[:, None], demand.experts]
-    picked[demand.experts < 0] = 0.0
-    return picked
+    return rank_weights(demand.gate, demand.experts, temperature)
 
 
 def _share(part: Float32Array, whole: Float32Array) -> Float32Array:

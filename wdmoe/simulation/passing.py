@@ -12,6 +12,7 @@ from wdmoe.simulation.drawing import Draw, windows
 from wdmoe.simulation.placing import Holders
 from wdmoe.simulation.scenario import Scenario, Variant
 from wdmoe.solver.plan import plan_layer
+from wdmoe.solver.ranking import RANKS, rank_weights
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -21,7 +22,7 @@ class Replay:
     """A trace as the planner wants it."""
 
     experts: npt.NDArray[np.int32]  # (layers, tokens, top_k)
-    weights: FloatArray  # (layers, tokens, top_k) the gate's probabilities of these
+    weights: dict[str, FloatArray]  # by what policies rank by: (layers, tokens, top_k) of these
     frequency: FloatArray  # (layers, experts)
     similarity: FloatArray | None  # (layers, experts, experts)
 
@@ -29,9 +30,9 @@ class Replay:
     def of(trace: GateTrace) -> Replay:
         """The choices, with what policies rank by."""
         experts = trace.experts.astype(np.int32)
-        picked = np.take_along_axis(trace.probabilities(), np.maximum(experts, 0).astype(np.int64), axis=2)
+        weights = {rank: rank_weights(trace.gate, experts, trace.temperature, rank) for rank in RANKS}
         alike = None if trace.expert_similarity is None else trace.expert_similarity.astype(np.float64)
-        return Replay(experts, np.where(experts >= 0, picked, 0.0), trace.activation_frequency(), alike)
+        return Replay(experts, weights, trace.activation_frequency(), alike)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +40,7 @@ class Outcome:
     """One variant on one draw: means over its passes."""
 
     latency_s: float  # of a pass through all layers
-    dropped_weight: float  # share of the gate weight
+    dropped_weight: float  # share of what the policy ranks by
     replaced_weight: float
     experts_per_token: float  # computed, mean over layers
     link_bits: float  # on the air in both directions, of a pass
@@ -64,8 +65,8 @@ def _one_pass(
     dropped = replaced = computed = cast = 0.0
     for layer in range(layers):
         alike = None if replay.similarity is None else replay.similarity[layer]
-        experts, weights = replay.experts[layer, tokens], replay.weights[layer, tokens]
-        plan = plan_layer(experts, weights, held[layer], draw.airs[number][layer], variant.policy, alike)
+        experts, weights = replay.experts[layer, tokens], replay.weights[variant.rank][layer, tokens]
+        plan = plan_layer(experts, weights, held[layer], draw.airs[number][layer], variant.policy_of(layer), alike)
         latency_s += plan.time.latency_s
         dropped += plan.dropped_weight / layers
         replaced += plan.replaced_weight / layers

@@ -112,7 +112,7 @@ class RadioPlans:
             raise RuntimeError("no draw was met")
         airs = self._draw.airs[part % len(self._draw.airs)]
         alike = None if self._replay.similarity is None else self._replay.similarity[layer]
-        policy = self._variant.policy
+        policy = self._variant.policy_of(layer)
         plan = plan_layer(experts, ranks, self._held[layer], airs[layer], policy, alike)
         self.latency_s += plan.time.latency_s
         self.dropped += plan.dropped_weight / len(self._replay.experts) / parts
@@ -151,7 +151,7 @@ def measure(
         for number in range(max(len(windows), len(questions))):
             draw = make_draw(scenario, number, *replay.experts.shape[:2])
             for place, plan in enumerate(plans):
-                planned.decide = plan
+                planned.decide, planned.rank = plan, variants[place].rank
                 if number < len(windows):
                     plan.meet(draw)
                     nats = float(window_nats(model, windows[number : number + 1]).double().mean())

@@ -11,6 +11,7 @@ from wdmoe.errors import ConfigError
 from wdmoe.simulation.reading import Table
 from wdmoe.solver.layer_time import Levers
 from wdmoe.solver.plan import PLAN_POLICIES, Policy
+from wdmoe.solver.ranking import RANKS
 from wdmoe.wireless.link import SPENDINGS
 from wdmoe.wireless.tr38901 import SCENARIOS
 
@@ -91,6 +92,12 @@ class Variant:
     policy: Policy
     placement: str
     replicas: int  # most devices that hold one expert
+    rank: str = "probability"  # what the policy ranks by, see `wdmoe.solver.ranking`
+    whole_layers: int = 0  # so many layers from the first on keep all their experts
+
+    def policy_of(self, layer: int) -> Policy:
+        """The policy of a layer, counted from 0."""
+        return replace(self.policy, name="topk") if layer < self.whole_layers else self.policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,12 +277,14 @@ def _variant(table: Table) -> Variant:
     }
     placement = table.text("placement", "spread", PLACEMENTS)
     replicas = table.integer("replicas", 1, 1, 4096)
+    rank = table.text("rank", "probability", RANKS)
+    whole_layers = table.integer("whole_layers", 0, 0, 4096)
     table.done()
     try:
         made = Policy(levers=Levers(**levers), **policy)
     except ValueError as error:
         raise ConfigError(f"[[variant]] {name!r}: {error}") from error
-    return Variant(name=name, policy=made, placement=placement, replicas=replicas)
+    return Variant(name=name, policy=made, placement=placement, replicas=replicas, rank=rank, whole_layers=whole_layers)
 
 
 def _positive(table: Table, key: str, dimension: Any, default: str) -> float:
