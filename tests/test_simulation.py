@@ -22,6 +22,7 @@ from wdmoe.simulation.traces import find_trace
 from wdmoe.wireless.compute import expert_flop
 from wdmoe.wireless.pathloss import free_space_db
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = """
 name = "small"
 seed = 5
@@ -170,6 +171,11 @@ def test_results_are_whole_and_verify(results: Path) -> None:
     assert (scenario.name, again) == ("small", 4)
     assert verify_results(results, 1, draws=2)[1] == 2
     assert (results / "latency.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_shipped_results_verify() -> None:
+    scenario, again = verify_results(ROOT / "docs" / "results" / "journal", 1, draws=2)
+    assert (scenario.draws, again) == (200, 2)
 
 
 def test_figures_are_the_same_on_every_run(small: Scenario, results: Path, tmp_path: Path) -> None:
