@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import threading
 import time
@@ -26,6 +27,11 @@ GRACE_S = 5.0  # how long what a test started may take to end after it
 # A busy machine is no failure: hypothesis' own deadline off, pytest-timeout still ends what hangs.
 settings.register_profile("wdmoe", deadline=None, derandomize=True)
 settings.load_profile("wdmoe")
+
+
+# A shell that starts the tests with & lets them ignore Ctrl-C, and programs inherit that: tests of Ctrl-C would fail.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
