@@ -8,22 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.one_thread import one_thread
 from wdmoe.broadcast.fading import awgn, draw_unit, rayleigh
 from wdmoe.broadcast.losses import LOSSES, region
 from wdmoe.broadcast.model import BroadcastCodec, ModelSettings
 from wdmoe.errors import ConfigError
 from wdmoe.wireless.broadcast import broadcast_awgn
 
+__all__ = ["one_thread"]
 SMALL = ModelSettings(width=16, heads=2, encoder_depth=1, decoder_depth=1, condition=8, slots=16)
 DRAWS = 20_000
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

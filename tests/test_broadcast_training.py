@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.one_thread import one_thread
 from wdmoe.broadcast.batches import BatchSource, Draws, as_pictures
 from wdmoe.broadcast.evaluation import alpha_sweep, as_pixels
 from wdmoe.broadcast.experiment import MANIFEST, MODEL, load_model, save_model, write_results, write_settings
@@ -13,17 +14,10 @@ from wdmoe.broadcast.model import BroadcastCodec, ModelSettings
 from wdmoe.broadcast.training import Team, Trainer, Training, fingerprint_of
 from wdmoe.errors import BundleError, ConfigError
 
+__all__ = ["one_thread"]
 MODEL_SETTINGS = ModelSettings(width=16, heads=2, encoder_depth=1, decoder_depth=1, condition=8)
 CPU = torch.device("cpu")
 SIDE, TOKENS = 16, 16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -9,39 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.budget_cases import SLACK, TOTAL_HZ, small_case, some_links
 from wdmoe.solver import _native, budget_reference
 from wdmoe.solver.bandwidth import Links
 from wdmoe.solver.budget import BudgetChoice, select_at_most_dropped, select_within_budget
 from wdmoe.solver.exhaustive import best_within_budget
 from wdmoe.solver.hertz import needed_hz
 
-TOTAL_HZ = 20e6
-SLACK = 1e-7
-
-
-def some_links(rng: np.random.Generator, devices: int) -> Links:
-    return Links(
-        downlink_snr_hz=10 ** rng.uniform(5, 9, devices),  # 40 dB
-        uplink_snr_hz=10 ** rng.uniform(5, 9, devices),
-        downlink_bits=np.full(devices, 16384.0),
-        uplink_bits=np.full(devices, 16384.0),
-        compute_s=rng.uniform(0, 2e-4, devices),
-    )
-
 
 def seconds(links: Links, bandwidth_hz: np.ndarray) -> Any:
     """(devices,) per token."""
     bits, snr, compute_s = links.table[:2], links.table[2:4], links.table[4]
     return (bits / (bandwidth_hz * np.log2(1 + snr / bandwidth_hz))).sum(axis=0) + compute_s
-
-
-def small_case(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Links, float]:
-    rng = np.random.default_rng(seed)
-    tokens, top_k, count, devices = rng.integers(1, 6), rng.integers(1, 4), 6, int(rng.integers(1, 5))
-    experts = np.array([rng.permutation(count)[:top_k] for _ in range(tokens)], np.int32)
-    weights = rng.dirichlet(np.ones(top_k), tokens)
-    device_of = rng.integers(0, devices, count)
-    return experts, weights, device_of, some_links(rng, devices), 10 ** rng.uniform(-2.8, -0.5)
 
 
 @settings(max_examples=200, deadline=None)

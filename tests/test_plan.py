@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wdmoe.solver.layer_time import Air, Levers
-from wdmoe.solver.plan import PLAN_POLICIES, Policy, plan_layer
+from wdmoe.solver.plan import Policy, plan_layer
+from wdmoe.solver.selection import POLICIES
 
 DEVICES, EXPERTS, TOP_K = 4, 8, 3
 TWO_EACH = np.repeat(np.eye(DEVICES, dtype=bool), 2, axis=0)
@@ -113,7 +114,7 @@ def test_policies_drop_only_what_they_may(seed: int, most: float) -> None:
     experts, weights = a_demand(rng, 20)
     whole = plan_layer(experts, weights, TWO_EACH, air, Policy())
     assert whole.dropped_weight == 0
-    for name in PLAN_POLICIES:
+    for name in POLICIES:
         plan = plan_layer(experts, weights, TWO_EACH, air, Policy(name=name, max_dropped=most))
         assert (plan.experts >= 0).any(axis=1).all(), "a token keeps an expert"
         assert ((plan.experts == experts) | (plan.experts < 0)).all()

@@ -6,7 +6,6 @@ meet the same channel and the same tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,8 +129,3 @@ def _law(setup: RadioSetup) -> RateLaw:
     if setup.law == "nr":
         return nr_table()
     return wifi_table() if setup.law == "wifi" else SHANNON
-
-
-def windows(start: int, count: int, tokens: int) -> Iterator[int]:
-    """Indices of `count` tokens from `start` on, round the end of the trace."""
-    return ((start + step) % tokens for step in range(count))

@@ -14,14 +14,14 @@ from matplotlib.figure import Figure
 from wdmoe.simulation.statistics import Summary
 from wdmoe.simulation.study import Study
 
-_STYLE: dict[Any, Any] = {"svg.hashsalt": "wdmoe", "svg.fonttype": "none", "font.size": 10, "axes.spines.top": False}
-_STYLE |= {"axes.spines.right": False, "figure.dpi": 120}
+STYLE: dict[Any, Any] = {"svg.hashsalt": "wdmoe", "svg.fonttype": "none", "font.size": 10, "axes.spines.top": False}
+STYLE |= {"axes.spines.right": False, "figure.dpi": 120}
 _WIDTH_IN = 8.0
 
 
 def draw_figures(study: Study, summaries: Sequence[Summary], folder: Path) -> list[Path]:
     """Write all figures. Returns the files."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figures = {
             "latency": _latency(study, summaries),
             "distribution": _distribution(study),

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wdmoe.gate_trace import GateTrace
-from wdmoe.simulation.drawing import Draw, windows
+from wdmoe.simulation.drawing import Draw
 from wdmoe.simulation.placing import Holders
 from wdmoe.simulation.scenario import Scenario, Variant
 from wdmoe.solver.plan import plan_layer
@@ -60,7 +60,7 @@ def _one_pass(
     scenario: Scenario, variant: Variant, draw: Draw, replay: Replay, held: Holders, number: int
 ) -> dict[str, float]:
     layers, length = replay.experts.shape[:2]
-    tokens = np.fromiter(windows(draw.starts[number], scenario.model.tokens, length), np.int64)
+    tokens = (draw.starts[number] + np.arange(scenario.model.tokens)) % length  # round the end of the trace
     latency_s, bits = layers * scenario.model.station_s, 0.0
     dropped = replaced = computed = cast = 0.0
     for layer in range(layers):

@@ -16,7 +16,7 @@ import json
 import math
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from wdmoe.simulation.figures import draw_figures
 from wdmoe.simulation.kind import RESULTS_KIND, json_kind
 from wdmoe.simulation.passing import OUTCOMES
 from wdmoe.simulation.scenario import Scenario, parse_scenario
-from wdmoe.simulation.statistics import Summary, summarise
+from wdmoe.simulation.statistics import Summary, records_text, summarise
 from wdmoe.simulation.study import Progress, Study, run_study
 from wdmoe.simulation.traces import find_trace
 
@@ -62,7 +62,7 @@ def save_results(study: Study, folder: Path, beside: Beside | None = None) -> li
     (folder / MANIFEST).unlink(missing_ok=True)
     (folder / "scenario.toml").write_text(study.scenario.source, encoding="utf-8")
     (folder / "draws.csv").write_text(draws_text(study), encoding="utf-8")
-    (folder / "summary.csv").write_text(summary_text(summaries), encoding="utf-8")
+    (folder / "summary.csv").write_text(records_text(Summary, summaries), encoding="utf-8")
     figures = draw_figures(study, summaries, folder)
     names = ["scenario.toml", "draws.csv", "summary.csv", *(figure.name for figure in figures)]
     more, about = beside(folder, summaries) if beside is not None else ([], {})
@@ -100,7 +100,7 @@ def verify_results(
     kept = _read_draws(folder / "draws.csv", scenario)
     _compare(folder / "draws.csv", draws_text(kept), draws_text(again), whole=count == scenario.draws)
     summary = (folder / "summary.csv").read_text(encoding="utf-8")
-    _compare(folder / "summary.csv", summary, summary_text(summarise(kept)))
+    _compare(folder / "summary.csv", summary, records_text(Summary, summarise(kept)))
     return scenario, count
 
 
@@ -112,15 +112,6 @@ def draws_text(study: Study) -> str:
     for draw, row in enumerate(study.values):
         for variant, values in zip(study.scenario.variants, row, strict=True):
             writer.writerow([draw, variant.name, *(repr(float(value)) for value in values)])
-    return out.getvalue()
-
-
-def summary_text(summaries: list[Summary]) -> str:
-    """summary.csv, as draws.csv."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, [field.name for field in fields(Summary)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(each) for each in summaries)
     return out.getvalue()
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from wdmoe.errors import ConfigError
 from wdmoe.simulation.reading import Table
 from wdmoe.solver.layer_time import Levers
-from wdmoe.solver.plan import PLAN_POLICIES, Policy
+from wdmoe.solver.plan import Policy
 from wdmoe.solver.ranking import RANKS
+from wdmoe.solver.selection import POLICIES
 from wdmoe.wireless.link import SPENDINGS
 from wdmoe.wireless.tr38901 import SCENARIOS
 
@@ -256,7 +257,7 @@ def _model(table: Table) -> ModelSetup:
 def _variant(table: Table) -> Variant:
     name = table.text("name")
     policy: dict[str, Any] = {
-        "name": table.text("policy", "topk", PLAN_POLICIES),
+        "name": table.text("policy", "topk", POLICIES),
         "max_dropped": table.number("max_dropped", 0.0, 0.0, 1.0),
         "budget_s": table.quantity("budget", "time", "0ms"),
         "light": table.number("light", _USUAL.light, 0.0, 1.0),

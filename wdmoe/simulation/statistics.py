@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +41,15 @@ def summarise(study: Study) -> list[Summary]:
     latency = study.of("latency_s")
     fine = np.isfinite(latency) & np.isfinite(latency[:, :1])
     return [_summary(study, index, latency, fine[:, index]) for index in range(latency.shape[1])]
+
+
+def records_text(kind: type[Any], records: Sequence[Any]) -> str:
+    """CSV of flat dataclasses, a column for each field: shortest digits that give each float64 back."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [field.name for field in fields(kind)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(each) for each in records)
+    return out.getvalue()
 
 
 def mean_and_interval(values: FloatArray) -> tuple[float, float]:

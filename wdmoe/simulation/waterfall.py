@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +11,11 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from wdmoe.simulation.figures import save_figure
-from wdmoe.simulation.statistics import Summary
+from wdmoe.simulation.figures import STYLE, save_figure
+from wdmoe.simulation.statistics import Summary, records_text
 
 if TYPE_CHECKING:
     from wdmoe.simulation.quality import Quality
-
-_STYLE: dict[Any, Any] = {"svg.hashsalt": "wdmoe", "svg.fonttype": "none", "font.size": 10, "figure.dpi": 120}
-_STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,20 +52,11 @@ def steps(summaries: Sequence[Summary], found: Sequence[Quality]) -> list[Step]:
 
 def save_waterfall(made: Sequence[Step], title: str, folder: Path) -> list[str]:
     """Write waterfall.csv, .md, .png and .svg. Returns their names."""
-    (folder / "waterfall.csv").write_text(csv_text(made), encoding="utf-8")
+    (folder / "waterfall.csv").write_text(records_text(Step, made), encoding="utf-8")
     (folder / "waterfall.md").write_text(markdown(made, title), encoding="utf-8")
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         files = save_figure(_figure(made, title), folder / "waterfall")
     return ["waterfall.csv", "waterfall.md", *(file.name for file in files)]
-
-
-def csv_text(made: Sequence[Step]) -> str:
-    """All fields with all digits."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, [field.name for field in fields(Step)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(each) for each in made)
-    return out.getvalue()
 
 
 def markdown(made: Sequence[Step], title: str) -> str:

@@ -617,8 +617,7 @@ def keep_marked(int32_t[:, ::1] experts not None, double[:, ::1] weights not Non
 
 def needed_hz(const double[:, ::1] links not None, cbool flat, const double[::1] token_s not None):
     cdef size_t devices = links.shape[1], n = token_s.shape[0]
-    if links.shape[0] != 5:
-        raise ValueError(f"links must be (5, devices), got ({links.shape[0]}, {devices})")
+    check_links(links)
     hertz = empty((devices, n))
     cdef double[:, ::1] out = hertz
     if devices * n > 0:
@@ -651,12 +650,17 @@ def shed_bottleneck(const int32_t[:, ::1] device not None, const double[:, ::1] 
     return kept
 
 
+cdef int check_links(const double[:, ::1] links) except -1:
+    if links.shape[0] != 5:
+        raise ValueError(f"links must be (5, devices), got ({links.shape[0]}, {links.shape[1]})")
+    return 0
+
+
 def choose_within_budget(const int32_t[:, ::1] device not None, const double[:, ::1] weights not None,
                          const double[:, ::1] links not None, cbool flat, double total_hz, double budget_s):
     cdef Assignments given = assignments_of(device, weights, links.shape[1])
     cdef BudgetAnswer answer
-    if links.shape[0] != 5:
-        raise ValueError(f"links must be (5, devices), got ({links.shape[0]}, {links.shape[1]})")
+    check_links(links)
     kept = empty((given.tokens, given.top_k), np.uint8)
     cdef uint8_t[:, ::1] out = kept
     if given.tokens * given.top_k == 0:
@@ -670,8 +674,7 @@ def choose_least_budget(const int32_t[:, ::1] device not None, const double[:, :
                         const double[:, ::1] links not None, cbool flat, double total_hz, double goal, double most_s):
     cdef Assignments given = assignments_of(device, weights, links.shape[1])
     cdef BudgetAnswer answer
-    if links.shape[0] != 5:
-        raise ValueError(f"links must be (5, devices), got ({links.shape[0]}, {links.shape[1]})")
+    check_links(links)
     kept = empty((given.tokens, given.top_k), np.uint8)
     cdef uint8_t[:, ::1] out = kept
     if given.tokens * given.top_k == 0:

@@ -60,21 +60,12 @@ class Air:
         """What one activation costs each device, for `bits` (devices,) a value."""
         vector = self.hidden * bits + np.where(bits < 16, SCALE_BITS, 0)
         down = vector if downlink else np.zeros(self.devices)
-        if self.downlink_efficiency is not None:
-            return Links(
-                downlink_efficiency=self.downlink_efficiency,
-                uplink_efficiency=self.uplink_efficiency,
-                downlink_bits=down,
-                uplink_bits=vector,
-                compute_s=compute_s,
-            )
-        return Links(
-            downlink_snr_hz=self.downlink_snr_hz,
-            uplink_snr_hz=self.uplink_snr_hz,
-            downlink_bits=down,
-            uplink_bits=vector,
-            compute_s=compute_s,
+        rates: dict[str, FloatArray | None] = (
+            {"downlink_snr_hz": self.downlink_snr_hz, "uplink_snr_hz": self.uplink_snr_hz}
+            if self.downlink_efficiency is None
+            else {"downlink_efficiency": self.downlink_efficiency, "uplink_efficiency": self.uplink_efficiency}
         )
+        return Links(downlink_bits=down, uplink_bits=vector, compute_s=compute_s, **rates)
 
     def assignment_s(self, bits: FloatArray) -> FloatArray:
         """(devices,) seconds of one assignment where all devices have the same band: what a device is known by."""

@@ -15,9 +15,8 @@ from wdmoe.solver.budget import select_at_most_dropped, select_within_budget
 from wdmoe.solver.copies import choose_copies
 from wdmoe.solver.layer_time import Air, LayerTime, Levers, bits_of_devices, layer_time, multicast_s
 from wdmoe.solver.replacing import replace_far
-from wdmoe.solver.selection import prune_experts
+from wdmoe.solver.selection import POLICIES, prune_experts
 
-PLAN_POLICIES = ("topk", "cosine", "bottleneck", "budget")
 Int32Array = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
@@ -40,8 +39,8 @@ class Policy:
     levers: Levers = field(default_factory=Levers)
 
     def __post_init__(self) -> None:
-        if self.name not in PLAN_POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(PLAN_POLICIES)}, got {self.name!r}")
+        if self.name not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.name!r}")
         if not 0 <= self.max_dropped <= 1:
             raise ValueError(f"max_dropped must be 0 to 1, got {self.max_dropped}")
         if not 0 <= self.budget_s < np.inf:

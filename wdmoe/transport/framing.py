@@ -1,4 +1,4 @@
-"""One ZeroMQ frame for each message: the codec's header and tensors, one after the other.
+"""One frame for each message: the codec's header and tensors, one after the other.
 
     byte 0        protocol version
     byte 1        message number
@@ -18,14 +18,31 @@ from struct import Struct
 
 from wdmoe.errors import ProtocolError
 from wdmoe.transport.fields import Frame
-from wdmoe.transport.messages import PROTOCOL_VERSION
-from wdmoe.transport.wire import MAX_HEADER_BYTES
+from wdmoe.transport.messages import PROTOCOL_VERSION, Message
+from wdmoe.transport.wire import MAX_HEADER_BYTES, Limits, decode, encode
 
 MAX_TENSORS = 8  # no message has more
 
 _ALIGNMENT = 8
 _STARTS = tuple(Struct(f"<{1 + count}I") for count in range(MAX_TENSORS + 1))
 _FIXED_BYTES = 4
+
+
+def pack(message: Message, limits: Limits) -> bytes:
+    """What travels of a message.
+
+    Raises:
+        ProtocolError: it is larger than the peer accepts, or breaks a rule that its receiver applies.
+    """
+    frame = join(encode(message, limits.checksum))
+    if len(frame) > limits.max_message_bytes:
+        raise ProtocolError(f"a message of {len(frame)} bytes; the peer accepts {limits.max_message_bytes}")
+    return frame
+
+
+def unpack(frame: memoryview, limits: Limits) -> Message:
+    """The message of an untrusted peer; raises as `split` and `wdmoe.transport.wire.decode`."""
+    return decode(split(frame), limits)
 
 
 def join(parts: Sequence[Frame]) -> bytes:

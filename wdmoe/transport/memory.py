@@ -21,10 +21,10 @@ import numpy as np
 
 from wdmoe.errors import PeerBusyError, PeerGoneError, ProtocolError, TransportError, VersionError
 from wdmoe.transport.channel import Envelope
-from wdmoe.transport.framing import join, split
+from wdmoe.transport.framing import pack, unpack
 from wdmoe.transport.messages import Failure, Message
 from wdmoe.transport.refusals import Refusals
-from wdmoe.transport.wire import DEFAULT_LIMITS, Limits, decode, encode
+from wdmoe.transport.wire import DEFAULT_LIMITS, Limits
 
 _LOG = logging.getLogger(__name__)
 _LINK_QUEUE = 32  # messages; as the two queues of a real link
@@ -67,7 +67,7 @@ class _Air:
 
 def _open(parcel: _Parcel, limits: Limits, refusals: Refusals) -> Envelope | VersionError | None:
     try:
-        message = decode(split(memoryview(parcel.frame)), limits)
+        message = unpack(memoryview(parcel.frame), limits)
     except VersionError as error:
         refusals.note("wrong_version", parcel.key or "a peer", str(error))
         return error
@@ -75,13 +75,6 @@ def _open(parcel: _Parcel, limits: Limits, refusals: Refusals) -> Envelope | Ver
         refusals.note("invalid_message", parcel.key or "a peer", str(error))
         return None
     return Envelope(parcel.route, parcel.key, message, len(parcel.frame))
-
-
-def _packed(message: Message, limits: Limits) -> bytes:
-    frame = join(encode(message, limits.checksum))
-    if len(frame) > limits.max_message_bytes:
-        raise ProtocolError(f"a message of {len(frame)} bytes; the peer accepts {limits.max_message_bytes}")
-    return frame
 
 
 class _ThreadInbox:
@@ -175,7 +168,7 @@ class MemoryDataStation(_Station):
 
     def send(self, route: bytes, message: Message) -> int:
         """See `DataStation.send`."""
-        frame = _packed(message, self.limits)
+        frame = pack(message, self.limits)
         link = self._links.get(route)
         if link is None:
             raise PeerGoneError(f"no connection {route.hex()}")
@@ -226,7 +219,7 @@ class MemoryDataLink:
 
     def send(self, message: Message) -> int:
         """See `DataLink.send`. A closed station looks like a busy one, as a socket that reconnects does."""
-        return self.send_frame(_packed(message, self._station.limits))
+        return self.send_frame(pack(message, self._station.limits))
 
     def send_frame(self, frame: bytes) -> int:
         """Send what no correct device would: for tests of the other end."""
@@ -315,7 +308,7 @@ class MemoryControlStation(_Station):
 
     async def send(self, route: bytes, message: Message) -> None:
         """See `ControlStation.send`."""
-        frame = _packed(message, self.limits)
+        frame = pack(message, self.limits)
         link = self._links.get(route)
         if link is None:
             raise PeerGoneError(f"no connection {route.hex()}")
@@ -360,7 +353,7 @@ class MemoryControlLink:
 
     async def send(self, message: Message) -> None:
         """See `ControlLink.send`."""
-        await self.send_frame(_packed(message, self._station.limits))
+        await self.send_frame(pack(message, self._station.limits))
 
     async def send_frame(self, frame: bytes) -> None:
         """Send what no correct device would: for tests of the other end."""

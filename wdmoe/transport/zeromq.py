@@ -23,10 +23,9 @@ import zmq
 
 from wdmoe.errors import PeerBusyError, PeerGoneError, ProtocolError, TransportError, VersionError
 from wdmoe.transport.channel import Envelope
-from wdmoe.transport.fields import Frame
-from wdmoe.transport.framing import join, split
+from wdmoe.transport.framing import pack, unpack
 from wdmoe.transport.keys import fingerprint
-from wdmoe.transport.messages import PROTOCOL_VERSION, Failure, Message
+from wdmoe.transport.messages import Failure, Message
 from wdmoe.transport.monitor import HandshakeWatch
 from wdmoe.transport.refusals import Refusals
 from wdmoe.transport.sockets import (
@@ -40,7 +39,7 @@ from wdmoe.transport.sockets import (
     endpoint_of,
     new_dealer,
 )
-from wdmoe.transport.wire import Limits, decode, encode
+from wdmoe.transport.wire import Limits
 from wdmoe.transport.zap import CONTROL_DOMAIN, DATA_DOMAIN
 
 _LOG = logging.getLogger(__name__)
@@ -69,9 +68,7 @@ class _Messages:
 
     def send(self, message: Message, route: bytes | None = None) -> int:
         """Hand over a message. Returns bytes; raises as `DataStation.send`."""
-        frame = join(encode(message, self._limits.checksum))
-        if len(frame) > self._limits.max_message_bytes:
-            raise ProtocolError(f"a message of {len(frame)} bytes; the peer accepts {self._limits.max_message_bytes}")
+        frame = pack(message, self._limits)
         try:
             try:
                 self._hand_over(frame, route)
@@ -109,7 +106,9 @@ class _Messages:
             self._refuse("revoked_key", route, frame, key, "its key was revoked")
             return None
         try:
-            message = decode(_parts(frame, alone=rest is frame), self._limits)
+            message = unpack(frame.buffer, self._limits)
+            if rest is not frame:
+                raise ProtocolError("a message of several frames")
         except VersionError as error:
             self._refuse("wrong_version", route, frame, key, str(error))
             return None
@@ -126,13 +125,6 @@ class _Messages:
         if spoke and self._routed and kind != "invalid_message":
             with contextlib.suppress(TransportError):
                 self.send(Failure(attempt=0, reason=reason), route)
-
-
-def _parts(frame: zmq.Frame, alone: bool) -> list[Frame]:
-    parts = split(frame.buffer)
-    if not alone and parts[0][:1] == bytes((PROTOCOL_VERSION,)):
-        raise ProtocolError("a message of several frames")
-    return parts
 
 
 class _Blocking:
