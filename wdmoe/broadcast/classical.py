@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from wdmoe.broadcast.codecs import Codec, Pixels
-from wdmoe.broadcast.metrics import FloatArray, psnr_db, ssim
+from wdmoe.broadcast.front import QUALITIES, Front, front_of, qualities_of
+from wdmoe.broadcast.metrics import FloatArray
 from wdmoe.errors import ConfigError
 from wdmoe.wireless.broadcast import capacity_bits, superposition_bits, time_division_bits
 
@@ -31,21 +32,13 @@ class Ladder:
     bits: npt.NDArray[np.int64]  # (rung,) ascending
     psnr_db: FloatArray  # (rung,)
     ssim: FloatArray  # (rung,)
+    ms_ssim: FloatArray  # (rung,), not a number where the picture is too small for it
 
     def best(self, budget_bits: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """(...,) the rung of the highest PSNR among those that fit (...,) budgets."""
         best_so_far = np.maximum.accumulate(self.psnr_db)
         best_rung = np.searchsorted(best_so_far, best_so_far)  # the first that reached it
         return np.asarray(best_rung[np.searchsorted(self.bits, np.asarray(budget_bits), side="right") - 1])
-
-
-@dataclass(frozen=True, slots=True)
-class Front:
-    """Both users' qualities over a sweep of the share that the first one has."""
-
-    share: FloatArray  # (point,)
-    psnr_db: FloatArray  # (point, pair, 2)
-    ssim: FloatArray  # (point, pair, 2)
 
 
 def build_ladder(codec: Codec, picture: Pixels, blank: Pixels, most_bits: int) -> Ladder:
@@ -74,7 +67,7 @@ def build_ladder(codec: Codec, picture: Pixels, blank: Pixels, most_bits: int) -
     wanted = np.broadcast_to(picture, (len(shown), *picture.shape))
     order = np.argsort(bits, kind="stable")
     got = np.stack(shown)[order]
-    return Ladder(np.array(bits)[order], psnr_db(wanted, got), ssim(wanted, got))
+    return Ladder(np.array(bits)[order], *qualities_of(wanted, got).T)
 
 
 def channel_uses(cbr: float, picture_shape: tuple[int, ...]) -> int:
@@ -151,10 +144,11 @@ def _front(ladders: Mapping[int, Ladder], pairs: npt.ArrayLike, share: FloatArra
     """`bits`: (point, 2), rounded down to whole ones."""
     numbers = np.asarray(pairs)
     budget = np.floor(bits + 1e-9).astype(np.int64)
-    quality = np.empty((2, share.size, len(numbers), 2))
+    quality = np.empty((share.size, len(numbers), 2, len(QUALITIES)))
     for place, pair in enumerate(numbers):
         for user, number in enumerate(pair):
             ladder = ladders[int(number)]
             rung = ladder.best(budget[:, user])
-            quality[:, :, place, user] = ladder.psnr_db[rung], ladder.ssim[rung]
-    return Front(share, quality[0], quality[1])
+            for place_of, name in enumerate(QUALITIES):
+                quality[:, place, user, place_of] = getattr(ladder, name)[rung]
+    return front_of(share, quality)

@@ -2,61 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from wdmoe.broadcast.batches import as_pictures
-from wdmoe.broadcast.fading import awgn, draw_unit
-from wdmoe.broadcast.metrics import FloatArray, psnr_db
+from wdmoe.broadcast.front import QUALITIES, Front, front_of, qualities_of
+from wdmoe.broadcast.metrics import FloatArray
 from wdmoe.broadcast.model import USERS, BroadcastCodec
+from wdmoe.broadcast.radio import Radio
 
-_AT_ONCE = 64
+Pixels = npt.NDArray[np.uint8]
+
+_AT_ONCE = 50
 
 
 @torch.no_grad()
 def alpha_sweep(
-    codec: BroadcastCodec,
-    pairs: npt.NDArray[np.uint8],
-    alphas: npt.ArrayLike,
-    snr_db: tuple[float, float],
-    kept: int,
-    seed: int,
-) -> FloatArray:
-    """PSNR of both users on steady channels; every alpha meets the same noise.
+    codec: BroadcastCodec, pixels: Pixels, pairs: npt.ArrayLike, alphas: npt.ArrayLike, radio: Radio, kept: int
+) -> Front:
+    """Both users' qualities; every alpha meets the same noise.
 
     Args:
         codec: put into evaluation mode.
-        pairs: (pair, 2, side, side, 3) pictures.
+        pixels: (picture, side, side, 3) all pictures that pairs may name.
+        pairs: (pair, 2) numbers of pictures.
         alphas: (point,) 0 to 1.
-        snr_db: of the two users.
+        radio: of the two users.
         kept: symbols of a token, see `ModelSettings.kept`.
-        seed: of the noise.
     Returns:
-        (point, pair, 2) dB, of pixels rounded to 0..255 as a screen has them.
+        Qualities of pixels rounded to 0..255 as a screen has them.
     """
     codec.eval()
-    device, patch = next(codec.parameters()).device, codec.settings.patch
-    tokens = (pairs.shape[2] // patch) * (pairs.shape[3] // patch)
-    points = np.asarray(alphas, dtype=np.float32)
-    generator = torch.Generator().manual_seed(seed)
-    found = np.empty((len(points), len(pairs), USERS))
-    for start in range(0, len(pairs), _AT_ONCE):
-        part = pairs[start : start + _AT_ONCE]
-        count = len(part)
-        pictures = as_pictures(part).to(device)
-        noise = draw_unit(generator, count, USERS, tokens, codec.settings.slots).to(device)
-        snrs = torch.tensor([snr_db] * count, device=device)
-        rate = torch.full((count,), kept, device=device)
+    device, slots = next(codec.parameters()).device, codec.settings.slots
+    points, numbers = np.asarray(alphas, dtype=np.float32), np.asarray(pairs)
+    found = np.empty((len(points), len(numbers), USERS, len(QUALITIES)))
+    for part in parts_of(len(numbers)):
+        wanted = pixels[numbers[part]]
+        count = len(wanted)
+        draws = radio.draws(numbers[part], tokens_of(codec, pixels), slots)
+        snrs, rate = rows_of(radio.snr_db, count).to(device), torch.full((count,), kept, device=device)
+        features = codec.features(as_pictures(wanted).to(device), snrs, rate)
         for place, point in enumerate(points):
             alpha = torch.full((count,), float(point), device=device)
-            heard = awgn(codec.encode(pictures, snrs, alpha, rate), snrs, noise)
-            shown = codec.decode_both(heard.symbols, heard.snr_db, alpha, rate)
-            found[place, start : start + count] = psnr_db(part, as_pixels(shown))
-    return found
+            heard = radio.heard(codec.fuse(features, snrs, alpha, rate).cpu(), snrs.cpu(), draws)
+            shown = codec.decode_both(heard.symbols.to(device), heard.snr_db.to(device), alpha, rate)
+            for user in range(USERS):
+                found[place, part, user] = qualities_of(wanted[:, user], as_pixels(shown[:, user]))
+    return front_of(points, found)
 
 
-def as_pixels(pictures: torch.Tensor) -> npt.NDArray[np.uint8]:
+def parts_of(count: int) -> Iterator[slice]:
+    """What is computed at once."""
+    return (slice(start, start + _AT_ONCE) for start in range(0, count, _AT_ONCE))
+
+
+def tokens_of(codec: BroadcastCodec, pixels: Pixels) -> int:
+    """Tokens of a picture (picture, height, width, 3)."""
+    return (pixels.shape[1] // codec.settings.patch) * (pixels.shape[2] // codec.settings.patch)
+
+
+def rows_of(values: npt.ArrayLike, count: int) -> Tensor:
+    """(count, ...) float32: the same (...,) values in each row."""
+    row = torch.as_tensor(np.asarray(values, dtype=np.float32))
+    return row.expand(count, *row.shape).contiguous()
+
+
+def as_pixels(pictures: Tensor) -> Pixels:
     """(..., 3, side, side), about 0 to 1, to (..., side, side, 3) uint8."""
     levels = (pictures.float().clamp(0, 1) * 255).round().to(torch.uint8).movedim(-3, -1)
     return np.asarray(levels.cpu().numpy())
+
+
+def mean_psnr(front: Front) -> FloatArray:
+    """(point, 2) mean over pairs, dB."""
+    return np.asarray(front.psnr_db.mean(axis=1))

@@ -15,7 +15,7 @@ from wdmoe.errors import ConfigError
 FloatArray = npt.NDArray[np.float64]
 MOST_PSNR_DB = 100.0  # what an exact copy counts as; one wrong value in a 32x32 picture is 83 dB
 _PEAK = 255.0
-_MS_SSIM_SIDE = 161  # five scales of an 11x11 window
+MS_SSIM_SIDE = 161  # five scales of an 11x11 window
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def ms_ssim(wanted: npt.ArrayLike, got: npt.ArrayLike) -> FloatArray:
     """
     from pytorch_msssim import ms_ssim as of_batch
 
-    return _structural(of_batch, wanted, got, _MS_SSIM_SIDE)
+    return _structural(of_batch, wanted, got, MS_SSIM_SIDE)
 
 
 def hypervolume(points: npt.ArrayLike, floor: npt.ArrayLike) -> FloatArray:

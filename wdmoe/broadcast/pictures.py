@@ -135,6 +135,21 @@ def pair_up(kind: PairKind, numbers: npt.ArrayLike, labels: npt.ArrayLike) -> Nu
     return np.stack([table.ravel(), other.ravel()], axis=1)
 
 
+def some_of(part: npt.ArrayLike, labels: npt.ArrayLike, count: int) -> Numbers:
+    """The first pictures of every class in a part of the division, `count` in all; ConfigError if that cannot be."""
+    numbers, of_class = np.asarray(part, dtype=np.int64), np.asarray(labels)
+    each, rest = divmod(count, len(CLASSES))
+    if rest or not 2 <= each <= len(numbers) // len(CLASSES):
+        raise ConfigError(f"pictures must be a multiple of {len(CLASSES)} from 20 to {len(numbers)}, got {count}")
+    return np.concatenate([numbers[of_class[numbers] == label][:each] for label in range(len(CLASSES))])
+
+
+def mean_picture(pictures: Pictures) -> Pixels:
+    """(32, 32, 3) mean of the pictures to train on: what a user shows who gets nothing."""
+    train = split_pictures(pictures.labels).train
+    return np.rint(pictures.pixels[train].mean(axis=0)).astype(np.uint8)
+
+
 def _shuffled(numbers: Numbers, purpose: str) -> Numbers:
     keys = [hashlib.sha256(f"{SPLIT_SEED} {purpose} {number}".encode()).digest() for number in numbers]
     return np.asarray(numbers, dtype=np.int64)[sorted(range(len(keys)), key=keys.__getitem__)]

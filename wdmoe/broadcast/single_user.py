@@ -1,0 +1,248 @@
+"""Baselines of the broadcast codec that are learned too: a codec for one user, used by turns, in layers, or for both.
+
+The single-user codec is the same network, trained at alpha 1 with one picture a block: it serves the first user, whose
+share is all. Two users then get
+
+time division
+    each of them some of a block's slots, at full power. How many slots one block uses is chosen on the pictures to
+    choose by: a share alternates, from block to block, between the two numbers of slots on the upper hull of the mean
+    PSNR there. So numbers of slots that the codec was not trained on cost nothing.
+superposition
+    two blocks, added with powers b and 1 - b. Each receiver counts the other one's block as noise. Symbols are analog,
+    so there is nothing to decode without error and to cancel: no SIC. With `subtract` the stronger user does what comes
+    nearest: it decodes the weaker one's picture, encodes it again, takes it away, and measures how much noise is left.
+sent once
+    one block for both, if they want the same picture; what SNR the encoder is told goes from the weaker user's to the
+    stronger one's.
+
+A user who gets no slot or no power sees the mean training picture. Same noise, pairs and figures as for the codec.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from wdmoe.broadcast.batches import as_pictures
+from wdmoe.broadcast.evaluation import Pixels, as_pixels, parts_of, rows_of, tokens_of
+from wdmoe.broadcast.front import QUALITIES, Front, front_of, qualities_of
+from wdmoe.broadcast.metrics import FloatArray
+from wdmoe.broadcast.model import USERS, BroadcastCodec
+from wdmoe.broadcast.radio import Draws, Radio
+from wdmoe.errors import ConfigError
+
+TOLD_DB = (0.0, 20.0)  # what encoders were told in training; SNRs beyond are told as the nearest of these
+_FIRST = 0  # the user whom the single-user codec serves
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """Pictures sent to one user each, by the number of slots of a token they had."""
+
+    numbers: npt.NDArray[np.int64]  # (picture,)
+    found: FloatArray  # (user, slots + 1, picture, quality)
+
+    def hulls(self) -> list[npt.NDArray[np.int64]]:
+        """For each user the numbers of slots on the upper hull of the mean PSNR, from 0 to all."""
+        return [_upper_hull(means) for means in self.found[..., 0].mean(axis=2)]
+
+
+@torch.no_grad()
+def sent_alone(
+    codec: BroadcastCodec, pixels: Pixels, numbers: npt.ArrayLike, radio: Radio, slots: int, blank: Pixels
+) -> Alone:
+    """Every picture to each user, with no slot, one, and so on.
+
+    Args:
+        codec: of one user.
+        pixels: (picture, side, side, 3) all pictures that `numbers` may name.
+        numbers: (picture,) whom to send.
+        radio: of the two users.
+        slots: the most.
+        blank: what a user without a slot shows.
+    """
+    wanted = np.asarray(numbers, dtype=np.int64)
+    found = np.empty((USERS, slots + 1, len(wanted), len(QUALITIES)))
+    for part in parts_of(len(wanted)):
+        pictures = pixels[wanted[part]]
+        found[:, 0, part] = qualities_of(pictures, np.broadcast_to(blank, pictures.shape))
+        for user in range(USERS):
+            draws = radio.draws(wanted[part][:, None], tokens_of(codec, pixels), codec.settings.slots, user)
+            for kept in range(1, slots + 1):
+                snrs = rows_of(radio.snr_db[user], len(pictures))
+                heard = radio.heard(_encoded(codec, pictures, snrs, kept), snrs[:, None], draws)
+                shown = _decoded(codec, heard.symbols[:, 0], heard.snr_db[:, 0], kept)
+                found[user, kept, part] = qualities_of(pictures, shown)
+    return Alone(wanted, found)
+
+
+def time_division(
+    alone: Alone, hulls: list[npt.NDArray[np.int64]], pairs: npt.ArrayLike, shares: npt.ArrayLike
+) -> Front:
+    """Both users' qualities as the first one's share of the slots goes through `shares`.
+
+    Args:
+        alone: every picture of the pairs.
+        hulls: of each user, see `Alone.hulls`, of other pictures on the same radio.
+        pairs: (pair, 2) numbers of pictures.
+        shares: (point,) 0 to 1.
+    """
+    share, wanted = np.asarray(shares, dtype=np.float64), np.asarray(pairs)
+    slots = alone.found.shape[1] - 1
+    place = {int(number): place for place, number in enumerate(alone.numbers)}
+    found = np.empty((len(share), len(wanted), USERS, len(QUALITIES)))
+    for user in range(USERS):
+        own = alone.found[user][:, [place[int(number)] for number in wanted[:, user]]]
+        for point, part in enumerate(share):
+            low, high, weight = _between(hulls[user], slots * (part if user == 0 else 1 - part))
+            found[point, :, user] = (1 - weight) * own[low] + weight * own[high]
+    return front_of(share, found)
+
+
+@torch.no_grad()
+def superposition(
+    codec: BroadcastCodec,
+    pixels: Pixels,
+    pairs: npt.ArrayLike,
+    shares: npt.ArrayLike,
+    radio: Radio,
+    kept: int,
+    blank: Pixels,
+    subtract: bool = False,
+) -> Front:
+    """Both users' qualities as the first one's share of the power goes through `shares`; else as in `sent_alone`.
+
+    Raises:
+        ConfigError: `subtract` on fading channels.
+    """
+    if subtract and radio.csi_error is not None:
+        raise ConfigError("subtraction is for steady channels")
+    share, wanted = np.asarray(shares, dtype=np.float64), np.asarray(pairs)
+    found = np.empty((len(share), len(wanted), USERS, len(QUALITIES)))
+    for part in parts_of(len(wanted)):
+        pictures = pixels[wanted[part]]
+        draws = radio.draws(wanted[part], tokens_of(codec, pixels), codec.settings.slots)
+        for point, power in enumerate(share):
+            layers = _Layers(codec, pictures, radio, draws, float(power), kept)
+            for user in range(USERS):
+                shown = layers.shown(user, subtract)
+                seen = np.broadcast_to(blank, pictures[:, user].shape) if shown is None else shown
+                found[point, part, user] = qualities_of(pictures[:, user], seen)
+    return front_of(share, found)
+
+
+@torch.no_grad()
+def sent_once(
+    codec: BroadcastCodec, pixels: Pixels, numbers: npt.ArrayLike, radio: Radio, kept: int, points: int
+) -> Front:
+    """One block for both users; the encoder is told SNRs from the weaker one's to the stronger one's."""
+    part_of, wanted = np.linspace(0, 1, points), np.asarray(numbers)
+    low, high = sorted(radio.snr_db)
+    found = np.empty((points, len(wanted), USERS, len(QUALITIES)))
+    for part in parts_of(len(wanted)):
+        pictures = pixels[wanted[part]]
+        pairs = np.stack([wanted[part]] * USERS, axis=1)
+        draws = radio.draws(pairs, tokens_of(codec, pixels), codec.settings.slots)
+        snrs = rows_of(radio.snr_db, len(pictures))
+        for point, between in enumerate(part_of):
+            told = rows_of(low + between * (high - low), len(pictures))
+            heard = radio.heard(_encoded(codec, pictures, told, kept), snrs, draws)
+            for user in range(USERS):
+                shown = _decoded(codec, heard.symbols[:, user], heard.snr_db[:, user], kept)
+                found[point, part, user] = qualities_of(pictures, shown)
+    return front_of(part_of, found)
+
+
+class _Layers:
+    """Two blocks on top of each other, and what each user makes of them."""
+
+    def __init__(
+        self, codec: BroadcastCodec, pictures: Pixels, radio: Radio, draws: Draws, power: float, kept: int
+    ) -> None:
+        self._codec, self._kept, self._powers = codec, kept, (power, 1 - power)
+        self._stronger = int(radio.snr_db[1] > radio.snr_db[0])
+        count = len(pictures)
+        noises = [10 ** (-snr / 10) for snr in radio.snr_db]
+        self._told = [
+            rows_of(_decibels(own / (1 - own + noise)), count) for own, noise in zip(self._powers, noises, strict=True)
+        ]
+        both = zip(self._powers, self._told, np.moveaxis(pictures, 1, 0), strict=True)
+        total = sum(own**0.5 * _encoded(codec, each, told, kept) for own, told, each in both)
+        # Alike pictures have alike symbols, so powers do not just add; the scale goes along with the block.
+        total = torch.as_tensor(total)
+        scale = (total[:, :, :kept].square().sum(-1).mean(dim=(1, 2))).sqrt()
+        heard = radio.heard(total / scale[:, None, None, None], rows_of(radio.snr_db, count), draws)
+        snr = 10 ** (heard.snr_db / 10)
+        self._fades = radio.csi_error is not None
+        unbiased = scale[:, None] * ((1 + snr) / snr if self._fades else torch.ones_like(snr))
+        self._heard = heard.symbols * unbiased[..., None, None, None]  # (block, user, token, slot, 2)
+        self._noise = scale[:, None] ** 2 / snr  # (block, user)
+
+    def shown(self, user: int, subtract: bool) -> Pixels | None:
+        """What a user shows; nothing if it has no power."""
+        own, other = self._powers[user], self._powers[1 - user]
+        if own == 0:
+            return None
+        heard, noise = self._heard[:, user], self._noise[:, user]
+        if subtract and user == self._stronger and other > 0:
+            heard, noise = self._without_weaker(heard, noise)
+        else:
+            noise = noise + other
+        return self._layer(heard, noise, own)
+
+    def _without_weaker(self, heard: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        own, other, weaker = self._powers[self._stronger], self._powers[1 - self._stronger], 1 - self._stronger
+        guess = self._layer(heard, noise + own, other)
+        rest = heard - other**0.5 * _encoded(self._codec, guess, self._told[weaker], self._kept)
+        left = rest[:, :, : self._kept].square().sum(-1).mean(dim=(1, 2)) - own
+        return rest, torch.maximum(left, noise)
+
+    def _layer(self, heard: Tensor, noise: Tensor, power: float) -> Pixels:
+        snr = power / noise
+        shrink = snr / (1 + snr) if self._fades else torch.ones_like(snr)
+        symbols = heard * (shrink / power**0.5)[:, None, None, None]
+        return _decoded(self._codec, symbols, 10 * torch.log10(snr).clamp(-3, 4), self._kept)
+
+
+def _encoded(codec: BroadcastCodec, pictures: Pixels, told_db: Tensor, kept: int) -> Tensor:
+    """Symbols of one picture a block, for a user of this SNR."""
+    count, device = len(pictures), next(codec.parameters()).device
+    snrs = told_db.clamp(*TOLD_DB)[:, None].expand(-1, USERS).to(device)
+    rate = torch.full((count,), kept, device=device)
+    features = codec.features(as_pictures(pictures)[:, None].to(device), snrs, rate)
+    return codec.fuse(features.expand(-1, USERS, -1, -1), snrs, torch.ones(count, device=device), rate).cpu()
+
+
+def _decoded(codec: BroadcastCodec, heard: Tensor, snr_db: Tensor, kept: int) -> Pixels:
+    count, device = len(heard), next(codec.parameters()).device
+    rate, user = torch.full((count,), kept, device=device), torch.full((count,), _FIRST, device=device)
+    share = torch.ones(count, device=device)
+    return as_pixels(codec.decode(heard.to(device), snr_db.to(device), share, rate, user))
+
+
+def _decibels(ratio: float) -> float:
+    return 10 * float(np.log10(max(ratio, 1e-3)))
+
+
+def _upper_hull(values: FloatArray) -> npt.NDArray[np.int64]:
+    """Places, from the first to the last, of the corners of the least concave function above (place,) values."""
+    corners: list[int] = []
+    for place, value in enumerate(values):
+        while len(corners) > 1:
+            one, two = corners[-2:]
+            if (values[two] - values[one]) * (place - one) > (value - values[one]) * (two - one):
+                break
+            corners.pop()
+        corners.append(place)
+    return np.array(corners)
+
+
+def _between(corners: npt.NDArray[np.int64], place: float) -> tuple[int, int, float]:
+    """The corners below and above a place, and how far it lies from the lower to the upper one."""
+    upper = min(int(np.searchsorted(corners, place + 1e-9, side="right")), len(corners) - 1)
+    low, high = int(corners[upper - 1]), int(corners[upper])
+    return low, high, float(np.clip((place - low) / (high - low), 0, 1))

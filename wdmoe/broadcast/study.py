@@ -1,0 +1,164 @@
+"""The comparison: which settings are measured, with which systems, on which pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from wdmoe.broadcast.classical import SCHEMES, Ladder, channel_uses, even_shares, most_bits, same_to_both, sweep
+from wdmoe.broadcast.codecs import CODECS
+from wdmoe.broadcast.evaluation import alpha_sweep
+from wdmoe.broadcast.front import Front
+from wdmoe.broadcast.ladders import kept_ladders
+from wdmoe.broadcast.metrics import FloatArray
+from wdmoe.broadcast.model import BroadcastCodec
+from wdmoe.broadcast.pictures import (
+    PAIR_KINDS,
+    Numbers,
+    PairKind,
+    Pictures,
+    mean_picture,
+    pair_up,
+    some_of,
+    split_pictures,
+)
+from wdmoe.broadcast.radio import Radio
+from wdmoe.broadcast.single_user import Alone, sent_alone, sent_once, superposition, time_division
+
+Progress = Callable[[str, float], None]
+Fronts = dict[str, Front]  # by name of the system
+
+JOINT, SINGLE, SUBTRACT, ONCE = "joint", "single-user", "superposition, subtracting", "sent once"
+MAIN_SNR_DB, MAIN_CBR = (10.0, 5.0), 1 / 6
+CBRS = (1 / 12, 1 / 6, 1 / 3)
+SNR_PAIRS_DB = ((10.0, 5.0), (15.0, 5.0), (20.0, 10.0), (5.0, 0.0))
+GAPS_DB = (0.0, 5.0, 10.0, 15.0, 20.0)  # around a mean of 10 dB
+GAP_MEAN_DB = 10.0
+CSI_ERRORS = (0.0, 0.05, 0.1, 0.2)
+MOST_BITS = (1771, 3542)  # limits of ladders: the best link at (10, 5) dB and CBR 1/6, and over all settings
+_CHOOSE = 50  # pictures that time division chooses its numbers of slots by
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One kind of pairs on one radio."""
+
+    kind: PairKind
+    pictures: int
+    snr_db: tuple[float, float] = MAIN_SNR_DB
+    cbr: float = MAIN_CBR
+    csi_error: float | None = None
+    subtract: bool = False  # also measure superposition with subtraction
+
+    @property
+    def name(self) -> str:
+        """What stands in tables: pairs, pictures, SNRs, rate, fading."""
+        snr = f"{self.snr_db[0]:g}/{self.snr_db[1]:g} dB"
+        fading = "" if self.csi_error is None else f", Rayleigh, CSI error {self.csi_error:g}"
+        return f"{self.kind}, {self.pictures} pictures, {snr}, CBR 1/{round(1 / self.cbr)}{fading}"
+
+    @property
+    def radio(self) -> Radio:
+        """Its channels; the seed is the same in all settings."""
+        return Radio(snr_db=self.snr_db, csi_error=self.csi_error)
+
+
+def all_settings(most_pictures: int, few_pictures: int) -> list[Setting]:
+    """The main comparison on `most_pictures`, then sweeps of SNRs, rates, gaps and CSI errors on `few_pictures`."""
+    found = [Setting(kind=kind, pictures=most_pictures) for kind in PAIR_KINDS]
+    for kind in PAIR_KINDS:
+        found += [Setting(kind=kind, pictures=few_pictures, snr_db=snr, subtract=True) for snr in SNR_PAIRS_DB]
+        found += [Setting(kind=kind, pictures=few_pictures, cbr=cbr) for cbr in CBRS]
+    found += [Setting(kind="different class", pictures=few_pictures, snr_db=at_gap(gap)) for gap in GAPS_DB]
+    found += [Setting(kind="different class", pictures=few_pictures, csi_error=error) for error in CSI_ERRORS]
+    return list({each.name: each for each in reversed(found)}.values())[::-1]
+
+
+def at_gap(gap_db: float) -> tuple[float, float]:
+    """The pair of SNRs of a gap."""
+    return GAP_MEAN_DB + gap_db / 2, GAP_MEAN_DB - gap_db / 2
+
+
+@dataclass(slots=True)
+class Study:
+    """Runs settings. Classical ladders and single pictures are kept between them."""
+
+    pictures: Pictures
+    joint: BroadcastCodec
+    single: BroadcastCodec
+    points: int = 11
+    classical: Sequence[str] = tuple(CODECS)
+    progress: Progress | None = None
+    cache: Path | None = None  # of ladders; the user's unless given
+    _alone: dict[tuple[Radio, int, bytes], Alone] = field(default_factory=dict)
+    _ladders: dict[tuple[str, int], dict[int, Ladder]] = field(default_factory=dict)
+
+    def run(self, setting: Setting, first_pairs: int | None = None) -> Fronts:
+        """Qualities of every system.
+
+        Args:
+            first_pairs: only so many of the pairs.
+        """
+        numbers = self._numbers(setting)
+        pairs = pair_up(setting.kind, numbers, self.pictures.labels)[:first_pairs]
+        shares, kept = self._shares(), self.joint.settings.kept(setting.cbr)
+        found = {JOINT: alpha_sweep(self.joint, self.pictures.pixels, pairs, shares, setting.radio, kept)}
+        found |= self._learned(setting, pairs, shares, kept)
+        if setting.csi_error is None:
+            for name in self.classical:
+                found |= self._classical(name, setting, pairs)
+        return found
+
+    def _shares(self) -> FloatArray:
+        return np.linspace(0, 1, self.points)
+
+    def _numbers(self, setting: Setting) -> Numbers:
+        return some_of(split_pictures(self.pictures.labels).test, self.pictures.labels, setting.pictures)
+
+    def _learned(self, setting: Setting, pairs: Numbers, shares: FloatArray, kept: int) -> Fronts:
+        pixels, radio, blank = self.pictures.pixels, setting.radio, mean_picture(self.pictures)
+        if setting.kind == "same picture":
+            once = sent_once(self.single, pixels, pairs[:, 0], radio, kept, self.points)
+            return {f"{SINGLE}, {ONCE}": once}
+        layers = superposition(self.single, pixels, pairs, shares, radio, kept, blank)
+        chosen = some_of(split_pictures(self.pictures.labels).choose, self.pictures.labels, _CHOOSE)
+        hulls = self._sent_alone(radio, kept, chosen).hulls()
+        turns = time_division(self._sent_alone(radio, kept, np.unique(pairs)), hulls, pairs, shares)
+        found = {f"{SINGLE}, time division": turns, f"{SINGLE}, superposition": layers}
+        if setting.subtract:
+            minus = superposition(self.single, pixels, pairs, shares, radio, kept, blank, subtract=True)
+            found[f"{SINGLE}, {SUBTRACT}"] = minus
+        return found
+
+    def _sent_alone(self, radio: Radio, kept: int, numbers: Numbers) -> Alone:
+        key = (radio, kept, numbers.tobytes())
+        if key not in self._alone:
+            blank = mean_picture(self.pictures)
+            self._alone[key] = sent_alone(self.single, self.pictures.pixels, numbers, radio, kept, blank)
+        return self._alone[key]
+
+    def _classical(self, name: str, setting: Setting, pairs: Numbers) -> Fronts:
+        codec, uses = CODECS[name](), channel_uses(setting.cbr, self.pictures.pixels.shape[1:])
+        ladders = self._ladders_of(name, setting, pairs)
+        if setting.kind == "same picture":
+            once = same_to_both(ladders, pairs[:, 0], setting.snr_db, uses)
+            return {f"{codec.name}, {ONCE}": once}
+        return {
+            f"{codec.name}, {scheme}": sweep(
+                ladders, pairs, setting.snr_db, uses, scheme, even_shares(setting.snr_db, scheme, self.points)
+            )
+            for scheme in SCHEMES
+        }
+
+    def _ladders_of(self, name: str, setting: Setting, pairs: Numbers) -> Mapping[int, Ladder]:
+        need = most_bits(setting.snr_db, channel_uses(setting.cbr, self.pictures.pixels.shape[1:]))
+        key = (name, next((tier for tier in MOST_BITS if tier >= need), need))
+        known = self._ladders.setdefault(key, {})
+        missing = {int(number): self.pictures.pixels[number] for number in np.unique(pairs) if number not in known}
+        if missing:
+            blank = mean_picture(self.pictures)
+            known |= kept_ladders(CODECS[name](), missing, blank, key[1], self.progress, self.cache)
+        return known
