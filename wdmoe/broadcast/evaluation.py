@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +18,31 @@ from wdmoe.broadcast.radio import Radio
 
 Pixels = npt.NDArray[np.uint8]
 
-_AT_ONCE = 50
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """How many pictures are computed at once, and what quality each of these then has."""
+
+    at_once: int = 50
+    qualities: Callable[[Pixels, Pixels], FloatArray] = qualities_of  # wanted and shown to (picture, quality)
+
+    def parts(self, count: int) -> Iterator[slice]:
+        """What is computed at once."""
+        return (slice(start, start + self.at_once) for start in range(0, count, self.at_once))
+
+
+EACH = Judge()
 
 
 @torch.no_grad()
 def alpha_sweep(
-    codec: BroadcastCodec, pixels: Pixels, pairs: npt.ArrayLike, alphas: npt.ArrayLike, radio: Radio, kept: int
+    codec: BroadcastCodec,
+    pixels: Pixels,
+    pairs: npt.ArrayLike,
+    alphas: npt.ArrayLike,
+    radio: Radio,
+    kept: int,
+    judge: Judge = EACH,
 ) -> Front:
     """Both users' qualities; every alpha meets the same noise.
 
@@ -33,6 +53,7 @@ def alpha_sweep(
         alphas: (point,) 0 to 1.
         radio: of the two users.
         kept: symbols of a token, see `ModelSettings.kept`.
+        judge: of what is shown.
     Returns:
         Qualities of pixels rounded to 0..255 as a screen has them.
     """
@@ -40,7 +61,7 @@ def alpha_sweep(
     device, slots = next(codec.parameters()).device, codec.settings.slots
     points, numbers = np.asarray(alphas, dtype=np.float32), np.asarray(pairs)
     found = np.empty((len(points), len(numbers), USERS, len(QUALITIES)))
-    for part in parts_of(len(numbers)):
+    for part in judge.parts(len(numbers)):
         wanted = pixels[numbers[part]]
         count = len(wanted)
         draws = radio.draws(numbers[part], tokens_of(codec, pixels), slots)
@@ -51,13 +72,8 @@ def alpha_sweep(
             heard = radio.heard(codec.fuse(features, snrs, alpha, rate).cpu(), snrs.cpu(), draws)
             shown = codec.decode_both(heard.symbols.to(device), heard.snr_db.to(device), alpha, rate)
             for user in range(USERS):
-                found[place, part, user] = qualities_of(wanted[:, user], as_pixels(shown[:, user]))
+                found[place, part, user] = judge.qualities(wanted[:, user], as_pixels(shown[:, user]))
     return front_of(points, found)
-
-
-def parts_of(count: int) -> Iterator[slice]:
-    """What is computed at once."""
-    return (slice(start, start + _AT_ONCE) for start in range(0, count, _AT_ONCE))
 
 
 def tokens_of(codec: BroadcastCodec, pixels: Pixels) -> int:

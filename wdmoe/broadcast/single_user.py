@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from wdmoe.broadcast.batches import as_pictures
-from wdmoe.broadcast.evaluation import Pixels, as_pixels, parts_of, rows_of, tokens_of
-from wdmoe.broadcast.front import QUALITIES, Front, front_of, qualities_of
+from wdmoe.broadcast.evaluation import EACH, Judge, Pixels, as_pixels, rows_of, tokens_of
+from wdmoe.broadcast.front import QUALITIES, Front, front_of
 from wdmoe.broadcast.metrics import FloatArray
 from wdmoe.broadcast.model import USERS, BroadcastCodec
 from wdmoe.broadcast.radio import Draws, Radio
@@ -53,7 +53,13 @@ class Alone:
 
 @torch.no_grad()
 def sent_alone(
-    codec: BroadcastCodec, pixels: Pixels, numbers: npt.ArrayLike, radio: Radio, slots: int, blank: Pixels
+    codec: BroadcastCodec,
+    pixels: Pixels,
+    numbers: npt.ArrayLike,
+    radio: Radio,
+    slots: int,
+    blank: Pixels,
+    judge: Judge = EACH,
 ) -> Alone:
     """Every picture to each user, with no slot, one, and so on.
 
@@ -64,19 +70,20 @@ def sent_alone(
         radio: of the two users.
         slots: the most.
         blank: what a user without a slot shows.
+        judge: of what is shown.
     """
     wanted = np.asarray(numbers, dtype=np.int64)
     found = np.empty((USERS, slots + 1, len(wanted), len(QUALITIES)))
-    for part in parts_of(len(wanted)):
+    for part in judge.parts(len(wanted)):
         pictures = pixels[wanted[part]]
-        found[:, 0, part] = qualities_of(pictures, np.broadcast_to(blank, pictures.shape))
+        found[:, 0, part] = judge.qualities(pictures, np.broadcast_to(blank, pictures.shape))
         for user in range(USERS):
             draws = radio.draws(wanted[part][:, None], tokens_of(codec, pixels), codec.settings.slots, user)
             for kept in range(1, slots + 1):
                 snrs = rows_of(radio.snr_db[user], len(pictures))
                 heard = radio.heard(_encoded(codec, pictures, snrs, kept), snrs[:, None], draws)
                 shown = _decoded(codec, heard.symbols[:, 0], heard.snr_db[:, 0], kept)
-                found[user, kept, part] = qualities_of(pictures, shown)
+                found[user, kept, part] = judge.qualities(pictures, shown)
     return Alone(wanted, found)
 
 
@@ -113,6 +120,7 @@ def superposition(
     kept: int,
     blank: Pixels,
     subtract: bool = False,
+    judge: Judge = EACH,
 ) -> Front:
     """Both users' qualities as the first one's share of the power goes through `shares`; else as in `sent_alone`.
 
@@ -123,7 +131,7 @@ def superposition(
         raise ConfigError("subtraction is for steady channels")
     share, wanted = np.asarray(shares, dtype=np.float64), np.asarray(pairs)
     found = np.empty((len(share), len(wanted), USERS, len(QUALITIES)))
-    for part in parts_of(len(wanted)):
+    for part in judge.parts(len(wanted)):
         pictures = pixels[wanted[part]]
         draws = radio.draws(wanted[part], tokens_of(codec, pixels), codec.settings.slots)
         for point, power in enumerate(share):
@@ -131,19 +139,25 @@ def superposition(
             for user in range(USERS):
                 shown = layers.shown(user, subtract)
                 seen = np.broadcast_to(blank, pictures[:, user].shape) if shown is None else shown
-                found[point, part, user] = qualities_of(pictures[:, user], seen)
+                found[point, part, user] = judge.qualities(pictures[:, user], seen)
     return front_of(share, found)
 
 
 @torch.no_grad()
 def sent_once(
-    codec: BroadcastCodec, pixels: Pixels, numbers: npt.ArrayLike, radio: Radio, kept: int, points: int
+    codec: BroadcastCodec,
+    pixels: Pixels,
+    numbers: npt.ArrayLike,
+    radio: Radio,
+    kept: int,
+    points: int,
+    judge: Judge = EACH,
 ) -> Front:
     """One block for both users; the encoder is told SNRs from the weaker one's to the stronger one's."""
     part_of, wanted = np.linspace(0, 1, points), np.asarray(numbers)
     low, high = sorted(radio.snr_db)
     found = np.empty((points, len(wanted), USERS, len(QUALITIES)))
-    for part in parts_of(len(wanted)):
+    for part in judge.parts(len(wanted)):
         pictures = pixels[wanted[part]]
         pairs = np.stack([wanted[part]] * USERS, axis=1)
         draws = radio.draws(pairs, tokens_of(codec, pixels), codec.settings.slots)
@@ -153,7 +167,7 @@ def sent_once(
             heard = radio.heard(_encoded(codec, pictures, told, kept), snrs, draws)
             for user in range(USERS):
                 shown = _decoded(codec, heard.symbols[:, user], heard.snr_db[:, user], kept)
-                found[point, part, user] = qualities_of(pictures, shown)
+                found[point, part, user] = judge.qualities(pictures, shown)
     return front_of(part_of, found)
 
 

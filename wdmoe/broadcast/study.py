@@ -124,14 +124,18 @@ class Study:
             once = sent_once(self.single, pixels, pairs[:, 0], radio, kept, self.points)
             return {f"{SINGLE}, {ONCE}": once}
         layers = superposition(self.single, pixels, pairs, shares, radio, kept, blank)
-        chosen = some_of(split_pictures(self.pictures.labels).choose, self.pictures.labels, _CHOOSE)
-        hulls = self._sent_alone(radio, kept, chosen).hulls()
-        turns = time_division(self._sent_alone(radio, kept, np.unique(pairs)), hulls, pairs, shares)
+        alone = self._sent_alone(radio, kept, np.unique(pairs))
+        turns = time_division(alone, self.hulls(radio, kept), pairs, shares)
         found = {f"{SINGLE}, time division": turns, f"{SINGLE}, superposition": layers}
         if setting.subtract:
             minus = superposition(self.single, pixels, pairs, shares, radio, kept, blank, subtract=True)
             found[f"{SINGLE}, {SUBTRACT}"] = minus
         return found
+
+    def hulls(self, radio: Radio, kept: int) -> list[Numbers]:
+        """Between which numbers of slots time division alternates, by the pictures to choose by."""
+        chosen = some_of(split_pictures(self.pictures.labels).choose, self.pictures.labels, _CHOOSE)
+        return self._sent_alone(radio, kept, chosen).hulls()
 
     def _sent_alone(self, radio: Radio, kept: int, numbers: Numbers) -> Alone:
         key = (radio, kept, numbers.tobytes())

@@ -1,0 +1,88 @@
+"""The comparison on photographs: the codec in tiles of 32x32, classical codecs on the whole picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from wdmoe.broadcast.classical import SCHEMES, channel_uses, even_shares, most_bits, same_to_both, sweep
+from wdmoe.broadcast.codecs import CODECS
+from wdmoe.broadcast.evaluation import alpha_sweep
+from wdmoe.broadcast.front import Front
+from wdmoe.broadcast.ladders import kept_ladders
+from wdmoe.broadcast.photographs import HEIGHT, TILES, WHOLE, WIDTH, load_photographs, tile_pairs, tiled
+from wdmoe.broadcast.pictures import Pixels, mean_picture
+from wdmoe.broadcast.radio import Radio
+from wdmoe.broadcast.single_user import sent_alone, sent_once, superposition, time_division
+from wdmoe.broadcast.study import JOINT, MAIN_CBR, MAIN_SNR_DB, ONCE, SINGLE, Fronts, Study
+
+KINDS = ("same photograph", "different photographs")
+_POINTS = 9
+_SEED = 1  # other noise than the small pictures'
+
+
+def photograph_name(kind: str) -> str:
+    """As `Setting.name`."""
+    return f"{kind}, {MAIN_SNR_DB[0]:g}/{MAIN_SNR_DB[1]:g} dB, CBR 1/{round(1 / MAIN_CBR)}"
+
+
+def run_photographs(study: Study, classical: Sequence[str], first_pairs: int | None = None) -> dict[str, Fronts]:
+    """Fronts of whole photographs by name of the setting; each photograph is paired with itself, and with the next.
+
+    Args:
+        study: codecs, progress and cache.
+        classical: names of classical codecs.
+        first_pairs: only so many of the pairs.
+    Raises:
+        MissingExtraError: the photographs were not fetched.
+    """
+    photographs = np.stack(list(load_photographs().values()))
+    numbers = np.arange(len(photographs))
+    found: dict[str, Fronts] = {}
+    for kind in KINDS:
+        shift = 0 if kind == KINDS[0] else -1
+        pairs = np.stack([numbers, np.roll(numbers, shift)], axis=1)[:first_pairs]
+        fronts = _learned(study, tiled(photographs), pairs)
+        for name in classical:
+            fronts |= _classical(study, name, photographs, pairs)
+        found[photograph_name(kind)] = fronts
+    return found
+
+
+def _learned(study: Study, tiles: Pixels, pairs: npt.NDArray[np.int64]) -> Fronts:
+    """Each photograph's figures stand at all of its tiles; one of them is kept."""
+    radio, kept = Radio(snr_db=MAIN_SNR_DB, seed=_SEED), study.joint.settings.kept(MAIN_CBR)
+    shares, blank = np.linspace(0, 1, _POINTS), mean_picture(study.pictures)
+    wanted = tile_pairs(pairs)
+    found = {JOINT: alpha_sweep(study.joint, tiles, wanted, shares, radio, kept, WHOLE)}
+    if np.array_equal(pairs[:, 0], pairs[:, 1]):
+        once = sent_once(study.single, tiles, wanted[:, 0], radio, kept, _POINTS, WHOLE)
+        found[f"{SINGLE}, {ONCE}"] = once
+    else:
+        alone = sent_alone(study.single, tiles, tile_pairs(_unique(pairs))[:, 0], radio, kept, blank, WHOLE)
+        hulls = study.hulls(radio, kept)
+        found[f"{SINGLE}, time division"] = time_division(alone, hulls, wanted, shares)
+        layers = superposition(study.single, tiles, wanted, shares, radio, kept, blank, judge=WHOLE)
+        found[f"{SINGLE}, superposition"] = layers
+    return {name: front.of(slice(None, None, TILES)) for name, front in found.items()}
+
+
+def _unique(pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.stack([np.unique(pairs)] * 2, axis=1)
+
+
+def _classical(study: Study, name: str, photographs: Pixels, pairs: npt.NDArray[np.int64]) -> Fronts:
+    codec, uses = CODECS[name](), channel_uses(MAIN_CBR, (HEIGHT, WIDTH, 3))
+    blank = np.broadcast_to(np.rint(mean_picture(study.pictures).mean(axis=(0, 1))), photographs.shape[1:])
+    wanted = {int(number): photographs[number] for number in np.unique(pairs)}
+    most = most_bits(MAIN_SNR_DB, uses)
+    ladders = kept_ladders(codec, wanted, blank.astype(np.uint8), most, study.progress, study.cache)
+    if np.array_equal(pairs[:, 0], pairs[:, 1]):
+        return {f"{codec.name}, {ONCE}": same_to_both(ladders, pairs[:, 0], MAIN_SNR_DB, uses)}
+    found: dict[str, Front] = {}
+    for scheme in SCHEMES:
+        shares = even_shares(MAIN_SNR_DB, scheme, _POINTS)
+        found[f"{codec.name}, {scheme}"] = sweep(ladders, pairs, MAIN_SNR_DB, uses, scheme, shares)
+    return found

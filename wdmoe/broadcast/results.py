@@ -1,0 +1,216 @@
+"""The results folder of the comparison: what it holds, how it is written, and whether it is still what comes out.
+
+codec.safetensors, single.safetensors   the weights that were measured
+qualities.npz                           of every pair, point, system and setting (float32)
+fronts.csv, standings.csv, leads.csv    means, areas and quality at equal quality, lead of the joint codec
+results.md                              the same for people
+*.png, *.svg                            figures
+manifest.json                           versions, data, SHA-256 of every file; written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wdmoe.broadcast.codecs import CODECS
+from wdmoe.broadcast.experiment import save_model
+from wdmoe.broadcast.front import QUALITIES, Front
+from wdmoe.broadcast.kind import RESULTS_KIND
+from wdmoe.broadcast.model import BroadcastCodec
+from wdmoe.broadcast.pictures import PICTURES_SHA256, SPLIT_SHA256
+from wdmoe.broadcast.region_figures import draw_all
+from wdmoe.broadcast.study import Fronts, Setting, all_settings
+from wdmoe.broadcast.tables import FRONTS, LEADS, PAGE, STANDINGS, texts_of
+from wdmoe.errors import ConfigError
+
+FORMAT = 1
+MANIFEST, JOINT_FILE, SINGLE_FILE, ARRAYS = "manifest.json", "codec.safetensors", "single.safetensors", "qualities.npz"
+NEEDED = (JOINT_FILE, SINGLE_FILE, ARRAYS, FRONTS, STANDINGS, LEADS, PAGE)
+_PACKAGES = ("wdmoe", "torch", "numpy", "pillow", "pillow-heif", "pytorch-msssim", "matplotlib", "safetensors")
+_MOST_BYTES = 1 << 30
+_SEPARATOR = "|"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What was asked for: all of it decides the figures."""
+
+    pictures: int = 1000  # of the main comparison
+    few: int = 100  # of the sweeps
+    points: int = 11
+    classical: tuple[str, ...] = tuple(CODECS)
+    photographs: bool = True
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.classical) - set(CODECS):
+            raise ConfigError(f"classical codecs must be of {', '.join(CODECS)}; got {', '.join(sorted(unknown))}")
+        if self.points < 2:
+            raise ConfigError(f"points must be at least 2, got {self.points}")
+
+    def settings(self) -> list[Setting]:
+        """All that small pictures are measured in."""
+        return all_settings(self.pictures, self.few)
+
+    def main(self) -> list[str]:
+        """Names of the settings of the main comparison."""
+        return [each.name for each in self.settings() if each.pictures == self.pictures][:3]
+
+
+def start_folder(folder: Path) -> None:
+    """Make the folder; ConfigError if it holds something else or cannot be written."""
+    try:
+        if folder.exists() and any(folder.iterdir()) and not is_results(folder):
+            raise ConfigError(f"{folder} holds other files; name an empty or a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def is_results(folder: Path) -> bool:
+    """Whether the folder says that it holds results of this kind."""
+    try:
+        return read_manifest(folder).get("kind") == RESULTS_KIND
+    except ConfigError:
+        return False
+
+
+def save_results(
+    folder: Path,
+    plan: Plan,
+    models: Mapping[str, BroadcastCodec],
+    results: Mapping[str, Fronts],
+    photographs: Mapping[str, Fronts],
+    facts: Mapping[str, Any],
+) -> str:
+    """Write everything into a folder of `start_folder`. Returns the page for people.
+
+    Args:
+        plan: what was run.
+        models: by name of their file.
+        results: of every setting, by its name.
+        photographs: the same of the photographs, may be empty.
+        facts: more for the manifest.
+    """
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for name, model in models.items():
+        save_model(model, folder / name)
+    whole = {**results, **photographs}
+    np.savez_compressed(folder / ARRAYS, **arrays_of(whole))
+    kept = fronts_of(folder / ARRAYS)  # with the digits that were stored
+    texts = texts_of(kept, [*plan.main(), *photographs])
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    figures = draw_all(folder, plan.settings(), kept, {name: kept[name] for name in photographs})
+    names = [*models, ARRAYS, *texts, *figures]
+    manifest = {**facts, **_manifest(plan, {name: sha256_of(folder / name) for name in names})}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return texts[PAGE]
+
+
+def arrays_of(results: Mapping[str, Fronts]) -> dict[str, np.ndarray]:
+    """Shares and qualities (point, pair, user, quality) by setting and system, in order."""
+    found: dict[str, np.ndarray] = {}
+    for setting, fronts in results.items():
+        for system, front in fronts.items():
+            key = f"{setting}{_SEPARATOR}{system}"
+            found[f"{key}{_SEPARATOR}share"] = front.share
+            values = np.stack([getattr(front, name) for name in QUALITIES], axis=-1)
+            found[f"{key}{_SEPARATOR}quality"] = values.astype(np.float32)
+    return found
+
+
+def fronts_of(file: Path) -> dict[str, Fronts]:
+    """The inverse of `arrays_of`.
+
+    Raises:
+        ConfigError: the file is not what was written.
+    """
+    found: dict[str, Fronts] = {}
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            for key in arrays.files:
+                setting, system, what = key.split(_SEPARATOR)
+                if what == "quality":
+                    share = arrays[f"{setting}{_SEPARATOR}{system}{_SEPARATOR}share"]
+                    front = Front(share, *np.moveaxis(arrays[key], -1, 0))
+                    found.setdefault(setting, {})[system] = front
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} does not hold qualities: {error}") from error
+    return found
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest; ConfigError if there is none that can be read."""
+    file = folder / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+    if not isinstance(manifest, dict):
+        raise ConfigError(f"{file} is not a manifest")
+    return manifest
+
+
+def plan_of(folder: Path, manifest: Mapping[str, Any]) -> Plan:
+    """What was asked for; ConfigError if the manifest does not say it."""
+    try:
+        told = dict(manifest["plan"])
+        return Plan(
+            pictures=int(told["pictures"]),
+            few=int(told["few"]),
+            points=int(told["points"]),
+            classical=tuple(str(name) for name in told["classical"]),
+            photographs=bool(told["photographs"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{folder}: the manifest lacks a sound plan: {error}") from error
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any], needed: Sequence[str] = NEEDED) -> None:
+    """ConfigError if a file is not the one that the manifest lists."""
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not set(needed) <= set(files):
+        raise ConfigError(f"{folder}: the manifest does not list the files")
+    for name, expected in files.items():
+        if Path(name).name != name:
+            raise ConfigError(f"{folder}: {name!r} is not the name of a file in this folder")
+        if sha256_of(folder / name) != expected:
+            raise ConfigError(f"{folder / name} was changed: its SHA-256 is not the manifest's")
+
+
+def sha256_of(file: Path) -> str:
+    """Of a file of at most 1 GiB; ConfigError if it cannot be read."""
+    try:
+        if file.stat().st_size > _MOST_BYTES:
+            raise ConfigError(f"{file} is larger than 1 GiB")
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+
+
+def _manifest(plan: Plan, files: dict[str, str]) -> dict[str, Any]:
+    return {
+        "kind": RESULTS_KIND,
+        "format": FORMAT,
+        "plan": {
+            "pictures": plan.pictures,
+            "few": plan.few,
+            "points": plan.points,
+            "classical": list(plan.classical),
+            "photographs": plan.photographs,
+        },
+        "pictures_sha256": PICTURES_SHA256,
+        "split_sha256": SPLIT_SHA256,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "machine": platform.machine(),
+        "files": files,
+    }

@@ -1,0 +1,134 @@
+"""Results as text: CSV with every figure, and one page of Markdown for people. All follows from the qualities."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+
+from wdmoe.broadcast.compare import Lead, Standing, leads, standings
+from wdmoe.broadcast.front import QUALITIES, Front
+from wdmoe.broadcast.metrics import Interval
+from wdmoe.broadcast.study import JOINT, Fronts
+
+Results = Mapping[str, Fronts]  # by name of the setting
+
+FRONTS, STANDINGS, LEADS, PAGE = "fronts.csv", "standings.csv", "leads.csv", "results.md"
+
+
+def texts_of(results: Results, main: Sequence[str]) -> dict[str, str]:
+    """By name of the file.
+
+    Args:
+        main: names of the settings that the page shows in full.
+    """
+    stood = {name: standings(fronts) for name, fronts in results.items()}
+    led = {name: leads(fronts, JOINT) for name, fronts in results.items()}
+    return {
+        FRONTS: _csv(_front_rows(results)),
+        STANDINGS: _csv(_record_rows(Standing, stood)),
+        LEADS: _csv(_record_rows(Lead, led)),
+        PAGE: _page(stood, led, main),
+    }
+
+
+def _front_rows(results: Results) -> Iterator[list[str]]:
+    yield ["setting", "system", "share", *(f"{name}_{user}" for name in QUALITIES for user in (1, 2))]
+    for setting, fronts in results.items():
+        for system, front in fronts.items():
+            yield from ([setting, system, *row] for row in _means(front))
+
+
+def _means(front: Front) -> Iterator[list[str]]:
+    columns = [getattr(front, name).astype(float).mean(axis=1) for name in QUALITIES]
+    for point, share in enumerate(front.share):
+        yield [f"{share:.6g}", *(f"{value:.5f}" for column in columns for value in column[point])]
+
+
+def _record_rows(
+    kind: type[Standing] | type[Lead], found: Mapping[str, Mapping[str, Standing] | Mapping[str, Lead]]
+) -> Iterator[list[str]]:
+    header: list[str] = []
+    for field in fields(kind):
+        spread = "Interval" in str(field.type)
+        header += [field.name, f"{field.name}_low", f"{field.name}_high"] if spread else [field.name]
+    yield ["setting", "system", *header]
+    for setting, systems in found.items():
+        for system, record in systems.items():
+            cells = [cell for field in fields(kind) for cell in _cells(getattr(record, field.name))]
+            yield [setting, system, *cells]
+
+
+def _cells(value: Interval | float | bool) -> list[str]:
+    if isinstance(value, Interval):
+        return [f"{each:.5f}" for each in (value.value, value.low, value.high)]
+    return [str(value)] if isinstance(value, bool) else [f"{value:.5f}"]
+
+
+def _csv(rows: Iterable[Sequence[str]]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(rows)
+    return out.getvalue()
+
+
+def _page(
+    stood: Mapping[str, Mapping[str, Standing]], led: Mapping[str, Mapping[str, Lead]], main: Sequence[str]
+) -> str:
+    parts = ["# Broadcast: who reaches what", _LEGEND]
+    parts += [_full(name, stood[name], led[name]) for name in main]
+    others = [name for name in stood if name not in main]
+    if others:
+        parts += ["## All other settings", _short({name: (stood[name], led[name]) for name in others})]
+    return "\n\n".join(parts) + "\n"
+
+
+_LEGEND = (
+    "Hypervolume in dB^2 above 12 dB with its 95 % interval (bootstrap over pairs). Equal: the PSNR of both "
+    "users where it is the same. Lead: of the joint codec at equal quality, dB; negative is behind. Ahead: over how much of "
+    "the first user's qualities the joint codec gives the second one more; at worst: its smallest lead there, and the "
+    "first user's PSNR at that point."
+)
+
+
+def _full(name: str, stood: Mapping[str, Standing], led: Mapping[str, Lead]) -> str:
+    head = ["system", "hypervolume", "equal, dB", "lead, dB", "intervals apart", "ahead", "at worst"]
+    rows = [
+        [system, _spread(each.area, 1), f"{each.equal_db.value:.2f}", *_lead_cells(led.get(system))]
+        for system, each in stood.items()
+    ]
+    return f"## {name[0].upper()}{name[1:]}\n\n{_markdown(head, rows)}"
+
+
+def _lead_cells(lead: Lead | None) -> list[str]:
+    if lead is None:
+        return ["", "", "", ""]
+    ahead = f"{100 * lead.ahead:.0f} %"
+    worst = f"{lead.least_db:+.2f} dB at {lead.least_at_db:.1f} dB"
+    return [_spread(lead.equal_db, 2, "+"), "yes" if lead.apart else "no", ahead, worst]
+
+
+def _short(found: Mapping[str, tuple[Mapping[str, Standing], Mapping[str, Lead]]]) -> str:
+    """The joint codec, and the best of the learned and of the classical systems by hypervolume."""
+    head = ["setting", "joint: hypervolume", "best learned baseline", "lead, dB", "best classical", "lead, dB"]
+    rows = []
+    for name, (stood, led) in found.items():
+        row = [name, _spread(stood[JOINT].area, 1)]
+        for learned in (True, False):
+            names = [each for each in led if each.startswith("single") == learned]
+            if not names:
+                row += ["", ""]
+                continue
+            best = max(names, key=lambda each: stood[each].area.value)
+            row += [f"{best}: {_spread(stood[best].area, 1)}", _spread(led[best].equal_db, 2, "+")]
+        rows.append(row)
+    return _markdown(head, rows)
+
+
+def _spread(value: Interval, digits: int, sign: str = "") -> str:
+    return f"{value.value:{sign}.{digits}f} ({value.low:{sign}.{digits}f} to {value.high:{sign}.{digits}f})"
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,122 @@
+"""Whether a results folder is still what its weights and this program give."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from wdmoe.broadcast.experiment import load_model
+from wdmoe.broadcast.front import QUALITIES, Front
+from wdmoe.broadcast.kind import RESULTS_KIND
+from wdmoe.broadcast.photo_study import run_photographs
+from wdmoe.broadcast.pictures import PICTURES_SHA256, SPLIT_SHA256, load_pictures
+from wdmoe.broadcast.results import (
+    ARRAYS,
+    FORMAT,
+    JOINT_FILE,
+    SINGLE_FILE,
+    Plan,
+    check_files,
+    fronts_of,
+    plan_of,
+    read_manifest,
+)
+from wdmoe.broadcast.study import Fronts, Progress, Study
+from wdmoe.broadcast.tables import texts_of
+from wdmoe.errors import ConfigError
+
+# A sum in another order may move a few pixels by one level: far below what the tables show.
+_CLOSE = {"psnr_db": 0.02, "ssim": 2e-3, "ms_ssim": 2e-3}
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was run again."""
+
+    settings: int
+    pairs: int
+    photographs: bool
+
+
+def verify_results(folder: Path, pairs: int | None = None, progress: Progress | None = None) -> Checked:
+    """Check hashes, write all texts again from the qualities, and run pairs of every setting again.
+
+    Args:
+        pairs: only the first so many of every setting, and of photographs without classical codecs; none: all.
+        progress: told what and how far.
+    Raises:
+        ConfigError: a file was changed, or a figure differs; one line says which.
+    """
+    manifest = read_manifest(folder)
+    if manifest.get("kind") != RESULTS_KIND or manifest.get("format") != FORMAT:
+        raise ConfigError(f"{folder}: not broadcast results of this program's format {FORMAT}")
+    check_files(folder, manifest)
+    if (manifest.get("pictures_sha256"), manifest.get("split_sha256")) != (PICTURES_SHA256, SPLIT_SHA256):
+        raise ConfigError(f"{folder}: made from other pictures, or another division of them")
+    plan = plan_of(folder, manifest)
+    kept = fronts_of(folder / ARRAYS)
+    names = [each.name for each in plan.settings()]
+    photographs = [name for name in kept if name not in names]
+    if not set(names) <= set(kept) or bool(photographs) != plan.photographs:
+        raise ConfigError(f"{folder / ARRAYS} does not hold the settings of the plan")
+    _check_texts(folder, kept, [*plan.main(), *photographs])
+    _run_again(folder, plan, kept, pairs, progress)
+    return Checked(len(names), plan.pictures if pairs is None else min(pairs, plan.pictures), plan.photographs)
+
+
+def _check_texts(folder: Path, kept: Mapping[str, Fronts], shown: list[str]) -> None:
+    for name, text in texts_of(kept, shown).items():
+        if (folder / name).read_text(encoding="utf-8") != text:
+            raise ConfigError(f"{folder / name} does not follow from {ARRAYS}")
+
+
+def _run_again(
+    folder: Path, plan: Plan, kept: Mapping[str, Fronts], pairs: int | None, progress: Progress | None
+) -> None:
+    with tempfile.TemporaryDirectory() as cache:  # ladders are built again too
+        study = Study(
+            pictures=load_pictures(),
+            joint=load_model(folder / JOINT_FILE),
+            single=load_model(folder / SINGLE_FILE),
+            points=plan.points,
+            classical=plan.classical,
+            cache=Path(cache),
+        )
+        settings = plan.settings()
+        for place, setting in enumerate(settings):
+            _compare(folder, setting.name, kept[setting.name], study.run(setting, pairs))
+            if progress is not None:
+                progress(setting.name, (place + 1) / (len(settings) + 1))
+        if plan.photographs:
+            classical = plan.classical if pairs is None else ()
+            for name, fronts in run_photographs(study, classical, pairs).items():
+                _compare(folder, name, kept[name], fronts, all_systems=pairs is None)
+
+
+def _compare(folder: Path, setting: str, kept: Fronts, again: Fronts, all_systems: bool = True) -> None:
+    if all_systems and set(kept) != set(again):
+        raise ConfigError(f"{folder}: {setting} was measured with other systems")
+    for system, now in again.items():
+        if system not in kept:
+            raise ConfigError(f"{folder}: {setting} lacks {system}")
+        was = kept[system].of(slice(0, now.psnr_db.shape[1]))
+        for name in QUALITIES:
+            _compare_quality(f"{folder}: {setting}, {system}", name, was, now)
+
+
+def _compare_quality(where: str, name: str, was: Front, now: Front) -> None:
+    old, new = (np.asarray(getattr(each, name), dtype=np.float64) for each in (was, now))
+    if old.shape != new.shape:
+        raise ConfigError(f"{where} has {old.shape} points, pairs and users; running it again gives {new.shape}")
+    off = np.abs(old - new)
+    off[np.isnan(old) & np.isnan(new)] = 0
+    if not np.all(off <= _CLOSE[name]):  # also refuses a NaN on one side
+        point, pair, user = np.unravel_index(int(np.argmax(np.nan_to_num(off, nan=np.inf))), off.shape)
+        raise ConfigError(
+            f"{where}, point {point}, pair {pair}, user {user + 1}: {name} is {old[point, pair, user]:.4f}; running it "
+            f"again gives {new[point, pair, user]:.4f}"
+        )
