@@ -66,10 +66,10 @@ def alpha_sweep(
         count = len(wanted)
         draws = radio.draws(numbers[part], tokens_of(codec, pixels), slots)
         snrs, rate = rows_of(radio.snr_db, count).to(device), torch.full((count,), kept, device=device)
-        features = codec.features(as_pictures(wanted).to(device), snrs, rate)
+        pictures = as_pictures(wanted).to(device)
         for place, point in enumerate(points):
             alpha = torch.full((count,), float(point), device=device)
-            heard = radio.heard(codec.fuse(features, snrs, alpha, rate).cpu(), snrs.cpu(), draws)
+            heard = radio.heard(codec.encode(pictures, snrs, alpha, rate).cpu(), snrs.cpu(), draws)
             shown = codec.decode_both(heard.symbols.to(device), heard.snr_db.to(device), alpha, rate)
             for user in range(USERS):
                 found[place, part, user] = judge.qualities(wanted[:, user], as_pixels(shown[:, user]))

@@ -82,17 +82,11 @@ class BroadcastCodec(nn.Module):
             ConfigError: a shape is another one.
         """
         self._check(pictures, snr_db, alpha, kept)
-        return self.fuse(self.features(pictures, snr_db, kept), snr_db, alpha, kept)
-
-    def features(self, pictures: Tensor, snr_db: Tensor, kept: Tensor) -> Tensor:
-        """The part of `encode` before alpha: (block, n, 3, side, side) to (block, n, token, width)."""
-        told = self._told(snr_db, kept).repeat_interleave(pictures.shape[1], dim=0)
-        features: Tensor = self.encoder(pictures.flatten(0, 1), told)
-        return features.view(*pictures.shape[:2], *features.shape[1:])
-
-    def fuse(self, features: Tensor, snr_db: Tensor, alpha: Tensor, kept: Tensor) -> Tensor:
-        """The rest of `encode`: (block, 2, token, width) to symbols (block, token, slot, 2)."""
-        symbols = self.fusion(features[:, 0], features[:, 1], self._told(snr_db, kept), alpha)
+        rate = kept / self.settings.slots
+        both = torch.stack([_scaled(snr_db[:, 0]), _scaled(snr_db[:, 1]), rate], dim=1)
+        features = self.encoder(pictures.flatten(0, 1), both.repeat_interleave(USERS, dim=0))
+        features = features.view(-1, USERS, *features.shape[1:])
+        symbols = self.fusion(features[:, 0], features[:, 1], both, alpha)
         return unit_power(symbols, kept)
 
     def decode(self, heard: Tensor, snr_db: Tensor, share: Tensor, kept: Tensor, user: Tensor) -> Tensor:
@@ -118,9 +112,6 @@ class BroadcastCodec(nn.Module):
         own = kept.repeat_interleave(USERS, dim=0)
         shown = self.decode(heard.flatten(0, 1), snr_db.flatten(), share, own, user)
         return shown.view(-1, USERS, *shown.shape[1:])
-
-    def _told(self, snr_db: Tensor, kept: Tensor) -> Tensor:
-        return torch.stack([_scaled(snr_db[:, 0]), _scaled(snr_db[:, 1]), kept / self.settings.slots], dim=1)
 
     def _check(self, pictures: Tensor, snr_db: Tensor, alpha: Tensor, kept: Tensor) -> None:
         block, patch = pictures.shape[0], self.settings.patch

@@ -1,9 +1,10 @@
 """The results folder of the comparison: what it holds, how it is written, and whether it is still what comes out.
 
-codec.safetensors, single.safetensors   the weights that were measured
+codec.safetensors, single.safetensors   the weights that were measured, unless they are the shipped ones
 qualities.npz                           of every pair, point, system and setting (float32)
 fronts.csv, standings.csv, leads.csv    means, areas and quality at equal quality, lead of the joint codec
 results.md                              the same for people
+four-users.csv, four-users.md           the experiment with four users
 *.png, *.svg                            figures
 manifest.json                           versions, data, SHA-256 of every file; written last
 """
@@ -22,10 +23,11 @@ from typing import Any
 import numpy as np
 
 from wdmoe.broadcast.codecs import CODECS
-from wdmoe.broadcast.experiment import save_model
+from wdmoe.broadcast.four_tables import PAGE as FOUR_PAGE
+from wdmoe.broadcast.four_tables import SETS, page_text, sets_text
+from wdmoe.broadcast.four_users import FourUsers
 from wdmoe.broadcast.front import QUALITIES, Front
 from wdmoe.broadcast.kind import RESULTS_KIND
-from wdmoe.broadcast.model import BroadcastCodec
 from wdmoe.broadcast.pictures import PICTURES_SHA256, SPLIT_SHA256
 from wdmoe.broadcast.region_figures import draw_all
 from wdmoe.broadcast.study import Fronts, Setting, all_settings
@@ -34,7 +36,8 @@ from wdmoe.errors import ConfigError
 
 FORMAT = 1
 MANIFEST, JOINT_FILE, SINGLE_FILE, ARRAYS = "manifest.json", "codec.safetensors", "single.safetensors", "qualities.npz"
-NEEDED = (JOINT_FILE, SINGLE_FILE, ARRAYS, FRONTS, STANDINGS, LEADS, PAGE)
+NEEDED = (ARRAYS, FRONTS, STANDINGS, LEADS, PAGE, SETS, FOUR_PAGE)
+DATA = Path(__file__).resolve().parent / "data"  # where the shipped weights lie
 _PACKAGES = ("wdmoe", "torch", "numpy", "pillow", "pillow-heif", "pytorch-msssim", "matplotlib", "safetensors")
 _MOST_BYTES = 1 << 30
 _SEPARATOR = "|"
@@ -86,34 +89,58 @@ def is_results(folder: Path) -> bool:
 def save_results(
     folder: Path,
     plan: Plan,
-    models: Mapping[str, BroadcastCodec],
+    models: Mapping[str, Path],
     results: Mapping[str, Fronts],
     photographs: Mapping[str, Fronts],
+    four: Mapping[str, FourUsers],
     facts: Mapping[str, Any],
 ) -> str:
     """Write everything into a folder of `start_folder`. Returns the page for people.
 
     Args:
         plan: what was run.
-        models: by name of their file.
+        models: files of the weights, by `JOINT_FILE` and `SINGLE_FILE`.
         results: of every setting, by its name.
         photographs: the same of the photographs, may be empty.
+        four: of four users.
         facts: more for the manifest.
     """
     (folder / MANIFEST).unlink(missing_ok=True)
-    for name, model in models.items():
-        save_model(model, folder / name)
+    weights = {name: sha256_of(file) for name, file in models.items()}
+    copied = [name for name in models if _shipped(name, weights[name]) is None]
+    for name in copied:
+        (folder / name).write_bytes(models[name].read_bytes())
     whole = {**results, **photographs}
     np.savez_compressed(folder / ARRAYS, **arrays_of(whole))
     kept = fronts_of(folder / ARRAYS)  # with the digits that were stored
     texts = texts_of(kept, [*plan.main(), *photographs])
+    texts |= {SETS: sets_text(four), FOUR_PAGE: page_text(four)}
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     figures = draw_all(folder, plan.settings(), kept, {name: kept[name] for name in photographs})
-    names = [*models, ARRAYS, *texts, *figures]
-    manifest = {**facts, **_manifest(plan, {name: sha256_of(folder / name) for name in names})}
+    names = [*copied, ARRAYS, *texts, *figures]
+    manifest = {**facts, "weights": weights, **_manifest(plan, {name: sha256_of(folder / name) for name in names})}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return texts[PAGE]
+    return f"{texts[PAGE]}\n{texts[FOUR_PAGE]}"
+
+
+def weights_of(folder: Path, manifest: Mapping[str, Any], name: str) -> Path:
+    """The file of weights that were measured: the shipped one, or a copy in the folder.
+
+    Raises:
+        ConfigError: neither is the one that the manifest names.
+    """
+    told = manifest.get("weights")
+    expected = told.get(name, "") if isinstance(told, dict) else ""
+    file = _shipped(name, expected) or folder / name
+    if not file.is_file() or sha256_of(file) != expected:
+        raise ConfigError(f"{folder}: {name} is not the file that was measured, nor are the shipped weights")
+    return file
+
+
+def _shipped(name: str, sha256: str) -> Path | None:
+    file = DATA / name
+    return file if file.is_file() and sha256_of(file) == sha256 else None
 
 
 def arrays_of(results: Mapping[str, Fronts]) -> dict[str, np.ndarray]:

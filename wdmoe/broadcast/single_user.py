@@ -35,7 +35,8 @@ from wdmoe.broadcast.model import USERS, BroadcastCodec
 from wdmoe.broadcast.radio import Draws, Radio
 from wdmoe.errors import ConfigError
 
-TOLD_DB = (0.0, 20.0)  # what encoders were told in training; SNRs beyond are told as the nearest of these
+TOLD_DB = (-3.0, 22.0)  # what encoders were told in training; SNRs beyond are told as the nearest of these
+_SCRAMBLE = 20240610  # seed of the order and phases of the second layer
 _FIRST = 0  # the user whom the single-user codec serves
 
 
@@ -81,7 +82,8 @@ def sent_alone(
             draws = radio.draws(wanted[part][:, None], tokens_of(codec, pixels), codec.settings.slots, user)
             for kept in range(1, slots + 1):
                 snrs = rows_of(radio.snr_db[user], len(pictures))
-                heard = radio.heard(_encoded(codec, pictures, snrs, kept), snrs[:, None], draws)
+                sent = _encoded(codec, pictures, told(radio.snr_db[user], len(pictures)), kept)
+                heard = radio.heard(sent, snrs[:, None], draws)
                 shown = _decoded(codec, heard.symbols[:, 0], heard.snr_db[:, 0], kept)
                 found[user, kept, part] = judge.qualities(pictures, shown)
     return Alone(wanted, found)
@@ -163,8 +165,8 @@ def sent_once(
         draws = radio.draws(pairs, tokens_of(codec, pixels), codec.settings.slots)
         snrs = rows_of(radio.snr_db, len(pictures))
         for point, between in enumerate(part_of):
-            told = rows_of(low + between * (high - low), len(pictures))
-            heard = radio.heard(_encoded(codec, pictures, told, kept), snrs, draws)
+            between_db = told(low + between * (high - low), len(pictures))
+            heard = radio.heard(_encoded(codec, pictures, between_db, kept), snrs, draws)
             for user in range(USERS):
                 shown = _decoded(codec, heard.symbols[:, user], heard.snr_db[:, user], kept)
                 found[point, part, user] = judge.qualities(pictures, shown)
@@ -182,19 +184,16 @@ class _Layers:
         count = len(pictures)
         noises = [10 ** (-snr / 10) for snr in radio.snr_db]
         self._told = [
-            rows_of(_decibels(own / (1 - own + noise)), count) for own, noise in zip(self._powers, noises, strict=True)
+            told(decibels(own / (1 - own + noise)), count) for own, noise in zip(self._powers, noises, strict=True)
         ]
-        both = zip(self._powers, self._told, np.moveaxis(pictures, 1, 0), strict=True)
-        total = sum(own**0.5 * _encoded(codec, each, told, kept) for own, told, each in both)
+        self._scrambler = Scrambler(tokens_of(codec, pictures[:, 0]), kept)
+        first, second = (self._sent(user, pictures[:, user]) for user in range(USERS))
+        total = power**0.5 * first + (1 - power) ** 0.5 * second
         # Alike pictures have alike symbols, so powers do not just add; the scale goes along with the block.
-        total = torch.as_tensor(total)
-        scale = (total[:, :, :kept].square().sum(-1).mean(dim=(1, 2))).sqrt()
+        scale = total[:, :, :kept].square().sum(-1).mean(dim=(1, 2)).sqrt()
         heard = radio.heard(total / scale[:, None, None, None], rows_of(radio.snr_db, count), draws)
-        snr = 10 ** (heard.snr_db / 10)
-        self._fades = radio.csi_error is not None
-        unbiased = scale[:, None] * ((1 + snr) / snr if self._fades else torch.ones_like(snr))
-        self._heard = heard.symbols * unbiased[..., None, None, None]  # (block, user, token, slot, 2)
-        self._noise = scale[:, None] ** 2 / snr  # (block, user)
+        self._heard = heard.symbols * scale[:, None, None, None, None]  # (block, user, token, slot, 2)
+        self._noise = scale[:, None] ** 2 / 10 ** (heard.snr_db / 10)  # (block, user)
 
     def shown(self, user: int, subtract: bool) -> Pixels | None:
         """What a user shows; nothing if it has no power."""
@@ -206,29 +205,63 @@ class _Layers:
             heard, noise = self._without_weaker(heard, noise)
         else:
             noise = noise + other
-        return self._layer(heard, noise, own)
+        return self._layer(user, heard, noise)
 
     def _without_weaker(self, heard: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         own, other, weaker = self._powers[self._stronger], self._powers[1 - self._stronger], 1 - self._stronger
-        guess = self._layer(heard, noise + own, other)
-        rest = heard - other**0.5 * _encoded(self._codec, guess, self._told[weaker], self._kept)
+        guess = self._layer(weaker, heard, noise + own)
+        rest = heard - other**0.5 * self._sent(weaker, guess)
         left = rest[:, :, : self._kept].square().sum(-1).mean(dim=(1, 2)) - own
         return rest, torch.maximum(left, noise)
 
-    def _layer(self, heard: Tensor, noise: Tensor, power: float) -> Pixels:
-        snr = power / noise
-        shrink = snr / (1 + snr) if self._fades else torch.ones_like(snr)
-        symbols = heard * (shrink / power**0.5)[:, None, None, None]
-        return _decoded(self._codec, symbols, 10 * torch.log10(snr).clamp(-3, 4), self._kept)
+    def _sent(self, user: int, pictures: Pixels) -> Tensor:
+        """A user's layer at power 1; the second one's is scrambled, so that it is like noise to the first."""
+        symbols = _encoded(self._codec, pictures, self._told[user], self._kept)
+        return self._scrambler.mix(symbols) if user else symbols
+
+    def _layer(self, user: int, heard: Tensor, noise: Tensor) -> Pixels:
+        power = self._powers[user]
+        symbols = heard / power**0.5
+        snr_db = 10 * torch.log10(power / noise)
+        return _decoded(self._codec, self._scrambler.undo(symbols) if user else symbols, snr_db, self._kept)
+
+
+class Scrambler:
+    """Known to all: another order of the symbols of a block, and other phases."""
+
+    def __init__(self, tokens: int, kept: int) -> None:
+        rng = np.random.default_rng(_SCRAMBLE)
+        self._kept = kept
+        self._order = torch.from_numpy(rng.permutation(tokens * kept))
+        self._turn = torch.from_numpy(np.exp(2j * np.pi * rng.random(tokens * kept)).astype(np.complex64))
+
+    def mix(self, symbols: Tensor) -> Tensor:
+        """Symbols (block, token, slot, 2) scrambled."""
+        return self._put(symbols, self._turn * self._sent(symbols)[:, self._order])
+
+    def undo(self, symbols: Tensor) -> Tensor:
+        """The inverse."""
+        flat = torch.empty_like(self._sent(symbols))
+        flat[:, self._order] = self._sent(symbols) * self._turn.conj()
+        return self._put(symbols, flat)
+
+    def _sent(self, symbols: Tensor) -> Tensor:
+        return torch.view_as_complex(symbols[:, :, : self._kept].contiguous()).flatten(1)
+
+    def _put(self, like: Tensor, flat: Tensor) -> Tensor:
+        found = torch.zeros_like(like)
+        found[:, :, : self._kept] = torch.view_as_real(flat.unflatten(1, (-1, self._kept)))
+        return found
 
 
 def _encoded(codec: BroadcastCodec, pictures: Pixels, told_db: Tensor, kept: int) -> Tensor:
     """Symbols of one picture a block, for a user of this SNR."""
     count, device = len(pictures), next(codec.parameters()).device
-    snrs = told_db.clamp(*TOLD_DB)[:, None].expand(-1, USERS).to(device)
-    rate = torch.full((count,), kept, device=device)
-    features = codec.features(as_pictures(pictures)[:, None].to(device), snrs, rate)
-    return codec.fuse(features.expand(-1, USERS, -1, -1), snrs, torch.ones(count, device=device), rate).cpu()
+    snrs = told_db[:, None].expand(-1, USERS).to(device)
+    rate, alpha = torch.full((count,), kept, device=device), torch.ones(count, device=device)
+    own = as_pictures(pictures).to(device)
+    # At alpha 1 the other picture leaves no trace; but it must be another one, or the block would be for both.
+    return codec.encode(torch.stack([own, 1 - own], dim=1), snrs, alpha, rate).cpu()
 
 
 def _decoded(codec: BroadcastCodec, heard: Tensor, snr_db: Tensor, kept: int) -> Pixels:
@@ -238,7 +271,13 @@ def _decoded(codec: BroadcastCodec, heard: Tensor, snr_db: Tensor, kept: int) ->
     return as_pixels(codec.decode(heard.to(device), snr_db.to(device), share, rate, user))
 
 
-def _decibels(ratio: float) -> float:
+def told(snr_db: npt.ArrayLike, count: int) -> Tensor:
+    """(count, ...) rows of SNRs, within what encoders were told in training."""
+    return rows_of(np.clip(snr_db, *TOLD_DB), count)
+
+
+def decibels(ratio: float) -> float:
+    """Of a ratio of powers, -30 at least."""
     return 10 * float(np.log10(max(ratio, 1e-3)))
 
 

@@ -146,7 +146,7 @@ class Study:
 
     def _classical(self, name: str, setting: Setting, pairs: Numbers) -> Fronts:
         codec, uses = CODECS[name](), channel_uses(setting.cbr, self.pictures.pixels.shape[1:])
-        ladders = self._ladders_of(name, setting, pairs)
+        ladders = self.ladders_of(name, np.unique(pairs), most_bits(setting.snr_db, uses))
         if setting.kind == "same picture":
             once = same_to_both(ladders, pairs[:, 0], setting.snr_db, uses)
             return {f"{codec.name}, {ONCE}": once}
@@ -157,12 +157,12 @@ class Study:
             for scheme in SCHEMES
         }
 
-    def _ladders_of(self, name: str, setting: Setting, pairs: Numbers) -> Mapping[int, Ladder]:
-        need = most_bits(setting.snr_db, channel_uses(setting.cbr, self.pictures.pixels.shape[1:]))
-        key = (name, next((tier for tier in MOST_BITS if tier >= need), need))
+    def ladders_of(self, name: str, numbers: Numbers, need_bits: int) -> Mapping[int, Ladder]:
+        """Ladders of pictures up to at least these bits."""
+        key = (name, next((tier for tier in MOST_BITS if tier >= need_bits), need_bits))
         known = self._ladders.setdefault(key, {})
-        missing = {int(number): self.pictures.pixels[number] for number in np.unique(pairs) if number not in known}
+        missing = {int(number): self.pictures.pixels[number] for number in numbers if number not in known}
         if missing:
             blank = mean_picture(self.pictures)
             known |= kept_ladders(CODECS[name](), missing, blank, key[1], self.progress, self.cache)
-        return known
+        return {int(number): known[int(number)] for number in numbers}

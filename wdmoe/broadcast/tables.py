@@ -85,9 +85,9 @@ def _page(
 
 _LEGEND = (
     "Hypervolume in dB^2 above 12 dB with its 95 % interval (bootstrap over pairs). Equal: the PSNR of both "
-    "users where it is the same. Lead: of the joint codec at equal quality, dB; negative is behind. Ahead: over how much of "
-    "the first user's qualities the joint codec gives the second one more; at worst: its smallest lead there, and the "
-    "first user's PSNR at that point."
+    "users where it is the same. Lead: of the joint codec at equal quality, dB; negative is behind. Ahead: over how "
+    "much of the first user's qualities the joint codec gives the second one more; at worst: its smallest lead there, "
+    "and the first user's PSNR at that point."
 )
 
 

@@ -6,10 +6,14 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from wdmoe.broadcast.experiment import load_model
+from wdmoe.broadcast.four_tables import PAGE as FOUR_PAGE
+from wdmoe.broadcast.four_tables import SETS, page_text, read_sets
+from wdmoe.broadcast.four_users import measure_four
 from wdmoe.broadcast.front import QUALITIES, Front
 from wdmoe.broadcast.kind import RESULTS_KIND
 from wdmoe.broadcast.photo_study import run_photographs
@@ -19,11 +23,11 @@ from wdmoe.broadcast.results import (
     FORMAT,
     JOINT_FILE,
     SINGLE_FILE,
-    Plan,
     check_files,
     fronts_of,
     plan_of,
     read_manifest,
+    weights_of,
 )
 from wdmoe.broadcast.study import Fronts, Progress, Study
 from wdmoe.broadcast.tables import texts_of
@@ -64,24 +68,30 @@ def verify_results(folder: Path, pairs: int | None = None, progress: Progress | 
     if not set(names) <= set(kept) or bool(photographs) != plan.photographs:
         raise ConfigError(f"{folder / ARRAYS} does not hold the settings of the plan")
     _check_texts(folder, kept, [*plan.main(), *photographs])
-    _run_again(folder, plan, kept, pairs, progress)
+    _run_again(folder, manifest, kept, pairs, progress)
     return Checked(len(names), plan.pictures if pairs is None else min(pairs, plan.pictures), plan.photographs)
 
 
 def _check_texts(folder: Path, kept: Mapping[str, Fronts], shown: list[str]) -> None:
-    for name, text in texts_of(kept, shown).items():
+    four = page_text(read_sets((folder / SETS).read_text(encoding="utf-8")))
+    for name, text in {**texts_of(kept, shown), FOUR_PAGE: four}.items():
         if (folder / name).read_text(encoding="utf-8") != text:
-            raise ConfigError(f"{folder / name} does not follow from {ARRAYS}")
+            raise ConfigError(f"{folder / name} does not follow from the figures of every pair in the folder")
 
 
 def _run_again(
-    folder: Path, plan: Plan, kept: Mapping[str, Fronts], pairs: int | None, progress: Progress | None
+    folder: Path,
+    manifest: Mapping[str, Any],
+    kept: Mapping[str, Fronts],
+    pairs: int | None,
+    progress: Progress | None,
 ) -> None:
+    plan = plan_of(folder, manifest)
     with tempfile.TemporaryDirectory() as cache:  # ladders are built again too
         study = Study(
             pictures=load_pictures(),
-            joint=load_model(folder / JOINT_FILE),
-            single=load_model(folder / SINGLE_FILE),
+            joint=load_model(weights_of(folder, manifest, JOINT_FILE)),
+            single=load_model(weights_of(folder, manifest, SINGLE_FILE)),
             points=plan.points,
             classical=plan.classical,
             cache=Path(cache),
@@ -95,6 +105,14 @@ def _run_again(
             classical = plan.classical if pairs is None else ()
             for name, fronts in run_photographs(study, classical, pairs).items():
                 _compare(folder, name, kept[name], fronts, all_systems=pairs is None)
+        _four_again(folder, study, plan.few, pairs)
+
+
+def _four_again(folder: Path, study: Study, pictures: int, sets: int | None) -> None:
+    for system, each in read_sets((folder / SETS).read_text(encoding="utf-8")).items():
+        now = measure_four(study, pictures, system, each.chosen, sets)
+        if not np.all(np.abs(each.psnr_db[: len(now)] - now) <= _CLOSE["psnr_db"]):
+            raise ConfigError(f"{folder / SETS}: running {system} again gives other figures")
 
 
 def _compare(folder: Path, setting: str, kept: Fronts, again: Fronts, all_systems: bool = True) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from wdmoe.broadcast.kind import RESULTS_KIND as BROADCAST_KIND
 from wdmoe.cli.failures import needs_extra
 from wdmoe.cli.params import DIRECTORY, FILE
 from wdmoe.config import PRECISIONS
@@ -109,18 +110,22 @@ def split(dense: Path, moe: Path, **flags: Any) -> None:
     "--draws", type=click.IntRange(min=1), help="Of results, run only the first so many again.  [default: all]"
 )
 def verify(folder: Path, draws: int | None) -> None:
-    """Check a bundle's files and graphs, or simulation results.
+    """Check a bundle's files and graphs, or results of a simulation or of the broadcast comparison.
 
     Of a bundle every file must be what its manifest says, and every expert's graph must be sound. Results of
-    wdmoe-node simulate must have unchanged files, and running the scenario again must give the same figures.
+    wdmoe-node simulate must have unchanged files, and running the scenario again must give the same figures;
+    so must those of tools/broadcast_region, for as many pairs of pictures as --draws says.
 
     \b
     Examples:
       wdmoe-node verify ./mixtral-bundle
       wdmoe-node verify ./journal-results --draws 10     # a sample; without it every draw
     """
-    if json_kind(folder / "manifest.json") == RESULTS_KIND:
+    kind = json_kind(folder / "manifest.json")
+    if kind == RESULTS_KIND:
         _verify_results(folder, draws)
+    elif kind == BROADCAST_KIND:
+        _verify_broadcast(folder, draws)
     else:
         _verify_bundle(folder)
 
@@ -134,6 +139,20 @@ def _verify_results(folder: Path, draws: int | None) -> None:
         scenario, again = verify_results(folder, progress=progress.reach, draws=draws)
     of = "" if again == scenario.draws else f" of {scenario.draws}"
     click.echo(f"{folder} holds what {scenario.name} gives: {again}{of} draws run again, seed {scenario.seed}")
+
+
+def _verify_broadcast(folder: Path, pairs: int | None) -> None:
+    with needs_extra("broadcast"):
+        from wdmoe.broadcast.verify import verify_results
+    from wdmoe.cli.progress import StageProgress
+
+    with StageProgress(f"verify {folder.name}") as progress:
+        again = verify_results(folder, pairs, progress.reach)
+    photographs = " and of the photographs" if again.photographs else ""
+    click.echo(
+        f"{folder} holds what its codecs give: {again.pairs} pairs of each of {again.settings} settings{photographs} "
+        "run again"
+    )
 
 
 def _verify_bundle(folder: Path) -> None:
