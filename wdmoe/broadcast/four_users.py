@@ -19,7 +19,7 @@ from wdmoe.broadcast.classical import channel_uses
 from wdmoe.broadcast.codecs import CODECS
 from wdmoe.broadcast.evaluation import EACH, alpha_sweep, as_pixels, rows_of, tokens_of
 from wdmoe.broadcast.metrics import FloatArray, psnr_db
-from wdmoe.broadcast.pictures import Numbers, mean_picture, pair_up, some_of, split_pictures
+from wdmoe.broadcast.pictures import Numbers, pair_up, some_of
 from wdmoe.broadcast.radio import Radio
 from wdmoe.broadcast.single_user import Scrambler, decibels, sent_alone, told
 from wdmoe.broadcast.study import MAIN_CBR, Study
@@ -43,8 +43,7 @@ class FourUsers:
 
 def run_four(study: Study, pictures: int) -> dict[str, FourUsers]:
     """Every system on as many sets of held-out pictures of different classes, by name."""
-    labels = study.pictures.labels
-    choose = _sets(some_of(split_pictures(labels).choose, labels, _CHOOSE), labels)
+    choose = _sets(study.material.some_to_choose_by(_CHOOSE), study.material.labels)
     chosen = {
         TURNS: choose_turns(study, choose),
         LAYERS: choose_layers(study, choose),
@@ -62,8 +61,8 @@ def measure_four(
     Raises:
         ConfigError: the system is not one of these, or has other numbers.
     """
-    labels = study.pictures.labels
-    sets = _sets(some_of(split_pictures(labels).test, labels, pictures), labels)[:first_sets]
+    material = study.material
+    sets = _sets(some_of(material.test, material.labels, pictures), material.labels)[:first_sets]
     classical = {f"{CODECS[name].name}, time division": name for name in CODECS}
     if len(chosen) != {TURNS: 3, LAYERS: 3, ALONE: 4}.get(system, 0) or system not in {*_JOINT, ALONE, *classical}:
         raise ConfigError(f"{system!r} is no system for four users with {len(chosen)} numbers")
@@ -79,7 +78,7 @@ def choose_turns(study: Study, sets: Numbers) -> tuple[float, ...]:
     for block in (0, 1):
         for slots in range(1, kept):
             means = alpha_sweep(
-                study.joint, study.pictures.pixels, _pairs(sets, block), _ALPHAS, Radio(snr_db=SNR_DB[block]), slots
+                study.joint, study.material.pixels, _pairs(sets, block), _ALPHAS, Radio(snr_db=SNR_DB[block]), slots
             ).psnr_db.mean(axis=1)
             best[block].append(_worst(means))
     worst = [min(best[0][slots - 1][0], best[1][kept - slots - 1][0]) for slots in range(1, kept)]
@@ -92,7 +91,7 @@ def turns(study: Study, sets: Numbers, chosen: tuple[float, ...]) -> FloatArray:
     kept, first = study.joint.settings.kept(MAIN_CBR), int(chosen[0])
     found = [
         alpha_sweep(
-            study.joint, study.pictures.pixels, _pairs(sets, block), [alpha], Radio(snr_db=SNR_DB[block]), slots
+            study.joint, study.material.pixels, _pairs(sets, block), [alpha], Radio(snr_db=SNR_DB[block]), slots
         ).psnr_db[0]
         for block, alpha, slots in ((0, chosen[1], first), (1, chosen[2], kept - first))
     ]
@@ -113,11 +112,11 @@ def choose_layers(study: Study, sets: Numbers) -> tuple[float, ...]:
 def layers(study: Study, sets: Numbers, chosen: tuple[float, ...]) -> FloatArray:
     """(set, 4) PSNR where joint blocks are superposed; each user counts the other block as noise."""
     codec, kept = study.joint, study.joint.settings.kept(MAIN_CBR)
-    tokens = tokens_of(codec, study.pictures.pixels)
+    tokens = tokens_of(codec, study.material.pixels)
     scrambler = Scrambler(tokens, kept)
     found = np.empty((len(sets), 4))
     for part in EACH.parts(len(sets)):
-        wanted = study.pictures.pixels[sets[part]]
+        wanted = study.material.pixels[sets[part]]
         count = len(wanted)
         rate, powers = torch.full((count,), kept), (chosen[0], 1 - chosen[0])
         alphas = [torch.full((count,), float(alpha)) for alpha in chosen[1:]]
@@ -161,11 +160,11 @@ def _worst(means: FloatArray) -> tuple[float, float]:
 
 def _alone(study: Study, sets: Numbers) -> FloatArray:
     """(user, slots + 1, set) PSNR of the single-user codec."""
-    kept, blank = study.single.settings.kept(MAIN_CBR), mean_picture(study.pictures)
+    kept, blank = study.single.settings.kept(MAIN_CBR), study.material.blank
     found = []
     for block in (0, 1):
         numbers = np.unique(_pairs(sets, block))
-        alone = sent_alone(study.single, study.pictures.pixels, numbers, Radio(snr_db=SNR_DB[block]), kept, blank)
+        alone = sent_alone(study.single, study.material.pixels, numbers, Radio(snr_db=SNR_DB[block]), kept, blank)
         found += [alone.found[user][:, np.searchsorted(numbers, _pairs(sets, block)[:, user]), 0] for user in (0, 1)]
     return np.stack(found)
 
@@ -195,7 +194,7 @@ def _at_slots(alone: FloatArray, slots: list[float]) -> FloatArray:
 
 def _equal_bits(study: Study, name: str, sets: Numbers) -> FloatArray:
     """Time division at capacity with the same number of bits for each user."""
-    uses = channel_uses(MAIN_CBR, study.pictures.pixels.shape[1:])
+    uses = channel_uses(MAIN_CBR, study.material.pixels.shape[1:])
     bits = int(uses / (1 / capacity_bits(np.ravel(SNR_DB))).sum())
     ladders = study.ladders_of(name, np.unique(sets), bits)
     best = {number: ladder.psnr_db[ladder.best(bits)] for number, ladder in ladders.items()}

@@ -13,7 +13,7 @@ from wdmoe.broadcast.evaluation import alpha_sweep
 from wdmoe.broadcast.front import Front
 from wdmoe.broadcast.ladders import kept_ladders
 from wdmoe.broadcast.photographs import HEIGHT, TILES, WHOLE, WIDTH, load_photographs, tile_pairs, tiled
-from wdmoe.broadcast.pictures import Pixels, mean_picture
+from wdmoe.broadcast.pictures import Pixels
 from wdmoe.broadcast.radio import Radio
 from wdmoe.broadcast.single_user import sent_alone, sent_once, superposition, time_division
 from wdmoe.broadcast.study import JOINT, MAIN_CBR, MAIN_SNR_DB, ONCE, SINGLE, Fronts, Study
@@ -54,7 +54,7 @@ def run_photographs(study: Study, classical: Sequence[str], first_pairs: int | N
 def _learned(study: Study, tiles: Pixels, pairs: npt.NDArray[np.int64]) -> Fronts:
     """Each photograph's figures stand at all of its tiles; one of them is kept."""
     radio, kept = Radio(snr_db=MAIN_SNR_DB, seed=_SEED), study.joint.settings.kept(MAIN_CBR)
-    shares, blank = np.linspace(0, 1, _POINTS), mean_picture(study.pictures)
+    shares, blank = np.linspace(0, 1, _POINTS), study.material.blank
     wanted = tile_pairs(pairs)
     found = {JOINT: alpha_sweep(study.joint, tiles, wanted, shares, radio, kept, WHOLE)}
     if np.array_equal(pairs[:, 0], pairs[:, 1]):
@@ -75,7 +75,7 @@ def _unique(pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 def _classical(study: Study, name: str, photographs: Pixels, pairs: npt.NDArray[np.int64]) -> Fronts:
     codec, uses = CODECS[name](), channel_uses(MAIN_CBR, (HEIGHT, WIDTH, 3))
-    blank = np.broadcast_to(np.rint(mean_picture(study.pictures).mean(axis=(0, 1))), photographs.shape[1:])
+    blank = np.broadcast_to(np.rint(study.material.blank.mean(axis=(0, 1))), photographs.shape[1:])
     wanted = {int(number): photographs[number] for number in np.unique(pairs)}
     most = most_bits(MAIN_SNR_DB, uses)
     ladders = kept_ladders(codec, wanted, blank.astype(np.uint8), most, study.progress, study.cache)

@@ -138,10 +138,13 @@ def pair_up(kind: PairKind, numbers: npt.ArrayLike, labels: npt.ArrayLike) -> Nu
 def some_of(part: npt.ArrayLike, labels: npt.ArrayLike, count: int) -> Numbers:
     """The first pictures of every class in a part of the division, `count` in all; ConfigError if that cannot be."""
     numbers, of_class = np.asarray(part, dtype=np.int64), np.asarray(labels)
-    each, rest = divmod(count, len(CLASSES))
-    if rest or not 2 <= each <= len(numbers) // len(CLASSES):
-        raise ConfigError(f"pictures must be a multiple of {len(CLASSES)} from 20 to {len(numbers)}, got {count}")
-    return np.concatenate([numbers[of_class[numbers] == label][:each] for label in range(len(CLASSES))])
+    classes = np.unique(of_class[numbers])
+    each, rest = divmod(count, classes.size)
+    if rest or not 2 <= each <= numbers.size // classes.size:
+        raise ConfigError(
+            f"pictures must be a multiple of {classes.size} from {2 * classes.size} to {numbers.size}, got {count}"
+        )
+    return np.concatenate([numbers[of_class[numbers] == label][:each] for label in classes])
 
 
 def mean_picture(pictures: Pictures) -> Pixels:

@@ -30,7 +30,7 @@ from wdmoe.broadcast.front import QUALITIES, Front
 from wdmoe.broadcast.kind import RESULTS_KIND
 from wdmoe.broadcast.pictures import PICTURES_SHA256, SPLIT_SHA256
 from wdmoe.broadcast.region_figures import draw_all
-from wdmoe.broadcast.study import Fronts, Setting, all_settings
+from wdmoe.broadcast.study import Fronts, Setting, all_settings, main_settings
 from wdmoe.broadcast.tables import FRONTS, LEADS, PAGE, STANDINGS, texts_of
 from wdmoe.errors import ConfigError
 
@@ -51,6 +51,7 @@ class Plan:
     few: int = 100  # of the sweeps
     points: int = 11
     classical: tuple[str, ...] = tuple(CODECS)
+    sweeps: bool = True
     photographs: bool = True
 
     def __post_init__(self) -> None:
@@ -61,11 +62,11 @@ class Plan:
 
     def settings(self) -> list[Setting]:
         """All that small pictures are measured in."""
-        return all_settings(self.pictures, self.few)
+        return all_settings(self.pictures, self.few) if self.sweeps else main_settings(self.pictures)
 
     def main(self) -> list[str]:
         """Names of the settings of the main comparison."""
-        return [each.name for each in self.settings() if each.pictures == self.pictures][:3]
+        return [each.name for each in main_settings(self.pictures)]
 
 
 def start_folder(folder: Path) -> None:
@@ -196,6 +197,7 @@ def plan_of(folder: Path, manifest: Mapping[str, Any]) -> Plan:
             few=int(told["few"]),
             points=int(told["points"]),
             classical=tuple(str(name) for name in told["classical"]),
+            sweeps=bool(told["sweeps"]),
             photographs=bool(told["photographs"]),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -233,6 +235,7 @@ def _manifest(plan: Plan, files: dict[str, str]) -> dict[str, Any]:
             "few": plan.few,
             "points": plan.points,
             "classical": list(plan.classical),
+            "sweeps": plan.sweeps,
             "photographs": plan.photographs,
         },
         "pictures_sha256": PICTURES_SHA256,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from wdmoe.broadcast.classical import SCHEMES, Ladder, channel_uses, even_shares, most_bits, same_to_both, sweep
 from wdmoe.broadcast.codecs import CODECS
@@ -19,7 +20,8 @@ from wdmoe.broadcast.pictures import (
     PAIR_KINDS,
     Numbers,
     PairKind,
-    Pictures,
+    Pixels,
+    load_pictures,
     mean_picture,
     pair_up,
     some_of,
@@ -66,9 +68,14 @@ class Setting:
         return Radio(snr_db=self.snr_db, csi_error=self.csi_error)
 
 
+def main_settings(pictures: int) -> list[Setting]:
+    """The main comparison, one setting for each kind of pairs."""
+    return [Setting(kind=kind, pictures=pictures) for kind in PAIR_KINDS]
+
+
 def all_settings(most_pictures: int, few_pictures: int) -> list[Setting]:
     """The main comparison on `most_pictures`, then sweeps of SNRs, rates, gaps and CSI errors on `few_pictures`."""
-    found = [Setting(kind=kind, pictures=most_pictures) for kind in PAIR_KINDS]
+    found = main_settings(most_pictures)
     for kind in PAIR_KINDS:
         found += [Setting(kind=kind, pictures=few_pictures, snr_db=snr, subtract=True) for snr in SNR_PAIRS_DB]
         found += [Setting(kind=kind, pictures=few_pictures, cbr=cbr) for cbr in CBRS]
@@ -82,11 +89,43 @@ def at_gap(gap_db: float) -> tuple[float, float]:
     return GAP_MEAN_DB + gap_db / 2, GAP_MEAN_DB - gap_db / 2
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """The pictures of a study; `choose` and `test` share none, and none was trained on."""
+
+    pixels: Pixels  # (picture, side, side, 3)
+    labels: npt.NDArray[np.integer]  # (picture,)
+    choose: Numbers
+    test: Numbers
+    blank: Pixels  # (side, side, 3) what a user shows who gets nothing
+
+    def pairs(self, kind: PairKind, count: int) -> Numbers:
+        """(count, 2) numbers of pictures to report on."""
+        return pair_up(kind, some_of(self.test, self.labels, count), self.labels)
+
+    def some_to_choose_by(self, most: int) -> Numbers:
+        """Numbers of pictures to choose by, all classes alike."""
+        return some_of(self.choose, self.labels, min(most, len(self.choose)))
+
+
+def known_material() -> Material:
+    """The 10,000 known pictures and their division; MissingExtraError if they were not fetched."""
+    pictures = load_pictures()
+    split = split_pictures(pictures.labels)
+    return Material(
+        pixels=pictures.pixels,
+        labels=pictures.labels,
+        choose=split.choose,
+        test=split.test,
+        blank=mean_picture(pictures),
+    )
+
+
 @dataclass(slots=True)
 class Study:
     """Runs settings. Classical ladders and single pictures are kept between them."""
 
-    pictures: Pictures
+    material: Material
     joint: BroadcastCodec
     single: BroadcastCodec
     points: int = 11
@@ -102,10 +141,9 @@ class Study:
         Args:
             first_pairs: only so many of the pairs.
         """
-        numbers = self._numbers(setting)
-        pairs = pair_up(setting.kind, numbers, self.pictures.labels)[:first_pairs]
+        pairs = self.material.pairs(setting.kind, setting.pictures)[:first_pairs]
         shares, kept = self._shares(), self.joint.settings.kept(setting.cbr)
-        found = {JOINT: alpha_sweep(self.joint, self.pictures.pixels, pairs, shares, setting.radio, kept)}
+        found = {JOINT: alpha_sweep(self.joint, self.material.pixels, pairs, shares, setting.radio, kept)}
         found |= self._learned(setting, pairs, shares, kept)
         if setting.csi_error is None:
             for name in self.classical:
@@ -115,11 +153,8 @@ class Study:
     def _shares(self) -> FloatArray:
         return np.linspace(0, 1, self.points)
 
-    def _numbers(self, setting: Setting) -> Numbers:
-        return some_of(split_pictures(self.pictures.labels).test, self.pictures.labels, setting.pictures)
-
     def _learned(self, setting: Setting, pairs: Numbers, shares: FloatArray, kept: int) -> Fronts:
-        pixels, radio, blank = self.pictures.pixels, setting.radio, mean_picture(self.pictures)
+        pixels, radio, blank = self.material.pixels, setting.radio, self.material.blank
         if setting.kind == "same picture":
             once = sent_once(self.single, pixels, pairs[:, 0], radio, kept, self.points)
             return {f"{SINGLE}, {ONCE}": once}
@@ -134,18 +169,17 @@ class Study:
 
     def hulls(self, radio: Radio, kept: int) -> list[Numbers]:
         """Between which numbers of slots time division alternates, by the pictures to choose by."""
-        chosen = some_of(split_pictures(self.pictures.labels).choose, self.pictures.labels, _CHOOSE)
-        return self._sent_alone(radio, kept, chosen).hulls()
+        return self._sent_alone(radio, kept, self.material.some_to_choose_by(_CHOOSE)).hulls()
 
     def _sent_alone(self, radio: Radio, kept: int, numbers: Numbers) -> Alone:
         key = (radio, kept, numbers.tobytes())
         if key not in self._alone:
-            blank = mean_picture(self.pictures)
-            self._alone[key] = sent_alone(self.single, self.pictures.pixels, numbers, radio, kept, blank)
+            pixels, blank = self.material.pixels, self.material.blank
+            self._alone[key] = sent_alone(self.single, pixels, numbers, radio, kept, blank)
         return self._alone[key]
 
     def _classical(self, name: str, setting: Setting, pairs: Numbers) -> Fronts:
-        codec, uses = CODECS[name](), channel_uses(setting.cbr, self.pictures.pixels.shape[1:])
+        codec, uses = CODECS[name](), channel_uses(setting.cbr, self.material.pixels.shape[1:])
         ladders = self.ladders_of(name, np.unique(pairs), most_bits(setting.snr_db, uses))
         if setting.kind == "same picture":
             once = same_to_both(ladders, pairs[:, 0], setting.snr_db, uses)
@@ -161,8 +195,7 @@ class Study:
         """Ladders of pictures up to at least these bits."""
         key = (name, next((tier for tier in MOST_BITS if tier >= need_bits), need_bits))
         known = self._ladders.setdefault(key, {})
-        missing = {int(number): self.pictures.pixels[number] for number in numbers if number not in known}
+        missing = {int(number): self.material.pixels[number] for number in numbers if number not in known}
         if missing:
-            blank = mean_picture(self.pictures)
-            known |= kept_ladders(CODECS[name](), missing, blank, key[1], self.progress, self.cache)
+            known |= kept_ladders(CODECS[name](), missing, self.material.blank, key[1], self.progress, self.cache)
         return {int(number): known[int(number)] for number in numbers}

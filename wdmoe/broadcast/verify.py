@@ -17,7 +17,7 @@ from wdmoe.broadcast.four_users import measure_four
 from wdmoe.broadcast.front import QUALITIES, Front
 from wdmoe.broadcast.kind import RESULTS_KIND
 from wdmoe.broadcast.photo_study import run_photographs
-from wdmoe.broadcast.pictures import PICTURES_SHA256, SPLIT_SHA256, load_pictures
+from wdmoe.broadcast.pictures import PICTURES_SHA256, SPLIT_SHA256
 from wdmoe.broadcast.results import (
     ARRAYS,
     FORMAT,
@@ -29,7 +29,7 @@ from wdmoe.broadcast.results import (
     read_manifest,
     weights_of,
 )
-from wdmoe.broadcast.study import Fronts, Progress, Study
+from wdmoe.broadcast.study import Fronts, Material, Progress, Study, known_material
 from wdmoe.broadcast.tables import texts_of
 from wdmoe.errors import ConfigError
 
@@ -46,12 +46,15 @@ class Checked:
     photographs: bool
 
 
-def verify_results(folder: Path, pairs: int | None = None, progress: Progress | None = None) -> Checked:
+def verify_results(
+    folder: Path, pairs: int | None = None, progress: Progress | None = None, material: Material | None = None
+) -> Checked:
     """Check hashes, write all texts again from the qualities, and run pairs of every setting again.
 
     Args:
         pairs: only the first so many of every setting, and of photographs without classical codecs; none: all.
         progress: told what and how far.
+        material: the pictures; the known ones unless given.
     Raises:
         ConfigError: a file was changed, or a figure differs; one line says which.
     """
@@ -68,7 +71,7 @@ def verify_results(folder: Path, pairs: int | None = None, progress: Progress | 
     if not set(names) <= set(kept) or bool(photographs) != plan.photographs:
         raise ConfigError(f"{folder / ARRAYS} does not hold the settings of the plan")
     _check_texts(folder, kept, [*plan.main(), *photographs])
-    _run_again(folder, manifest, kept, pairs, progress)
+    _run_again(folder, manifest, kept, pairs, progress, material)
     return Checked(len(names), plan.pictures if pairs is None else min(pairs, plan.pictures), plan.photographs)
 
 
@@ -85,11 +88,12 @@ def _run_again(
     kept: Mapping[str, Fronts],
     pairs: int | None,
     progress: Progress | None,
+    material: Material | None,
 ) -> None:
     plan = plan_of(folder, manifest)
     with tempfile.TemporaryDirectory() as cache:  # ladders are built again too
         study = Study(
-            pictures=load_pictures(),
+            material=material or known_material(),
             joint=load_model(weights_of(folder, manifest, JOINT_FILE)),
             single=load_model(weights_of(folder, manifest, SINGLE_FILE)),
             points=plan.points,
