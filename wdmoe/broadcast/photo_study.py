@@ -16,7 +16,7 @@ from wdmoe.broadcast.photographs import HEIGHT, TILES, WHOLE, WIDTH, load_photog
 from wdmoe.broadcast.pictures import Pixels
 from wdmoe.broadcast.radio import Radio
 from wdmoe.broadcast.single_user import sent_alone, sent_once, superposition, time_division
-from wdmoe.broadcast.study import JOINT, MAIN_CBR, MAIN_SNR_DB, ONCE, SINGLE, Fronts, Study
+from wdmoe.broadcast.study import JOINT, MAIN_CBR, MAIN_SNR_DB, ONCE, ONE_ALPHA, SINGLE, Fronts, Study
 
 KINDS = ("same photograph", "different photographs")
 _POINTS = 9
@@ -56,8 +56,9 @@ def _learned(study: Study, tiles: Pixels, pairs: npt.NDArray[np.int64]) -> Front
     radio, kept = Radio(snr_db=MAIN_SNR_DB, seed=_SEED), study.joint.settings.kept(MAIN_CBR)
     shares, blank = np.linspace(0, 1, _POINTS), study.material.blank
     wanted = tile_pairs(pairs)
-    found = {JOINT: alpha_sweep(study.joint, tiles, wanted, shares, radio, kept, WHOLE)}
-    if np.array_equal(pairs[:, 0], pairs[:, 1]):
+    same = np.array_equal(pairs[:, 0], pairs[:, 1])
+    found = {JOINT: alpha_sweep(study.joint, tiles, wanted, ONE_ALPHA if same else shares, radio, kept, WHOLE)}
+    if same:
         once = sent_once(study.single, tiles, wanted[:, 0], radio, kept, _POINTS, WHOLE)
         found[f"{SINGLE}, {ONCE}"] = once
     else:

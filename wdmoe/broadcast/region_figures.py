@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from wdmoe.broadcast.compare import FLOOR_DB, Standing, standings
 from wdmoe.broadcast.front import Front
-from wdmoe.broadcast.study import JOINT, SINGLE, Fronts, Setting
+from wdmoe.broadcast.study import JOINT, MAIN_CBR, SINGLE, SNR_PAIRS_DB, Fronts, Setting
 
 STYLE: dict[Any, Any] = {"svg.hashsalt": "wdmoe", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
 STYLE |= {"axes.spines.right": False, "figure.dpi": 120}
@@ -38,7 +38,7 @@ def draw_all(folder: Path, settings: Sequence[Setting], results: Mapping[str, Fr
             panels = {
                 f"{each.snr_db[0]:g} and {each.snr_db[1]:g} dB": results[each.name]
                 for each in swept
-                if each.kind == kind and each.subtract
+                if each.kind == kind and each.cbr == MAIN_CBR and each.csi_error is None and each.snr_db in SNR_PAIRS_DB
             }
             made += _saved(regions(panels, "psnr_db"), folder / f"snr-pairs-{kind.replace(' ', '-')}")
         made += _saved(areas({kind: standings(fronts) for kind, fronts in main.items()}), folder / "hypervolumes")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +41,7 @@ DATA = Path(__file__).resolve().parent / "data"  # where the shipped weights lie
 _PACKAGES = ("wdmoe", "torch", "numpy", "pillow", "pillow-heif", "pytorch-msssim", "matplotlib", "safetensors")
 _MOST_BYTES = 1 << 30
 _SEPARATOR = "|"
+_PART = "part-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +73,8 @@ class Plan:
 def start_folder(folder: Path) -> None:
     """Make the folder; ConfigError if it holds something else or cannot be written."""
     try:
-        if folder.exists() and any(folder.iterdir()) and not is_results(folder):
+        other = folder.exists() and any(not file.name.startswith(_PART) for file in folder.iterdir())
+        if other and not is_results(folder):
             raise ConfigError(f"{folder} holds other files; name an empty or a new folder")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -85,6 +87,31 @@ def is_results(folder: Path) -> bool:
         return read_manifest(folder).get("kind") == RESULTS_KIND
     except ConfigError:
         return False
+
+
+class Parts:
+    """Settings that were measured already, in the folder, so that an interrupted run goes on."""
+
+    def __init__(self, folder: Path, plan: Plan, models: Mapping[str, Path]) -> None:
+        self._folder = folder
+        told = [repr(plan), *(sha256_of(models[name]) for name in sorted(models))]
+        self._key = hashlib.sha256(_SEPARATOR.join(told).encode()).hexdigest()
+
+    def measured(self, name: str, measure: Callable[[], Mapping[str, Fronts]]) -> dict[str, Fronts]:
+        """What `measure` gives, or gave before."""
+        mark = hashlib.sha256(f"{self._key}{name}".encode()).hexdigest()[:16]
+        file = self._folder / f"{_PART}{mark}.npz"
+        if not file.exists():
+            part = file.with_suffix(".new")
+            with part.open("wb") as opened:
+                np.savez_compressed(opened, **arrays_of(measure()))
+            part.replace(file)
+        return fronts_of(file)
+
+    def clear(self) -> None:
+        """Delete them."""
+        for file in self._folder.glob(f"{_PART}*"):
+            file.unlink()
 
 
 def save_results(

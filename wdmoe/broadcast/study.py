@@ -41,6 +41,7 @@ GAPS_DB = (0.0, 5.0, 10.0, 15.0, 20.0)  # around a mean of 10 dB
 GAP_MEAN_DB = 10.0
 CSI_ERRORS = (0.0, 0.05, 0.1, 0.2)
 MOST_BITS = (1771, 3542)  # limits of ladders: the best link at (10, 5) dB and CBR 1/6, and over all settings
+ONE_ALPHA = np.ones(1)  # the codec does not look at alpha where both users want the same picture
 _CHOOSE = 50  # pictures that time division chooses its numbers of slots by
 
 
@@ -77,7 +78,9 @@ def all_settings(most_pictures: int, few_pictures: int) -> list[Setting]:
     """The main comparison on `most_pictures`, then sweeps of SNRs, rates, gaps and CSI errors on `few_pictures`."""
     found = main_settings(most_pictures)
     for kind in PAIR_KINDS:
-        found += [Setting(kind=kind, pictures=few_pictures, snr_db=snr, subtract=True) for snr in SNR_PAIRS_DB]
+        found += [
+            Setting(kind=kind, pictures=few_pictures, snr_db=snr, subtract=snr == MAIN_SNR_DB) for snr in SNR_PAIRS_DB
+        ]
         found += [Setting(kind=kind, pictures=few_pictures, cbr=cbr) for cbr in CBRS]
     found += [Setting(kind="different class", pictures=few_pictures, snr_db=at_gap(gap)) for gap in GAPS_DB]
     found += [Setting(kind="different class", pictures=few_pictures, csi_error=error) for error in CSI_ERRORS]
@@ -142,16 +145,14 @@ class Study:
             first_pairs: only so many of the pairs.
         """
         pairs = self.material.pairs(setting.kind, setting.pictures)[:first_pairs]
-        shares, kept = self._shares(), self.joint.settings.kept(setting.cbr)
-        found = {JOINT: alpha_sweep(self.joint, self.material.pixels, pairs, shares, setting.radio, kept)}
+        shares, kept = np.linspace(0, 1, self.points), self.joint.settings.kept(setting.cbr)
+        alphas = ONE_ALPHA if setting.kind == "same picture" else shares
+        found = {JOINT: alpha_sweep(self.joint, self.material.pixels, pairs, alphas, setting.radio, kept)}
         found |= self._learned(setting, pairs, shares, kept)
         if setting.csi_error is None:
             for name in self.classical:
                 found |= self._classical(name, setting, pairs)
         return found
-
-    def _shares(self) -> FloatArray:
-        return np.linspace(0, 1, self.points)
 
     def _learned(self, setting: Setting, pairs: Numbers, shares: FloatArray, kept: int) -> Fronts:
         pixels, radio, blank = self.material.pixels, setting.radio, self.material.blank
