@@ -60,9 +60,9 @@ def test_a_target_is_reached_with_no_more_than_it_takes(law, alpha, first, secon
 def test_aims_are_the_best_of_all_alphas(law, first, second, cbr):
     every = law.both_db(np.linspace(0, 1, 301), (first, second), cbr)
     worse = choose_alpha("max-min", (first, second), cbr, law)
-    assert min(worse.psnr_db) >= every.min(axis=1).max() - 0.02
+    assert min(worse.psnr_db) >= every.min(axis=1).max() - 0.05
     equal = choose_alpha("equal", (first, second), cbr, law)
-    assert abs(np.subtract(*equal.psnr_db)) <= np.abs(every[:, 0] - every[:, 1]).min() + 0.02
+    assert abs(np.subtract(*equal.psnr_db)) <= np.abs(every[:, 0] - every[:, 1]).min() + 0.1
     fair = choose_alpha("fair", (first, second), cbr, law)
     above = np.maximum(every - FLOOR_DB, 1e-3)
     assert np.prod(np.maximum(np.subtract(fair.psnr_db, FLOOR_DB), 1e-3)) >= above.prod(axis=1).max() * 0.99

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from wdmoe.broadcast.compare import FLOOR_DB, Standing, standings
 from wdmoe.broadcast.front import Front
-from wdmoe.broadcast.study import JOINT, MAIN_CBR, SINGLE, SNR_PAIRS_DB, Fronts, Setting
+from wdmoe.broadcast.study import JOINT, MAIN_CBR, SINGLE, SNR_PAIRS_DB, Fronts, Setting, main_settings
 
 STYLE: dict[Any, Any] = {"svg.hashsalt": "wdmoe", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
 STYLE |= {"axes.spines.right": False, "figure.dpi": 120}
@@ -27,7 +27,8 @@ Grid = Mapping[str, Fronts]  # by title of the panel
 
 def draw_all(folder: Path, settings: Sequence[Setting], results: Mapping[str, Fronts], photos: Grid) -> list[str]:
     """Write every figure that the settings have the points for. Returns the names of the files."""
-    main = {each.kind: results[each.name] for each in settings if each.pictures == max(s.pictures for s in settings)}
+    most = max(each.pictures for each in settings)
+    main = {each.kind: results[each.name] for each in main_settings(most)}
     few = min(each.pictures for each in settings)
     swept = [each for each in settings if each.pictures == few]
     made: list[str] = []

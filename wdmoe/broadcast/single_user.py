@@ -36,6 +36,7 @@ from wdmoe.broadcast.radio import Draws, Radio
 from wdmoe.errors import ConfigError
 
 TOLD_DB = (-3.0, 22.0)  # what encoders were told in training; SNRs beyond are told as the nearest of these
+HEARD_DB = (-30.0, 40.0)  # what a decoder can be told
 _SCRAMBLE = 20240610  # seed of the order and phases of the second layer
 _FIRST = 0  # the user whom the single-user codec serves
 
@@ -222,7 +223,7 @@ class _Layers:
     def _layer(self, user: int, heard: Tensor, noise: Tensor) -> Pixels:
         power = self._powers[user]
         symbols = heard / power**0.5
-        snr_db = 10 * torch.log10(power / noise)
+        snr_db = (10 * torch.log10(power / noise)).clamp(*HEARD_DB)
         return _decoded(self._codec, self._scrambler.undo(symbols) if user else symbols, snr_db, self._kept)
 
 
