@@ -41,9 +41,20 @@ _MOST_SLICE_TYPE = 31  # NAL units of coded slices; parameter sets and SEI come 
 class Codec(Protocol):
     """One way to write a picture at a ladder of qualities."""
 
-    name: str
-    variants: int
-    rungs: int
+    @property
+    def name(self) -> str:
+        """For tables."""
+        ...
+
+    @property
+    def variants(self) -> int:
+        """Ways to write a picture that are all tried."""
+        ...
+
+    @property
+    def rungs(self) -> int:
+        """Qualities."""
+        ...
 
     def encode(self, picture: Pixels, variant: int, rung: int) -> bytes:
         """A file of the picture (height, width, 3); rung 0 is the lowest quality."""

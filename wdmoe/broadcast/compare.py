@@ -105,19 +105,19 @@ def equal_quality(means: npt.ArrayLike) -> FloatArray:
     met = points[..., :-1, 0] + part * (points[..., 1:, 0] - points[..., :-1, 0])
     if not met.shape[-1]:
         return np.asarray(best)
-    return np.maximum(best, np.where(crosses, met, -np.inf).max(axis=-1))
+    return np.asarray(np.maximum(best, np.where(crosses, met, -np.inf).max(axis=-1)))
 
 
 def _counts(fronts: Mapping[str, Front]) -> FloatArray:
     """(1 + resample, pair) shares of pairs; the first row has every pair once."""
     pairs = next(iter(fronts.values())).psnr_db.shape[1]
     drawn = np.random.default_rng(SEED).multinomial(pairs, np.full(pairs, 1 / pairs), size=RESAMPLES)
-    return np.concatenate([np.ones((1, pairs)), drawn]) / pairs
+    return np.asarray(np.concatenate([np.ones((1, pairs)), drawn]) / pairs)
 
 
 def _means(qualities: FloatArray, counts: FloatArray) -> FloatArray:
     """(resample, point, 2)."""
-    return np.einsum("rn,pnu->rpu", counts, qualities, optimize=True)
+    return np.asarray(np.einsum("rn,pnu->rpu", counts, qualities, optimize=True))
 
 
 def _areas(front: Front, quality: str, counts: FloatArray) -> FloatArray:

@@ -78,7 +78,7 @@ def alpha_sweep(
 
 def tokens_of(codec: BroadcastCodec, pixels: Pixels) -> int:
     """Tokens of a picture (picture, height, width, 3)."""
-    return (pixels.shape[1] // codec.settings.patch) * (pixels.shape[2] // codec.settings.patch)
+    return int((pixels.shape[1] // codec.settings.patch) * (pixels.shape[2] // codec.settings.patch))
 
 
 def rows_of(values: npt.ArrayLike, count: int) -> Tensor:

@@ -49,7 +49,7 @@ def run_four(study: Study, pictures: int) -> dict[str, FourUsers]:
         LAYERS: choose_layers(study, choose),
         ALONE: tuple(_choose_slots(_alone(study, choose))),
     }
-    chosen |= {f"{CODECS[name].name}, time division": () for name in study.classical}
+    chosen |= {f"{CODECS[name]().name}, time division": () for name in study.classical}
     return {name: FourUsers(how, measure_four(study, pictures, name, how)) for name, how in chosen.items()}
 
 
@@ -63,7 +63,7 @@ def measure_four(
     """
     material = study.material
     sets = _sets(some_of(material.test, material.labels, pictures), material.labels)[:first_sets]
-    classical = {f"{CODECS[name].name}, time division": name for name in CODECS}
+    classical = {f"{CODECS[name]().name}, time division": name for name in CODECS}
     if len(chosen) != {TURNS: 3, LAYERS: 3, ALONE: 4}.get(system, 0) or system not in {*_JOINT, ALONE, *classical}:
         raise ConfigError(f"{system!r} is no system for four users with {len(chosen)} numbers")
     if system == ALONE:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -88,7 +89,7 @@ def _read(file: Path) -> dict[str, Ladder]:
 
 
 def _write(file: Path, ladders: Mapping[str, Ladder]) -> None:
-    arrays = {field: np.concatenate(_column(ladders.values(), field)) for field in _FIELDS}
+    arrays: dict[str, Any] = {field: np.concatenate(_column(ladders.values(), field)) for field in _FIELDS}
     ends = np.cumsum([ladder.bits.size for ladder in ladders.values()])
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:

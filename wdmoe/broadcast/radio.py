@@ -57,7 +57,7 @@ class Radio:
             rng = np.random.default_rng([self.seed, first_user + user, int(number)])
             found[block, user] = rng.standard_normal(size + 4, dtype=np.float32)
         unit = torch.from_numpy(found * np.float32(0.5**0.5))
-        return Draws(unit[..., 4:].unflatten(-1, (tokens, slots, 2)), unit[..., :2], unit[..., 2:4])
+        return Draws(unit[..., 4:].reshape(*wanted.shape, tokens, slots, 2), unit[..., :2], unit[..., 2:4])
 
     def heard(self, symbols: Tensor, snr_db: Tensor, draws: Draws) -> Heard:
         """What users of these SNRs (block, user) make of symbols (block, token, slot, 2)."""

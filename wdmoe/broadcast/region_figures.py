@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -28,7 +29,7 @@ Grid = Mapping[str, Fronts]  # by title of the panel
 def draw_all(folder: Path, settings: Sequence[Setting], results: Mapping[str, Fronts], photos: Grid) -> list[str]:
     """Write every figure that the settings have the points for. Returns the names of the files."""
     most = max(each.pictures for each in settings)
-    main = {each.kind: results[each.name] for each in main_settings(most)}
+    main = {str(each.kind): results[each.name] for each in main_settings(most)}
     few = min(each.pictures for each in settings)
     swept = [each for each in settings if each.pictures == few]
     made: list[str] = []
@@ -144,10 +145,10 @@ def _panels(count: int, columns: int = 3) -> tuple[Figure, list[Axes]]:
 
 
 def _legend(figure: Figure, grid: Sequence[Axes]) -> None:
-    found = {}
+    found: dict[str, Artist] = {}
     for axes in grid:
         found |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=3, fontsize=8)
 
 
 def _saved(figure: Figure, stem: Path) -> list[str]:

@@ -171,9 +171,9 @@ def _shipped(name: str, sha256: str) -> Path | None:
     return file if file.is_file() and sha256_of(file) == sha256 else None
 
 
-def arrays_of(results: Mapping[str, Fronts]) -> dict[str, np.ndarray]:
+def arrays_of(results: Mapping[str, Fronts]) -> dict[str, Any]:
     """Shares and qualities (point, pair, user, quality) by setting and system, in order."""
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, Any] = {}
     for setting, fronts in results.items():
         for system, front in fronts.items():
             key = f"{setting}{_SEPARATOR}{system}"

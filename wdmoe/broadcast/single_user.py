@@ -251,7 +251,7 @@ class Scrambler:
 
     def _put(self, like: Tensor, flat: Tensor) -> Tensor:
         found = torch.zeros_like(like)
-        found[:, :, : self._kept] = torch.view_as_real(flat.unflatten(1, (-1, self._kept)))
+        found[:, :, : self._kept] = torch.view_as_real(flat.reshape(len(flat), -1, self._kept))
         return found
 
 
