@@ -221,9 +221,7 @@ def folder(codec, material, tmp_path_factory):
     weights = made / "weights.safetensors"
     save_model(codec, weights)
     stored = load_model(weights)
-    study = Study(
-        material=material, joint=stored, single=stored, points=3, classical=("jpeg2000",), cache=made / "cache"
-    )
+    study = Study(material=material, joint=stored, single=stored, classical=("jpeg2000",), cache=made / "cache")
     results = {each.name: study.run(each) for each in PLAN.settings()}
     four = run_four(study, 4)
     assert set(four) > {ALONE}

@@ -63,7 +63,9 @@ class Plan:
 
     def settings(self) -> list[Setting]:
         """All that small pictures are measured in."""
-        return all_settings(self.pictures, self.few) if self.sweeps else main_settings(self.pictures)
+        if not self.sweeps:
+            return main_settings(self.pictures, self.points)
+        return all_settings(self.pictures, self.few, self.points)
 
     def main(self) -> list[str]:
         """Names of the settings of the main comparison."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ GAP_MEAN_DB = 10.0
 CSI_ERRORS = (0.0, 0.05, 0.1, 0.2)
 MOST_BITS = (1771, 3542)  # limits of ladders: the best link at (10, 5) dB and CBR 1/6, and over all settings
 ONE_ALPHA = np.ones(1)  # the codec does not look at alpha where both users want the same picture
+_SWEEP_POINTS = 7  # of a front in sweeps
 _CHOOSE = 50  # pictures that time division chooses its numbers of slots by
 
 
@@ -54,6 +56,7 @@ class Setting:
     snr_db: tuple[float, float] = MAIN_SNR_DB
     cbr: float = MAIN_CBR
     csi_error: float | None = None
+    points: int = 11  # of each front
     subtract: bool = False  # also measure superposition with subtraction
 
     @property
@@ -69,22 +72,26 @@ class Setting:
         return Radio(snr_db=self.snr_db, csi_error=self.csi_error)
 
 
-def main_settings(pictures: int) -> list[Setting]:
+def main_settings(pictures: int, points: int = 11) -> list[Setting]:
     """The main comparison, one setting for each kind of pairs."""
-    return [Setting(kind=kind, pictures=pictures) for kind in PAIR_KINDS]
+    return [Setting(kind=kind, pictures=pictures, points=points) for kind in PAIR_KINDS]
 
 
-def all_settings(most_pictures: int, few_pictures: int) -> list[Setting]:
+def all_settings(most_pictures: int, few_pictures: int, points: int = 11) -> list[Setting]:
     """The main comparison on `most_pictures`, then sweeps of SNRs, rates, gaps and CSI errors on `few_pictures`."""
-    found = main_settings(most_pictures)
+    found = main_settings(most_pictures, points) + _sweeps(few_pictures, min(points, _SWEEP_POINTS))
+    return list({each.name: each for each in reversed(found)}.values())[::-1]  # of one name the first
+
+
+def _sweeps(pictures: int, points: int) -> list[Setting]:
+    found: list[Setting] = []
+    some = partial(Setting, pictures=pictures, points=points)
     for kind in PAIR_KINDS:
-        found += [
-            Setting(kind=kind, pictures=few_pictures, snr_db=snr, subtract=snr == MAIN_SNR_DB) for snr in SNR_PAIRS_DB
-        ]
-        found += [Setting(kind=kind, pictures=few_pictures, cbr=cbr) for cbr in CBRS]
-    found += [Setting(kind="different class", pictures=few_pictures, snr_db=at_gap(gap)) for gap in GAPS_DB]
-    found += [Setting(kind="different class", pictures=few_pictures, csi_error=error) for error in CSI_ERRORS]
-    return list({each.name: each for each in reversed(found)}.values())[::-1]
+        found += [some(kind=kind, snr_db=snr, subtract=snr == MAIN_SNR_DB) for snr in SNR_PAIRS_DB]
+        found += [some(kind=kind, cbr=cbr) for cbr in CBRS]
+    found += [some(kind="different class", snr_db=at_gap(gap)) for gap in GAPS_DB]
+    found += [some(kind="different class", csi_error=error) for error in CSI_ERRORS]
+    return found
 
 
 def at_gap(gap_db: float) -> tuple[float, float]:
@@ -131,7 +138,6 @@ class Study:
     material: Material
     joint: BroadcastCodec
     single: BroadcastCodec
-    points: int = 11
     classical: Sequence[str] = tuple(CODECS)
     progress: Progress | None = None
     cache: Path | None = None  # of ladders; the user's unless given
@@ -145,7 +151,7 @@ class Study:
             first_pairs: only so many of the pairs.
         """
         pairs = self.material.pairs(setting.kind, setting.pictures)[:first_pairs]
-        shares, kept = np.linspace(0, 1, self.points), self.joint.settings.kept(setting.cbr)
+        shares, kept = np.linspace(0, 1, setting.points), self.joint.settings.kept(setting.cbr)
         alphas = ONE_ALPHA if setting.kind == "same picture" else shares
         found = {JOINT: alpha_sweep(self.joint, self.material.pixels, pairs, alphas, setting.radio, kept)}
         found |= self._learned(setting, pairs, shares, kept)
@@ -157,7 +163,7 @@ class Study:
     def _learned(self, setting: Setting, pairs: Numbers, shares: FloatArray, kept: int) -> Fronts:
         pixels, radio, blank = self.material.pixels, setting.radio, self.material.blank
         if setting.kind == "same picture":
-            once = sent_once(self.single, pixels, pairs[:, 0], radio, kept, self.points)
+            once = sent_once(self.single, pixels, pairs[:, 0], radio, kept, setting.points)
             return {f"{SINGLE}, {ONCE}": once}
         layers = superposition(self.single, pixels, pairs, shares, radio, kept, blank)
         alone = self._sent_alone(radio, kept, np.unique(pairs))
@@ -187,7 +193,7 @@ class Study:
             return {f"{codec.name}, {ONCE}": once}
         return {
             f"{codec.name}, {scheme}": sweep(
-                ladders, pairs, setting.snr_db, uses, scheme, even_shares(setting.snr_db, scheme, self.points)
+                ladders, pairs, setting.snr_db, uses, scheme, even_shares(setting.snr_db, scheme, setting.points)
             )
             for scheme in SCHEMES
         }

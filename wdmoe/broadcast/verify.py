@@ -96,7 +96,6 @@ def _run_again(
             material=material or known_material(),
             joint=load_model(weights_of(folder, manifest, JOINT_FILE)),
             single=load_model(weights_of(folder, manifest, SINGLE_FILE)),
-            points=plan.points,
             classical=plan.classical,
             cache=Path(cache),
         )
