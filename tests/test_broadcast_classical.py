@@ -36,7 +36,7 @@ def picture():
 def ladders(picture):
     """Two pictures on a ladder made by hand: psnr = 12 + bits / 100."""
     bits = np.arange(0, 2000, 100)
-    return {n: Ladder(bits, 12 + bits / 100 + n, 1 - 1 / (1 + bits)) for n in (0, 1)}
+    return {n: Ladder(bits, 12 + bits / 100 + n, 1 - 1 / (1 + bits), np.full(bits.shape, np.nan)) for n in (0, 1)}
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)

@@ -11,6 +11,7 @@ from wdmoe.broadcast.batches import BatchSource, Draws, as_pictures
 from wdmoe.broadcast.evaluation import alpha_sweep, as_pixels
 from wdmoe.broadcast.experiment import MANIFEST, MODEL, load_model, save_model, write_results, write_settings
 from wdmoe.broadcast.model import BroadcastCodec, ModelSettings
+from wdmoe.broadcast.radio import Radio
 from wdmoe.broadcast.training import Team, Trainer, Training, fingerprint_of
 from wdmoe.errors import BundleError, ConfigError
 
@@ -116,8 +117,8 @@ def test_a_folder_has_what_its_manifest_says_and_the_model_comes_back(pixels, tm
     manifest = json.loads((folder / MANIFEST).read_text())
     assert set(manifest["files"]) == {"settings.json", "curve.csv", "curves.png", MODEL}
     again = load_model(folder / MODEL)
-    pairs = np.stack([pixels[:5], pixels[5:10]], axis=1)
-    one, other = (alpha_sweep(c, pairs, (0, 0.5, 1), (10, 5), 8, seed=1) for c in (trainer.averaged, again))
+    pairs, radio = np.stack([np.arange(5), np.arange(5, 10)], axis=1), Radio(snr_db=(10.0, 5.0), seed=1)
+    one, other = (alpha_sweep(c, pixels, pairs, (0, 0.5, 1), radio, 8).psnr_db for c in (trainer.averaged, again))
     assert one.shape == (3, 5, 2)
     assert np.array_equal(one, other)
     save_model(again, tmp_path / "copy")
