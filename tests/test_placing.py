@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wdmoe.nodes.placing import Catalogue, Host, choose_targets, holdings, routing, span
+from wdmoe.nodes.placing import (
+    Catalogue,
+    Host,
+    choose_standbys,
+    choose_targets,
+    has_room_for_copies,
+    holdings,
+    pinned_copies,
+    routing,
+    span,
+)
 from wdmoe.records import DeviceReport, ExpertId
 
 LAYERS, EXPERTS = 6, 8
@@ -79,7 +89,7 @@ def test_a_copy_takes_over_at_once_and_the_homes_are_shared_out() -> None:
     assert not unplaced
     homes = [targets[expert] for expert in sorted(layer)]
     assert homes.count("id-a") == homes.count("id-b") == EXPERTS // 2
-    held = holdings(hosts, targets, pinned)
+    held = holdings(hosts, targets, pinned_copies(hosts, pinned))
     assert layer <= set(held["id-a"]) & set(held["id-b"])
     assert choose_targets(catalogue(), hosts, targets, pinned)[0] == targets  # nothing moves without need
     left = routing(catalogue(), hosts[1:], targets)  # before new homes are chosen
@@ -125,3 +135,43 @@ def test_only_attached_devices_are_routed_to() -> None:
     table = routing(catalogue(), [host("a", ready=everything, route=b"a")], {})
     assert table.complete == frozenset(range(LAYERS))
     assert all(np.all(row == 0) for row in table.device_of.values())
+
+
+def test_every_expert_has_a_standby_elsewhere_and_a_layer_keeps_together() -> None:
+    hosts = [host(name) for name in "abcd"]
+    targets, _ = choose_targets(catalogue(), hosts, {}, {}, least_span=1)
+    assert {len(devices_of_layer(targets, layer)) for layer in range(LAYERS)} == {1}
+    copies = choose_standbys(catalogue(), hosts, targets, {}, {})
+    standby_of = {expert: device for device, experts in copies.items() for expert in experts}
+    assert set(standby_of) == set(targets)
+    assert all(standby_of[expert] != targets[expert] for expert in targets)
+    assert {len({standby_of[e] for e in targets if e.layer == layer}) for layer in range(LAYERS)} == {1}
+    again = choose_standbys(catalogue(), [*hosts, host("e")], targets, {}, copies)
+    assert again == copies  # a newcomer moves no copy
+
+
+def test_standbys_take_only_the_room_that_is_left() -> None:
+    hosts = [host("a", memory=48_000), host("b", memory=8_000)]
+    assert not has_room_for_copies(catalogue(), hosts, 2)
+    assert has_room_for_copies(catalogue(), [host("a"), host("b")], 2)
+    assert not has_room_for_copies(catalogue(), [host("a")], 2)
+    targets = dict.fromkeys(catalogue().experts, "id-a")
+    copies = choose_standbys(catalogue(), hosts, targets, {}, {})
+    assert {device: len(experts) for device, experts in copies.items()} == {"id-b": 8}
+
+
+def test_what_the_user_placed_gets_no_standby() -> None:
+    expert = ExpertId(0, 0)
+    hosts, held = [host("a"), host("b")], {"id-a": frozenset({expert})}
+    copies = choose_standbys(catalogue(), hosts, {expert: "id-a", ExpertId(0, 1): "id-a"}, held, {})
+    assert copies == {"id-a": frozenset({expert}), "id-b": frozenset({ExpertId(0, 1)})}
+
+
+def test_a_table_names_home_and_standby_whatever_the_order() -> None:
+    expert = ExpertId(0, 0)
+    pair = [host(name, ready=frozenset({expert}), route=name.encode()) for name in "ab"]
+    for hosts in (pair, pair[::-1]):
+        table = routing(catalogue(), hosts, {expert: "id-b"})
+        first, second = (table.devices[of[0][0]].device_id for of in (table.device_of, table.standby_of))
+        assert (first, second) == ("id-b", "id-a")
+    assert routing(catalogue(), pair[:1], {}).standby_of[0][0] == -1

@@ -61,11 +61,8 @@ async def settled(station: Any, devices: int) -> None:
     await station.wait_until_served(300)
     quiet = 0
     while quiet < 10:
-        roster, targets = station.control.roster, station.control.targets
-        at_home = all(
-            {e for e, home in targets.items() if home == d.device_id} == set(d.ready) == set(d.placed)
-            for d in roster.live()
-        )
+        roster, wanted = station.control.roster, station.control.wanted()
+        at_home = all(wanted[d.device_id] == set(d.ready) == set(d.placed) for d in roster.live())
         quiet = quiet + 1 if at_home and len(roster.live()) == devices else 0
         await asyncio.sleep(0.1)
 

@@ -125,6 +125,7 @@ class StationSettings:
     dtype: str = "auto"
     threads: int = 0  # torch threads; 0: torch's own default
     placement: Path | None = None
+    copies: int = 2  # devices that hold each expert, memory allowing: with 2, a lost one costs time but no quality
     record_trace: Path | None = None  # where to leave a gate trace of what was served
     state: Path = field(default_factory=lambda: state_home() / "bs")
     insecure: bool = False
@@ -137,5 +138,7 @@ class StationSettings:
         check_budget(self.policy, self.budget_s, self.budget_per_token_s)
         for name in ("deadline_s", "prefill_chunk", "max_active", "lease_s"):
             _positive(name, getattr(self, name))
+        if self.copies not in (1, 2):
+            raise ConfigError(f"copies must be 1 or 2, got {self.copies}")
         if self.max_queued < 0 or self.deadline_per_token_s < 0 or self.threads < 0:
             raise ConfigError("max_queued, deadline_per_token_s and threads must not be negative")

@@ -148,6 +148,13 @@ def device(downlink: float, uplink: float, link_snr: tuple[float, float] | None,
     help="Who gets how much of --bandwidth: optimal, so that a layer is done soonest, or equal.  [default: optimal]",
 )
 @click.option("--placement", type=FILE, help="Who holds what; `place` and `status --print-placement` write one.")
+@click.option(
+    "--copies",
+    type=click.IntRange(1, 2),
+    default=2,
+    show_default=True,
+    help="Devices that hold each expert, as far as their memory goes. With 2, a lost device costs time, not quality.",
+)
 @click.option("--record-trace", type=FILE, help="Leave a gate trace (.npz, no text) of what was served when it stops.")
 @click.option(
     "--deadline",

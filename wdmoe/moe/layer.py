@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from wdmoe.errors import ExpertsUnavailableError
 from wdmoe.ledger import Ledger
 from wdmoe.moe.air import Air
-from wdmoe.moe.combine import Answer, Missing, combine, missing_weight
+from wdmoe.moe.combine import Answer, Share, arrived_weight, combine
 from wdmoe.moe.dispatch import Part, dispatch
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.moe.select import Chosen, Costs, Demand, choose, substitute
@@ -83,7 +84,10 @@ class ExpertLayers:
         routing = self._newest_routing()
         chosen = self._choose(routing, layer, tokens, demand)
         parts = self._ask(routing, layer, tokens, chosen, ledger, meanwhile)
-        owed = _owed(len(tokens), parts)
+        failed = [part for part in parts if part.reply.result is None]
+        if failed:
+            parts += self._ask_standbys(routing, layer, tokens, chosen, failed, ledger)
+        owed = _owed(chosen, parts) if failed else None
         if owed is not None or not parts:
             parts += self._rescue(routing, layer, tokens, demand, chosen, owed, ledger)
         answers = [Answer(part.reply.result.partial, part.token_rows) for part in parts if part.reply.result]
@@ -141,10 +145,14 @@ class ExpertLayers:
         return air
 
     def _device_of(self, routing: Routing, layer: int) -> Int32Array:
+        """(experts,) index of the device to ask for each: not one that is paused, where another holds a copy."""
         device_of = routing.device_of.get(layer)
         if device_of is None:
             raise ExpertsUnavailableError(f"layer {layer}: no device serves any of its experts")
-        return device_of
+        standby_of = routing.standby_of.get(layer)
+        if self.health.all_well or standby_of is None:
+            return device_of
+        return self.health.around(routing.devices, device_of, standby_of)
 
     def _ask(
         self,
@@ -187,6 +195,30 @@ class ExpertLayers:
             log.warning("device %s, layer %d: %s", device.name, part.order.layer, reply.reason)
             self.health.failed(device.route)
 
+    def _ask_standbys(
+        self,
+        routing: Routing,
+        layer: int,
+        tokens: Activations,
+        chosen: Chosen,
+        failed: list[Part],
+        ledger: Ledger,
+    ) -> list[Part]:
+        """Ask the holders of copies for what did not come, where there are some."""
+        usable = self.health.available(routing.devices, self._device_of(routing, layer))
+        again = np.zeros(len(usable) + 1, np.bool_)  # index -1: dropped
+        for part in failed:
+            again[list(part.order.experts)] = usable[list(part.order.experts)]
+        wanted = again[chosen.experts]
+        rows = np.flatnonzero(wanted.any(axis=1))
+        if not rows.size:
+            return []
+        experts = np.where(wanted, chosen.experts, np.int32(-1))[rows]
+        weights = np.where(wanted, chosen.weights, np.float32(0))[rows]
+        parts = self._ask(routing, layer, tokens[rows], Chosen(experts, weights), ledger)
+        ledger.retries += len(parts)
+        return _of_rows(parts, rows)
+
     def _rescue(
         self,
         routing: Routing,
@@ -209,7 +241,7 @@ class ExpertLayers:
         ledger.retries += len(parts)
         if empty.size == len(tokens) and not any(part.reply.result for part in parts):
             raise ExpertsUnavailableError(f"layer {layer}: none of its experts answered, and no other could")
-        return [replace(part, token_rows=empty[part.token_rows].astype(np.int32)) for part in parts]
+        return _of_rows(parts, empty)
 
     def _scale(self, chosen: Chosen, owed: Float32Array | None) -> Float32Array | None:
         """(tokens,) factor that makes up for what did not come, where the model wants it so."""
@@ -222,12 +254,19 @@ class ExpertLayers:
         return scale
 
 
-def _owed(tokens: int, parts: list[Part]) -> Float32Array | None:
-    """(tokens,) chosen gate weight that did not arrive; None where everything did."""
-    missing = [
-        Missing(part.token_rows, part.order.rows, part.order.weights) for part in parts if part.reply.result is None
-    ]
-    return missing_weight(tokens, missing) if missing else None
+def _of_rows(parts: list[Part], rows: npt.NDArray[np.integer[Any]]) -> list[Part]:
+    """Parts of a choice for some tokens of a layer as parts of the layer."""
+    return [replace(part, token_rows=rows[part.token_rows].astype(np.int32)) for part in parts]
+
+
+def _owed(chosen: Chosen, parts: list[Part]) -> Float32Array | None:
+    """(tokens,) chosen gate weight that did not arrive; None where everything did, be it from a standby."""
+    wanted: Float32Array = chosen.weights.sum(axis=1)
+    arrived = arrived_weight(
+        len(wanted), [Share(p.token_rows, p.order.rows, p.order.weights) for p in parts if p.reply.result is not None]
+    )
+    owed = np.where(wanted - arrived > NOTHING * wanted, wanted - arrived, np.float32(0))
+    return owed if owed.any() else None
 
 
 class _Busy:

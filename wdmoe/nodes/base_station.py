@@ -144,6 +144,8 @@ class BaseStation:
             max_message_bytes=self._options.max_message_bytes,
             pinned=pinned,
             shares_band=settings.bandwidth_hz > 0,
+            copies=settings.copies,
+            choosy=settings.policy != "topk" or settings.bandwidth_hz > 0,
         )
         thread = ModelThread(
             exchange,
