@@ -1,9 +1,9 @@
 """Which real dimension of a block carries which component of whose picture, with what power; and the two pilots.
 
-A block has `2 tokens kept` real dimensions. The last `PILOTS` of them tell the receivers what they cannot know: how much
-the block was scaled to have unit power, and whether both users want the same picture. Of the others, `N`, even ones are
-the first user's and odd ones the second's, most spread components first, until one user's part is used up; what is
-left then, from the end, takes the other's further components:
+A block has `2 tokens kept` real dimensions. The last `PILOTS` of them tell the receivers what they cannot know: how
+much the block was scaled to have unit power, and whether both users want the same picture. Of the others, `N`, even
+ones are the first user's and odd ones the second's, most spread components first, until one user's part is used up;
+what is left then, from the end, takes the other's further components:
 
     component i of user u is in dimension 2 i + u, or 2 (N - 1 - i) + 1 - u from i = N / 2 on, if i < m_u; m_0 + m_1 = N
 """
@@ -61,6 +61,7 @@ class Layout(nn.Module):
         self.register_buffer("dims_part", torch.zeros(slots, ALPHAS), persistent=False)
         self.register_buffer("power_part", torch.zeros(slots, ALPHAS), persistent=False)
 
+    @torch.no_grad()
     def take(self, principal: Principal) -> None:
         """Divide by the spread of these components."""
         tables = [divisions(principal.spread, 2 * self.tokens * kept - PILOTS) for kept in range(1, self.slots + 1)]
@@ -74,9 +75,7 @@ class Layout(nn.Module):
         row = kept - 1
         first = torch.round(_at(self.dims_part[row], alpha) * shared).long()
         power = _at(self.power_part[row], alpha)
-        return Dimensions(
-            shared, torch.stack([first, shared - first], dim=1), torch.stack([power, 1 - power], dim=1)
-        )
+        return Dimensions(shared, torch.stack([first, shared - first], dim=1), torch.stack([power, 1 - power], dim=1))
 
     def powers(self, dims: Dimensions, share: Tensor, kept: Tensor) -> Tensor:
         """(block, user, component) power of each component, 0 where it is not sent; the sum over a block is N / 2."""
