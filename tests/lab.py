@@ -100,6 +100,7 @@ class Lab:
         self.routing = Routing()
         exchange = self.exchange = Exchange(self._data, lambda envelope: None, lambda route: None)
         defaults = {"renormalise": manifest.on_drop == "renormalise", "gate_temperature": manifest.gate_temperature}
+        defaults |= {"rank": manifest.rank}
         all_rules = LayerRules(**{**defaults, "deadline_s": 30.0, **(rules or {})})  # type: ignore[arg-type]
         self.layers = ExpertLayers(exchange, lambda: self.routing, all_rules)
         self.station = load_station(bundle)

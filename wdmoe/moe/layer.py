@@ -45,6 +45,8 @@ class LayerRules:
     equal_bandwidth: bool = False  # each device gets the same part of it, whatever it needs
     renormalise: bool = True  # on drop: kept weights grow to the sum of all; else they keep their values
     gate_temperature: float = 1.0
+    rank: str = "probability"  # what the policy ranks by
+    whole_layers: frozenset[int] = frozenset()  # decoder layers that keep all their experts, whatever the policy
     deadline_s: float = 1.0
     deadline_per_token_s: float = 0.02
 
@@ -104,14 +106,16 @@ class ExpertLayers:
     def _choose(self, routing: Routing, layer: int, tokens: Activations, demand: Demand) -> Chosen:
         all_served = self.health.all_well and layer in routing.complete
         device_of = self._device_of(routing, layer)
+        policy = "topk" if layer in self._rules.whole_layers else self._rules.policy
         return choose(
             demand,
-            policy=self._rules.policy,
-            costs=None if self._rules.policy == "topk" else self._costs(routing, tokens, demand, device_of),
+            policy=policy,
+            costs=None if policy == "topk" else self._costs(routing, tokens, demand, device_of),
             budget_s=self._rules.budget_s + (len(tokens) - 1) * self._rules.budget_per_token_s,
             available=None if all_served else self.health.available(routing.devices, device_of),
             renormalise=self._rules.renormalise,
             gate_temperature=self._rules.gate_temperature,
+            rank=self._rules.rank,
         )
 
     def _costs(self, routing: Routing, tokens: Activations, demand: Demand, device_of: Int32Array) -> Costs | None:

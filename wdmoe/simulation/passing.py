@@ -7,12 +7,13 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.config import RANKS
 from wdmoe.gate_trace import GateTrace
 from wdmoe.simulation.drawing import Draw
 from wdmoe.simulation.placing import Holders
 from wdmoe.simulation.scenario import Scenario, Variant
 from wdmoe.solver.plan import plan_layer
-from wdmoe.solver.ranking import RANKS, rank_weights
+from wdmoe.solver.ranking import rank_weights
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from wdmoe.config import RANKS
 from wdmoe.errors import ConfigError
 from wdmoe.simulation.reading import Table
 from wdmoe.solver.layer_time import Levers
 from wdmoe.solver.plan import Policy
-from wdmoe.solver.ranking import RANKS
 from wdmoe.solver.selection import POLICIES
 from wdmoe.wireless.link import SPENDINGS
 from wdmoe.wireless.tr38901 import SCENARIOS
