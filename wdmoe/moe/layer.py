@@ -52,12 +52,15 @@ class LayerRules:
 
 
 class ExpertLayers:
-    """All MoE layers of a model. `routing` gives the newest snapshot of who serves what."""
+    """All MoE layers of a model. `routing` gives the newest snapshot of who serves what.
+
+    `rules` may be set anew between passes, as evaluations do, which thus compare rules on the same measured devices.
+    """
 
     def __init__(self, exchange: Exchange, routing: Callable[[], Routing], rules: LayerRules) -> None:
         self._exchange = exchange
         self._routing = routing
-        self._rules = rules
+        self.rules = rules
         self.health = DeviceHealth()
         self._seen = Routing()
         self._last_air: Air | None = None
@@ -106,16 +109,16 @@ class ExpertLayers:
     def _choose(self, routing: Routing, layer: int, tokens: Activations, demand: Demand) -> Chosen:
         all_served = self.health.all_well and layer in routing.complete
         device_of = self._device_of(routing, layer)
-        policy = "topk" if layer in self._rules.whole_layers else self._rules.policy
+        policy = "topk" if layer in self.rules.whole_layers else self.rules.policy
         return choose(
             demand,
             policy=policy,
             costs=None if policy == "topk" else self._costs(routing, tokens, demand, device_of),
-            budget_s=self._rules.budget_s + (len(tokens) - 1) * self._rules.budget_per_token_s,
+            budget_s=self.rules.budget_s + (len(tokens) - 1) * self.rules.budget_per_token_s,
             available=None if all_served else self.health.available(routing.devices, device_of),
-            renormalise=self._rules.renormalise,
-            gate_temperature=self._rules.gate_temperature,
-            rank=self._rules.rank,
+            renormalise=self.rules.renormalise,
+            gate_temperature=self.rules.gate_temperature,
+            rank=self.rules.rank,
         )
 
     def _costs(self, routing: Routing, tokens: Activations, demand: Demand, device_of: Int32Array) -> Costs | None:
@@ -131,7 +134,7 @@ class ExpertLayers:
         other_s = self._other_s(air, counts) if air.total_hz else self.health.token_s(routing.devices, counts)
         if other_s is None:
             return None
-        links = air.links(other_s) if self._rules.policy == "budget" else None
+        links = air.links(other_s) if self.rules.policy == "budget" else None
         return Costs(device_of, air.each_s + other_s, links, air.total_hz or 1.0)
 
     def _other_s(self, air: Air, tokens: Sequence[int]) -> FloatArray:
@@ -144,7 +147,7 @@ class ExpertLayers:
         air = self._last_air
         if air is None or air.devices is not routing.devices:
             bits = 8.0 * tokens.itemsize * tokens.shape[1]
-            air = Air(routing.devices, bits, self._rules.bandwidth_hz, self._rules.equal_bandwidth)
+            air = Air(routing.devices, bits, self.rules.bandwidth_hz, self.rules.equal_bandwidth)
             self._last_air = air
         return air
 
@@ -169,7 +172,7 @@ class ExpertLayers:
     ) -> list[Part]:
         """Dispatch, and book what it took."""
         started_s, busy = time.monotonic(), _Busy(meanwhile)
-        air = self._air(routing, tokens) if self._rules.bandwidth_hz and routing.devices else None
+        air = self._air(routing, tokens) if self.rules.bandwidth_hz and routing.devices else None
         parts = dispatch(
             self._exchange,
             layer,
@@ -178,7 +181,7 @@ class ExpertLayers:
             chosen.weights,
             routing.devices,
             self._device_of(routing, layer),
-            self._rules.deadline_s + len(tokens) * self._rules.deadline_per_token_s,
+            self.rules.deadline_s + len(tokens) * self.rules.deadline_per_token_s,
             busy,
             None if air is None else lambda counts: air.share(counts, self._other_s(air, counts)),
         )
@@ -249,7 +252,7 @@ class ExpertLayers:
 
     def _scale(self, chosen: Chosen, owed: Float32Array | None) -> Float32Array | None:
         """(tokens,) factor that makes up for what did not come, where the model wants it so."""
-        if owed is None or not self._rules.renormalise:
+        if owed is None or not self.rules.renormalise:
             return None
         wanted = chosen.weights.sum(axis=1)
         arrived = wanted - owed
