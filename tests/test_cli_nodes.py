@@ -121,7 +121,7 @@ def test_from_bundle_to_answer(bundle, tmp_path, nodes):
     told = json.loads(run("status", "--url", url, "--json").stdout)
     assert (told["model"], told["policy"], told["rank"], told["whole_layers"]) == ("tiny", "cosine", "probability", 1)
     placement = read_placement(run("status", "--url", url, "--print-placement").stdout)
-    assert sum(len(placement[name]) for name in names) == 24
+    assert [len(placement[name]) for name in names] == [24, 24]  # each expert has its home on one, a copy on the other
     assert "wdmoe_devices 2.0" in httpx.get(f"{url}/metrics").text
 
     assert all(name in run("token", "list", *state).stdout for name in names)

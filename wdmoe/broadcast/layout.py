@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from wdmoe.broadcast.principal import ALPHAS, Principal, divisions
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 PILOTS = 4  # real dimensions: two for each of the two pilots
 _PILOT_SCALE = 1.5  # amplitude of the scale's pilot, for one standard deviation of its logarithm
@@ -50,9 +53,8 @@ class Layout(nn.Module):
         super().__init__()
         self.tokens, self.slots = tokens, slots
         count = 2 * tokens * slots
-        self.stray = nn.Sequential(nn.Linear(2, condition), nn.SiLU(), nn.Linear(condition, _RIPPLES))
-        nn.init.zeros_(self.stray[2].weight)
-        nn.init.zeros_(self.stray[2].bias)
+        last = zeroed(nn.Linear(condition, _RIPPLES))
+        self.stray = nn.Sequential(nn.Linear(2, condition), nn.SiLU(), last)
         place = torch.log1p(torch.arange(count)) / math.log1p(count)
         waves = torch.cos(math.pi * place[None] * torch.arange(1, _RIPPLES + 1)[:, None])
         self.register_buffer("index", torch.arange(count), persistent=False)
@@ -122,15 +124,22 @@ class Layout(nn.Module):
             noise: (block,) power of a dimension's noise.
         """
         at = dims.shared[:, None] + torch.arange(PILOTS, device=values.device)
-        scale_pilot, same_pilot = values.gather(1, at).unflatten(1, (2, -1)).mean(dim=2).unbind(1)
+        scale_pilot, same_pilot = values.gather(1, at).view(-1, 2, PILOTS // 2).mean(dim=2).unbind(1)
         trust = _PILOT_SCALE**2 / (_PILOT_SCALE**2 + noise / 2)
         log_scale = scale_pilot * trust * (_LOG_SCALE_SPREAD / _PILOT_SCALE)
         return log_scale.clamp(-_MOST_LOG_SCALE, _MOST_LOG_SCALE), same_pilot > _PILOT_SAME / 2
 
 
+def zeroed(layer: Layer) -> Layer:
+    """The same layer, whose output is nothing until it is trained."""
+    for weight in layer.parameters():
+        nn.init.zeros_(weight)
+    return layer
+
+
 def to_symbols(values: Tensor, tokens: int) -> Tensor:
     """(block, dimension) to (block, token, slot, 2): a rate's first slots are the first dimensions."""
-    return values.unflatten(1, (-1, 2, tokens)).permute(0, 3, 1, 2)
+    return values.view(len(values), -1, 2, tokens).permute(0, 3, 1, 2)
 
 
 def from_symbols(symbols: Tensor) -> Tensor:

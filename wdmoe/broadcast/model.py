@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wdmoe.broadcast.layout import Layout, from_symbols, to_symbols
+from wdmoe.broadcast.layout import Layout, from_symbols, to_symbols, zeroed
 from wdmoe.broadcast.principal import Principal, assumed_principal
 from wdmoe.errors import ConfigError
 
@@ -94,7 +94,7 @@ class BroadcastCodec(nn.Module):
         for name in ("mean", "basis", "spread"):
             self.register_buffer(name, torch.empty(getattr(assumed, name).shape))
         self.take(assumed)
-        self.register_load_state_dict_post_hook(_retake)
+        self.register_load_state_dict_post_hook(_retake)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def take(self, principal: Principal) -> None:
@@ -165,7 +165,8 @@ class BroadcastCodec(nn.Module):
         told = torch.stack([snr, snr.flip(1), both, share], dim=2).flatten(0, 1)  # for each picture: own and other SNR
         features = self.encoder(pictures.flatten(0, 1), told).unflatten(0, (-1, USERS))
         change = self.fusion(features.flatten(0, 1), features.flip(1).flatten(0, 1), told)
-        return pictures + change.unflatten(0, (-1, USERS))
+        ready: Tensor = pictures + change.view_as(pictures)
+        return ready
 
     def _linear(
         self, values: Tensor, noise: Tensor, log_scale: Tensor, share: Tensor, kept: Tensor, user: Tensor
@@ -179,7 +180,8 @@ class BroadcastCodec(nn.Module):
         unsure = (noise * torch.exp(-2 * log_scale))[:, None]
         components = own * torch.sqrt(power[:, 0].clamp_min(_LEAST_POWER)) / (power[:, 0] + unsure) * self.spread
         side = self.settings.side
-        return (components @ self.basis.T + self.mean).view(-1, 3, side, side)
+        pictures: Tensor = (components @ self.basis.T + self.mean).view(-1, 3, side, side)
+        return pictures
 
     def _check(self, pictures: Tensor, snr_db: Tensor, alpha: Tensor, kept: Tensor) -> None:
         block, side = pictures.shape[0], self.settings.side
@@ -286,9 +288,7 @@ class _Picture(nn.Module):
         width, patch = settings.width, settings.patch
         self.norm = nn.LayerNorm(width)
         self.spread = nn.Linear(width, 16 * patch**2)
-        self.head = nn.Sequential(nn.PixelShuffle(patch), nn.GELU(), nn.Conv2d(16, 3, 3, padding=1))
-        nn.init.zeros_(self.head[2].weight)
-        nn.init.zeros_(self.head[2].bias)
+        self.head = nn.Sequential(nn.PixelShuffle(patch), nn.GELU(), zeroed(nn.Conv2d(16, 3, 3, padding=1)))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(picture, token, width) to (picture, 3, side, side)."""

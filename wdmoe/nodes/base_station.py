@@ -34,6 +34,7 @@ from wdmoe.nodes.control_plane import ControlPlane
 from wdmoe.nodes.entrance import Entrance, GuardedEntrance, OpenEntrance
 from wdmoe.nodes.layer_rules import layer_rules
 from wdmoe.nodes.overview import describe
+from wdmoe.nodes.placing import Wishes
 from wdmoe.records import ExpertId
 from wdmoe.solver.placing.file import read_placement, write_placement
 from wdmoe.transport.admission import Admission
@@ -144,10 +145,12 @@ class BaseStation:
             data_port=int(self._data.endpoint.rsplit(":", 1)[1]),
             lease_s=settings.lease_s,
             max_message_bytes=self._options.max_message_bytes,
-            pinned=pinned,
+            wishes=Wishes(
+                pinned=pinned,
+                copies=settings.copies,
+                choosy=settings.policy != "topk" or settings.bandwidth_hz > 0,
+            ),
             shares_band=settings.bandwidth_hz > 0,
-            copies=settings.copies,
-            choosy=settings.policy != "topk" or settings.bandwidth_hz > 0,
         )
         thread = ModelThread(
             exchange,

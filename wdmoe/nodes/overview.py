@@ -40,7 +40,7 @@ def describe(
         "encrypted": not settings.insecure,
         "experts": len(manifest.experts),
         "unserved": len(manifest.experts) - served,
-        "experts_without_room": len(control.unplaced),
+        "experts_without_room": len(control.arrangement.unplaced),
         "placement": placement,
         "devices": [_device(device, health) for device in devices],
         "devices_lost": control.lost_devices,

@@ -43,6 +43,38 @@ Targets = dict[ExpertId, str]  # expert -> device_id that shall hold it
 Copies = dict[str, frozenset[ExpertId]]  # device_id -> experts it holds besides those it is home to
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What the user wants of the placement."""
+
+    pinned: Mapping[str, frozenset[ExpertId]] = field(default_factory=dict)  # device name -> experts, as in the file
+    copies: int = 1  # devices that hold each expert, memory allowing: 1 or 2
+    choosy: bool = False  # which experts serve depends on their devices, so a layer must have several
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrangement:
+    """Who shall hold what."""
+
+    targets: Targets = field(default_factory=dict)
+    copies: Copies = field(default_factory=dict)
+    unplaced: tuple[ExpertId, ...] = ()  # fit nowhere
+
+
+def arrange(catalogue: Catalogue, hosts: Sequence[Host], before: Arrangement, wishes: Wishes) -> Arrangement:
+    """Homes and copies for all experts on the live devices; little is moved, and the copies of a lost home move up."""
+    live = {host.device_id for host in hosts}
+    homes = {expert: device_id for device_id, experts in before.copies.items() for expert in experts}
+    homes |= {expert: home for expert, home in before.targets.items() if home in live}
+    # With a copy of each expert elsewhere, a layer may stand on one device: its loss takes nothing with it.
+    alone = wishes.copies > 1 and not wishes.choosy and has_room_for_copies(catalogue, hosts, wishes.copies)
+    targets, unplaced = choose_targets(catalogue, hosts, homes, wishes.pinned, 1 if alone else LEAST_SPAN)
+    copies = pinned_copies(hosts, wishes.pinned)
+    if wishes.copies > 1:
+        copies = choose_standbys(catalogue, hosts, targets, copies, before.copies)
+    return Arrangement(targets=targets, copies=copies, unplaced=unplaced)
+
+
 def choose_targets(
     catalogue: Catalogue,
     hosts: Sequence[Host],
@@ -186,29 +218,25 @@ def _pinned_homes(copies: Mapping[str, frozenset[ExpertId]], before: Mapping[Exp
     return homes
 
 
-def wanted(
-    hosts: Sequence[Host], targets: Mapping[ExpertId, str], copies: Mapping[str, frozenset[ExpertId]]
-) -> dict[str, set[ExpertId]]:
+def wanted(hosts: Sequence[Host], arrangement: Arrangement) -> dict[str, set[ExpertId]]:
     """device_id -> experts it shall hold in the end: those it is home to, and its copies of others."""
     hold = {host.device_id: set[ExpertId]() for host in hosts}
-    for expert, device_id in targets.items():
+    for expert, device_id in arrangement.targets.items():
         if device_id in hold:
             hold[device_id].add(expert)
-    for device_id, experts in copies.items():
+    for device_id, experts in arrangement.copies.items():
         if device_id in hold:
             hold[device_id] |= experts
     return hold
 
 
-def holdings(
-    hosts: Sequence[Host], targets: Mapping[ExpertId, str], copies: Mapping[str, frozenset[ExpertId]]
-) -> dict[str, tuple[ExpertId, ...]]:
+def holdings(hosts: Sequence[Host], arrangement: Arrangement) -> dict[str, tuple[ExpertId, ...]]:
     """device_id -> experts to hold now: what it shall, and what it still serves until the new home is ready."""
     ready = {host.device_id: host.ready for host in hosts}
-    hold = wanted(hosts, targets, copies)
+    hold = wanted(hosts, arrangement)
     for host in hosts:
         for expert in host.ready:
-            target = targets.get(expert)
+            target = arrangement.targets.get(expert)
             if target is not None and expert not in ready.get(target, frozenset()):
                 hold[host.device_id].add(expert)
     return {device_id: tuple(sorted(experts)) for device_id, experts in hold.items()}
