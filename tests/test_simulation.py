@@ -276,6 +276,12 @@ def _mend(folder: Path, name: str) -> None:
         ('name = "best"', 'name = "equal"', "same name"),
         ('policy = "budget"', 'policy = "magic"', "policy must be one of"),
         ('policy = "budget"', 'policy = "budget"\nrank = "luck"', "rank must be one of"),
+        ("multicast = true", 'multicast = "loud"', "multicast must be true, false or one of none, weakest"),
+        (
+            "multicast = true\nbits = 8\n",
+            'multicast = "superposition"\n[radio]\nlaw = "nr"\nspending = "density"\n',
+            "'budget': multicast = \"superposition\" needs",
+        ),
         ("bits = 8", "bits = 7", "'budget': bits must be one of"),
         ("bits = 8", "least_similarity = 2.5", "least_similarity"),
         ('name = "small"', 'name = "small', "not TOML"),

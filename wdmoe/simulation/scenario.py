@@ -10,7 +10,7 @@ from typing import Any
 from wdmoe.config import RANKS
 from wdmoe.errors import ConfigError
 from wdmoe.simulation.reading import Table
-from wdmoe.solver.layer_time import Levers
+from wdmoe.solver.layer_time import MULTICASTS, Levers
 from wdmoe.solver.plan import Policy
 from wdmoe.solver.selection import POLICIES
 from wdmoe.wireless.link import SPENDINGS
@@ -21,7 +21,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-SHIPPED = ("journal", "wifi-room", "decode", "prefill")
+SHIPPED = ("journal", "wifi-room", "decode", "prefill", "multicast")
 PATH_LOSSES = ("free-space", "log-distance", *SCENARIOS)
 FADINGS = ("rayleigh", "rician", "none")
 LAWS = ("shannon", "nr", "wifi")
@@ -167,6 +167,12 @@ def parse_scenario(text: str) -> Scenario:
     names = [variant.name for variant in scenario.variants]
     if len(set(names)) != len(names):
         raise ConfigError("two [[variant]] have the same name")
+    for variant in scenario.variants:
+        if variant.policy.levers.multicast == "superposition" and scenario.radio.law != "shannon":
+            raise ConfigError(
+                f'[[variant]] {variant.name!r}: multicast = "superposition" needs [radio] law = "shannon", '
+                f"got {scenario.radio.law!r}: its powers are of Gaussian codes, not of an MCS table"
+            )
     return scenario
 
 
@@ -272,7 +278,7 @@ def _variant(table: Table) -> Variant:
         "coarse_bits": table.integer("coarse_bits", 0, 0, 16),
         "coarse_share": table.number("coarse_share", _USUAL.levers.coarse_share, 0.0, 1.0),
         "partial_sums": table.flag("partial_sums"),
-        "multicast": table.flag("multicast"),
+        "multicast": table.switch("multicast", MULTICASTS),
         "micro_batches": table.integer("micro_batches", 1, 1, 1024),
         "equal_bandwidth": table.text("bandwidth", "optimal", ("optimal", "equal")) == "equal",
     }

@@ -8,8 +8,9 @@ Levers change its terms [D]:
 
 - fewer bits per activation: down_k and up_k shrink with them;
 - partial sums: n_k counts tokens, not assignments, since a device adds up what it computed for a token;
-- multicast: each token is sent once over the whole band, at the rate of the weakest of its devices, before the
-  devices share the band for the way up. M is the sum of these times, and down_k is 0. It is used where it pays;
+- multicast: each token is sent once over the whole band, before the devices share the band for the way up. M is what
+  that takes, and down_k is 0. It is used where it pays. "weakest": one token after the other, each at the rate of the
+  weakest of its devices. "superposition": all at once, see `wdmoe.solver.superposition`; never slower than that;
 - micro-batches: in m parts, link and compute overlap: with air a and compute c, max(a + c / m, a / m + c).
 
 M is 0 without multicast. Compute is `max(tokens x token_s, expert_s)` for each expert: a roofline, or FLOP alone where
@@ -25,11 +26,13 @@ import numpy.typing as npt
 
 from wdmoe.solver.bandwidth import Links, allocate_bandwidth
 from wdmoe.solver.bandwidth_reference import seconds_per_token
+from wdmoe.solver.superposition import superpose
 
 IntArray = npt.NDArray[np.integer]
 FloatArray = npt.NDArray[np.float64]
 
 BITS = (4, 8, 16)
+MULTICASTS = ("none", "weakest", "superposition")
 SCALE_BITS = 16  # of each activation vector that has fewer than 16 bits a value: what its values are divided by
 _TURNS = 8  # of finding out which devices wait for the link and which for compute; two or three are usual
 
@@ -56,6 +59,16 @@ class Air:
         """How many there are."""
         return len(self.token_s)
 
+    @property
+    def downlink_snr(self) -> FloatArray:
+        """(devices,) plain ratio down, with the station's power over the whole band.
+
+        With efficiencies, what a Gaussian code would need for the same.
+        """
+        if self.downlink_efficiency is not None:
+            return np.asarray(np.exp2(self.downlink_efficiency) - 1)
+        return self.downlink_snr_hz / self.total_hz
+
     def links(self, bits: FloatArray, downlink: bool = True, compute_s: FloatArray | float = 0.0) -> Links:
         """What one activation costs each device, for `bits` (devices,) a value."""
         vector = self.hidden * bits + np.where(bits < 16, SCALE_BITS, 0)
@@ -81,12 +94,14 @@ class Levers:
     coarse_bits: int = 0  # of devices whose air is dearest; 0: none
     coarse_share: float = 0.25  # of the layer's gate weight that may travel with so few, at most
     partial_sums: bool = False
-    multicast: bool = False
+    multicast: str | bool = "none"  # or "weakest", which True means, or "superposition"
     micro_batches: int = 1
     equal_bandwidth: bool = False  # every device gets the same, whatever it needs
 
     def __post_init__(self) -> None:
-        for name, allowed in (("bits", BITS), ("coarse_bits", (0, *BITS))):
+        if isinstance(self.multicast, bool):
+            object.__setattr__(self, "multicast", MULTICASTS[self.multicast])
+        for name, allowed in (("bits", BITS), ("coarse_bits", (0, *BITS)), ("multicast", MULTICASTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
         if self.coarse_bits > self.bits:
@@ -119,25 +134,33 @@ def layer_time(air: Air, levers: Levers, experts: IntArray, device: IntArray, bi
     """
     work = _Work(air, levers, experts, device)
     unicast = work.timed(air.links(bits), 0.0, bits)
-    if not levers.multicast:
+    if levers.multicast == "none":
         return unicast
-    common_s = multicast_s(air, device, bits)
+    common_s = multicast_s(air, levers, device, bits)
     multicast = work.timed(air.links(bits, downlink=False), common_s, bits)
     return multicast if multicast.latency_s < unicast.latency_s else unicast
 
 
-def multicast_s(air: Air, device: IntArray, bits: FloatArray) -> float:
-    """Seconds to send each token once, over the whole band, so that the weakest of its devices can read it."""
-    sent = (device >= 0).any(axis=1)
-    at = device[sent]
+def multicast_s(air: Air, levers: Levers, device: IntArray, bits: FloatArray) -> float:
+    """Seconds to send each token once, over the whole band, so that each of its devices can read it; 0: "none"."""
+    if levers.multicast == "none":
+        return 0.0
+    vector = _token_bits(air, device, bits)
+    if levers.multicast == "superposition":
+        return superpose(vector, device, air.downlink_snr, air.total_hz).seconds
     efficiency = air.downlink_efficiency
     if efficiency is None:
-        efficiency = np.log1p(air.downlink_snr_hz / air.total_hz) / np.log(2)
-    slowest = np.where(at >= 0, efficiency[at], np.inf).min(axis=1, initial=np.inf)
-    widest = np.where(at >= 0, bits[at], 0).max(axis=1, initial=0)
-    vector = air.hidden * widest + np.where(widest < 16, SCALE_BITS, 0)
-    with np.errstate(divide="ignore"):
-        return float((vector / (air.total_hz * slowest)).sum())
+        efficiency = np.log1p(air.downlink_snr) / np.log(2)
+    slowest = np.where(device >= 0, efficiency[device], np.inf).min(axis=1, initial=np.inf)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.where(vector > 0, vector / (air.total_hz * slowest), 0.0).sum())
+
+
+def _token_bits(air: Air, device: IntArray, bits: FloatArray) -> FloatArray:
+    """(tokens,) bits of a hidden vector that goes to all its devices at once, as the most exacting wants it."""
+    widest = np.where(device >= 0, bits[device], 0).max(axis=1, initial=0)
+    vector: FloatArray = np.where(widest > 0, air.hidden * widest + np.where(widest < 16, SCALE_BITS, 0), 0.0)
+    return vector
 
 
 def bits_of_devices(air: Air, levers: Levers, weights: FloatArray, device: IntArray) -> FloatArray:

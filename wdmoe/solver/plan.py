@@ -138,10 +138,9 @@ def _kept_by_budget(
 ) -> BoolArray:
     levers = policy.levers
     bits = bits_of_devices(air, levers, weights, device)
-    links = air.links(bits, downlink=not levers.multicast, compute_s=air.token_s)
+    links = air.links(bits, downlink=levers.multicast == "none", compute_s=air.token_s)
     if not policy.budget_s:
         choice = select_at_most_dropped(experts, weights, device, links, air.total_hz, policy.max_dropped)
         return choice.experts >= 0
-    common_s = multicast_s(air, device, bits) if levers.multicast else 0.0
-    left_s = max(policy.budget_s - common_s, 1e-9)
+    left_s = max(policy.budget_s - multicast_s(air, levers, device, bits), 1e-9)
     return select_within_budget(experts, weights, device, links, air.total_hz, left_s).experts >= 0
