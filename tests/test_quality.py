@@ -136,6 +136,8 @@ WINDOW = 32
 SCENARIO = """
 name = "tiny"
 draws = 2
+[channel]
+fading_changes = "layer"
 [devices]
 count = 3
 experts = 6
@@ -149,6 +151,7 @@ name = "plain"
 bandwidth = "equal"
 [[variant]]
 name = "hertz"
+csi_layers = 0
 [[variant]]
 name = "coarse"
 policy = "budget"

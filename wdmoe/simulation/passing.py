@@ -12,7 +12,7 @@ from wdmoe.gate_trace import GateTrace
 from wdmoe.simulation.drawing import Draw
 from wdmoe.simulation.placing import Holders
 from wdmoe.simulation.scenario import Scenario, Variant
-from wdmoe.solver.plan import plan_layer
+from wdmoe.solver.plan import carried_out, plan_layer
 from wdmoe.solver.ranking import rank_weights
 
 FloatArray = npt.NDArray[np.float64]
@@ -67,7 +67,9 @@ def _one_pass(
     for layer in range(layers):
         alike = None if replay.similarity is None else replay.similarity[layer]
         experts, weights = replay.experts[layer, tokens], replay.weights[variant.rank][layer, tokens]
-        plan = plan_layer(experts, weights, held[layer], draw.airs[number][layer], variant.policy_of(layer), alike)
+        known, air = draw.airs[number][variant.measured(layer)], draw.airs[number][layer]
+        plan = plan_layer(experts, weights, held[layer], known, variant.policy_of(layer), alike)
+        plan = carried_out(plan, known, air, variant.policy.levers)
         latency_s += plan.time.latency_s
         dropped += plan.dropped_weight / layers
         replaced += plan.replaced_weight / layers

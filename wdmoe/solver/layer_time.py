@@ -141,6 +141,31 @@ def layer_time(air: Air, levers: Levers, experts: IntArray, device: IntArray, bi
     return multicast if multicast.latency_s < unicast.latency_s else unicast
 
 
+def time_spent(
+    air: Air, known: Air, levers: Levers, experts: IntArray, device: IntArray, decided: LayerTime
+) -> LayerTime:
+    """What a layer takes where the channel is another than the one that it was decided for.
+
+    Bands, bits, multicast or not, and the powers of a superposition stay as decided; rates are the real ones, so codes
+    are ideally rateless: nothing is sent twice, and nobody sends faster than the channel lets through.
+
+    Args:
+        air: what there is.
+        known: what was thought to be; `decided` is the `layer_time` of it.
+        experts, device: as in `layer_time`.
+    """
+    work = _Work(air, levers, experts, device)
+    if not decided.multicast_s:
+        return work.with_band(air.links(decided.bits), 0.0, decided.bits, decided.bandwidth_hz)
+    if levers.multicast == "superposition":
+        vector = _token_bits(air, device, decided.bits)
+        sent = superpose(vector, device, known.downlink_snr, known.total_hz)
+        common_s = sent.seconds_at(air.downlink_snr, air.total_hz)
+    else:
+        common_s = multicast_s(air, levers, device, decided.bits)
+    return work.with_band(air.links(decided.bits, downlink=False), common_s, decided.bits, decided.bandwidth_hz)
+
+
 def multicast_s(air: Air, levers: Levers, device: IntArray, bits: FloatArray) -> float:
     """Seconds to send each token once, over the whole band, so that each of its devices can read it; 0: "none"."""
     if levers.multicast == "none":
@@ -208,6 +233,10 @@ class _Work:
             band = np.full(self._air.devices, self._air.total_hz / self._air.devices)
         else:
             band = self._best_band(links)
+        return self.with_band(links, common_s, bits, band)
+
+    def with_band(self, links: Links, common_s: float, bits: FloatArray, band: FloatArray) -> LayerTime:
+        """With a band that was decided."""
         device_s = self._device_s(links, band)
         latency_s = common_s + float(device_s.max(initial=0.0))
         return LayerTime(latency_s, band, device_s, common_s, bits, self.vectors)

@@ -5,7 +5,7 @@ The way of a decision: near experts for far ones (where asked for), a copy for e
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from wdmoe.solver.bottleneck import shed_bottleneck
 from wdmoe.solver.budget import select_at_most_dropped, select_within_budget
 from wdmoe.solver.copies import choose_copies
-from wdmoe.solver.layer_time import Air, LayerTime, Levers, bits_of_devices, layer_time, multicast_s
+from wdmoe.solver.layer_time import Air, LayerTime, Levers, bits_of_devices, layer_time, multicast_s, time_spent
 from wdmoe.solver.replacing import replace_far
 from wdmoe.solver.selection import POLICIES, prune_experts
 
@@ -89,6 +89,13 @@ def plan_layer(
     replaced = float(weights[kept & (wanted != experts)].sum())
     time = layer_time(air, policy.levers, chosen, at, bits)
     return LayerPlan(chosen, at, dropped / total if total else 0.0, replaced / total if total else 0.0, time)
+
+
+def carried_out(plan: LayerPlan, known: Air, air: Air, levers: Levers) -> LayerPlan:
+    """A plan that was made for the channel `known`, with the time that it takes on `air`."""
+    if air is known:
+        return plan
+    return replace(plan, time=time_spent(air, known, levers, plan.experts, plan.device, plan.time))
 
 
 def _replaced(

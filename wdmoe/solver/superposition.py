@@ -30,7 +30,7 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.integer]
 BoolArray = npt.NDArray[np.bool_]
 
-_STEPS = 100  # of Newton's method; under ten are usual
+_STEPS = 100  # of Newton's method, at most
 _CLOSE = 1e-13  # relative change of u at which it has come to rest
 
 
@@ -53,7 +53,7 @@ class Superposition:
             snr: (devices,) that there is, plain ratio at full power over the whole band.
             total_hz: hertz.
         """
-        if not self.bits.any():
+        if not self.wanted.any():
             return 0.0
         above = np.append(np.cumsum(self.power[::-1])[::-1][1:], 0.0)  # heard as noise
         heard = np.log1p(snr * self.power[:, None] / (1 + snr * above[:, None])) / np.log(2)  # (levels, devices)
@@ -78,7 +78,7 @@ def superpose(token_bits: FloatArray, device: IntArray, snr: FloatArray, total_h
     served = (device >= 0).any(axis=1)
     at, sent = device[served], np.asarray(token_bits, np.float64)[served]
     level = np.where(at >= 0, level_of[at], len(snr)).min(axis=1, initial=len(snr))
-    bits = np.bincount(level, sent, minlength=len(snr))
+    bits = np.bincount(level, sent, minlength=len(snr)).astype(np.float64)
     wanted = np.zeros((len(snr), len(snr)), bool)
     row, column = np.nonzero(at >= 0)
     wanted[level[row], at[row, column]] = True
