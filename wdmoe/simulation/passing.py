@@ -75,9 +75,7 @@ def _one_pass(
         replaced += plan.replaced_weight / layers
         computed += float((plan.experts >= 0).sum()) / layers / len(tokens)
         cast += (plan.time.multicast_s > 0) / layers
-        up = float((plan.time.vectors * plan.time.bits).sum()) * scenario.model.hidden
-        down = len(tokens) * float(plan.time.bits.max()) * scenario.model.hidden if plan.time.multicast_s else up
-        bits += up + down
+        bits += scenario.model.hidden * (plan.time.down_bits + plan.time.up_bits)
     return {
         "latency_s": latency_s,
         "dropped_weight": dropped,

@@ -316,6 +316,7 @@ def _variant(table: Table) -> Variant:
         "bits": table.integer("bits", 16, 4, 16),
         "coarse_bits": table.integer("coarse_bits", 0, 0, 16),
         "coarse_share": table.number("coarse_share", _USUAL.levers.coarse_share, 0.0, 1.0),
+        "max_distortion": table.number("max_distortion", 0.0, 0.0, 1.0),
         "partial_sums": table.flag("partial_sums"),
         "multicast": table.switch("multicast", MULTICASTS),
         "micro_batches": table.integer("micro_batches", 1, 1, 1024),
