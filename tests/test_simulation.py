@@ -72,6 +72,14 @@ def test_a_dask_cluster_gives_the_same_digits(small: Scenario) -> None:
     assert draws_text(far) == draws_text(run_study(small, 1))
 
 
+@pytest.mark.slow
+def test_a_ray_cluster_gives_the_same_digits(small: Scenario) -> None:
+    ray = pytest.importorskip("ray")
+    far = run_study(replace(small, backend="ray"), 2)
+    assert draws_text(far) == draws_text(run_study(small, 1))
+    assert not ray.is_initialized()
+
+
 def test_variants_are_paired_and_more_draws_change_none(small: Scenario) -> None:
     whole = run_study(small, 1)
     alone = run_study(replace(small, variants=small.variants[1:2], draws=6), 1)
