@@ -212,14 +212,14 @@ def bits_of_assignments(air: Air, levers: Levers, weights: FloatArray, device: I
 def mean_vector_bits(air: Air, levers: Levers, device: IntArray, bits: FloatArray) -> FloatArray:
     """(devices,) bits of a vector, the mean over a device's assignments."""
     served = device >= 0
-    count = np.bincount(device[served], minlength=air.devices)
+    count = np.bincount(device[served], minlength=air.devices).astype(np.float64)
     total = np.bincount(device[served], vector_bits(air.hidden, bits[served]), minlength=air.devices)
     return _mean(total, count, float(vector_bits(air.hidden, np.array(float(levers.bits)))))
 
 
-def _mean(total: FloatArray, count: npt.NDArray[np.generic], none: float) -> FloatArray:
+def _mean(total: npt.NDArray[np.number], count: FloatArray, none: float) -> FloatArray:
     """total / count, and `none` where nothing was counted."""
-    return np.divide(total, count, out=np.full(total.shape, none), where=np.asarray(count > 0))
+    return np.asarray(np.divide(total, count, out=np.full(total.shape, none), where=count > 0), np.float64)
 
 
 def _bits_of_devices(air: Air, levers: Levers, weights: FloatArray, device: IntArray) -> FloatArray:
