@@ -30,6 +30,7 @@ HEADERS = (
     "hertz",
     "link_time",
     "replacing",
+    "row_top_k",
     "selection",
 )
 

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Coroutine, Iterator
+from concurrent.futures import TimeoutError as FutureTimeout  # its own class before Python 3.11
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from wdmoe.config import StationSettings
+from wdmoe.errors import WdmoeError
 from wdmoe.nodes.base_station import BaseStation
 
 T = TypeVar("T")
@@ -44,7 +46,11 @@ class Loop:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float = PATIENCE_S) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(timeout_s)
+        finally:
+            future.cancel()  # what took too long must not run on beside the next test
 
     def close(self) -> None:
         self.run(self._loop.shutdown_default_executor())
@@ -117,12 +123,19 @@ class Fleet:
     def wait(self, station: BaseStation, devices: int) -> None:
         """Until so many devices serve, and every expert is served."""
 
+        def serving() -> set[str]:
+            return {d.report.name for ds in station.control.roster.serving().values() for d in ds}
+
         async def settled() -> None:
             await station.wait_until_served(PATIENCE_S)
-            while len({d.device_id for ds in station.control.roster.serving().values() for d in ds}) < devices:
+            while len(serving()) < devices:
                 await asyncio.sleep(0.05)
 
-        self.loop.run(settled())
+        try:
+            self.loop.run(settled(), PATIENCE_S + 5)
+        except (TimeoutError, FutureTimeout, WdmoeError) as error:
+            said = "\n".join(f"--- {each.name} ({each.process.poll()})\n{each.said()}" for each in self.devices)
+            raise AssertionError(f"waited for {devices} devices, {serving()} serve\n{said}") from error
 
     def close(self) -> None:
         for device in self.devices:

@@ -83,17 +83,24 @@ class LabDevice:
 
 
 class Lab:
-    """Spreads the experts of a bundle over devices, expert e of each layer on device e modulo their number."""
+    """Spreads the experts of a bundle over devices, expert e of each layer on device e modulo their number.
 
-    def __init__(self, bundle: Bundle, devices: int = 3, rules: Mapping[str, object] | None = None) -> None:
+    With two copies, the next device holds it as well.
+    """
+
+    def __init__(
+        self, bundle: Bundle, devices: int = 3, rules: Mapping[str, object] | None = None, copies: int = 1
+    ) -> None:
         manifest = bundle.manifest
         self._data = MemoryDataStation()
         self.prefill_chunk = 16
-        homes = [[f.id for f in manifest.experts if f.id.expert % devices == d] for d in range(devices)]
+        self._homes = devices
+        homes = [[f.id for f in manifest.experts if (d - f.id.expert) % devices < copies] for d in range(devices)]
         self.devices = [LabDevice(self._data, bundle, f"device {d}", homes[d]) for d in range(devices)]
         self.routing = Routing()
         exchange = self.exchange = Exchange(self._data, lambda envelope: None, lambda route: None)
         defaults = {"renormalise": manifest.on_drop == "renormalise", "gate_temperature": manifest.gate_temperature}
+        defaults |= {"rank": manifest.rank}
         all_rules = LayerRules(**{**defaults, "deadline_s": 30.0, **(rules or {})})  # type: ignore[arg-type]
         self.layers = ExpertLayers(exchange, lambda: self.routing, all_rules)
         self.station = load_station(bundle)
@@ -108,13 +115,15 @@ class Lab:
     def route(self, without: frozenset[str] = frozenset()) -> None:
         """Publish who serves what, as if the devices named in `without` were not there."""
         live = [d for d in self.devices if d.name not in without]
-        device_of = {layer: np.full(n, -1, np.int32) for layer, n in self.station.manifest.experts_per_layer.items()}
+        counts = self.station.manifest.experts_per_layer
+        device_of, standby_of = ({layer: np.full(n, -1, np.int32) for layer, n in counts.items()} for _ in range(2))
         for index, device in enumerate(live):
             for layer, expert in device.experts:
-                device_of[layer][expert] = index
+                home = device is self.devices[expert % self._homes]
+                (device_of if home else standby_of)[layer][expert] = index
         routes = tuple(DeviceRoute(d.name, d.name, d.route) for d in live)
         complete = frozenset(layer for layer, row in device_of.items() if (row >= 0).all())
-        self.routing = Routing(routes, device_of, complete)
+        self.routing = Routing(routes, device_of, complete, standby_of)
 
     def close(self) -> None:
         self.thread.stop()

@@ -80,14 +80,14 @@ def names(station: BaseStation) -> set[str]:
 
 
 def test_a_long_prompt_stops_no_heartbeat(fleet: Fleet, bundle: Path) -> None:
-    with fleet.serve(bundle, lease_s=1.0, prefill_chunk=8) as station:
+    with fleet.serve(bundle, lease_s=4.0, prefill_chunk=8) as station:
         sessions = {device.key: device.session for device in station.control.roster.live()}
         heard: dict[str, set[float]] = {key: set() for key in sessions}
 
         async def read_long_prompts() -> None:
             prompt = tuple(range(1, 201)) * 5
             sampling = Sampling(max_tokens=1, ignore_eos=True)
-            while min(map(len, heard.values())) < 3 * BEATS_PER_LEASE:
+            while min(map(len, heard.values())) < 2 * BEATS_PER_LEASE:  # two leases; short ones end by themselves
                 async for event in station.engine.stream(
                     GenerationRequest(request_id="t", prompt=prompt, sampling=sampling)
                 ):
@@ -106,8 +106,23 @@ def test_a_long_prompt_stops_no_heartbeat(fleet: Fleet, bundle: Path) -> None:
         assert [device.said().count("joined ") for device in fleet.devices] == [1, 1, 1]
 
 
-def test_a_device_killed_in_mid_answer_costs_quality_not_the_answer(fleet: Fleet, bundle: Path) -> None:
+def test_with_copies_a_device_killed_in_mid_answer_costs_nothing_but_time(
+    fleet: Fleet, bundle: Path, checkpoint: Path
+) -> None:
     with fleet.serve(bundle, deadline_s=DEADLINE_S) as station:
+        until(fleet, lambda: station.control.wanted() == {d.device_id: d.ready for d in station.control.roster.live()})
+        victim = fleet.devices[1]
+        ids, _, receipt = ask(fleet, station, tokens=40, at_token={10: victim.kill})
+        assert ids == greedy(checkpoint, tokens=40)
+        assert not receipt.degraded
+        until(fleet, lambda: victim.name not in names(station))
+        victim.start()
+        fleet.wait(station, devices=3)
+        assert not ask(fleet, station)[2].degraded
+
+
+def test_without_copies_a_device_killed_in_mid_answer_costs_quality_not_the_answer(fleet: Fleet, bundle: Path) -> None:
+    with fleet.serve(bundle, deadline_s=DEADLINE_S, copies=1) as station:
         victim = fleet.devices[1]
         ids, _, receipt = ask(fleet, station, tokens=60, at_token={10: victim.kill})
         assert len(ids) == 60
@@ -125,7 +140,7 @@ def test_a_device_killed_in_mid_answer_costs_quality_not_the_answer(fleet: Fleet
 
 
 def test_a_frozen_device_is_left_out_until_it_thaws(fleet: Fleet, bundle: Path, checkpoint: Path) -> None:
-    with fleet.serve(bundle, deadline_s=DEADLINE_S, lease_s=1.0) as station:
+    with fleet.serve(bundle, deadline_s=DEADLINE_S, lease_s=1.0, copies=1) as station:
         victim = fleet.devices[0]
         ids, _, receipt = ask(fleet, station, tokens=40, at_token={5: lambda: victim.signal(signal.SIGSTOP)})
         assert len(ids) == 40

@@ -1,6 +1,6 @@
 """What holds for the codec whatever it has learned, and its channel against the wireless model's definition."""
 
-import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from wdmoe.wireless.broadcast import broadcast_awgn
 
 __all__ = ["one_thread"]
 SMALL = ModelSettings(width=16, heads=2, encoder_depth=1, decoder_depth=1, condition=8, slots=16)
+SIXTEEN = replace(SMALL, side=16)
 DRAWS = 20_000
 
 
@@ -26,8 +27,8 @@ def codec():
     made = BroadcastCodec(SMALL).eval()
     with torch.no_grad():
         for name, weight in made.named_parameters():
-            if "modulate" in name:  # starts at zero, as if SNRs did not matter
-                weight.normal_(0, 0.3)
+            if "modulate" in name or "head.2" in name:  # start at zero, as if there was nothing to learn
+                weight.normal_(0, 0.1)
     return made
 
 
@@ -62,17 +63,6 @@ def test_at_the_ends_of_alpha_the_other_picture_leaves_no_trace(codec, alpha, wa
 
 
 @torch.no_grad()
-def test_no_share_of_the_first_user_falls_as_alpha_rises(codec):
-    first, second = torch.randn(2, 1, 64, SMALL.width, generator=torch.Generator().manual_seed(1))
-    told = torch.tensor([[0.0, -0.5, 0.5]])
-    shares = [codec.fusion.share(first, second, told, torch.tensor([a])) for a in np.linspace(0, 1, 21)]
-    for less, more in itertools.pairwise(shares):
-        assert torch.all(more >= less)
-    assert torch.all(shares[0] == 0)
-    assert torch.all(shares[-1] == 1)
-
-
-@torch.no_grad()
 def test_both_snrs_and_alpha_reach_the_symbols_and_its_own_the_decoder(codec):
     plain = codec.encode(*inputs())
     for other in (inputs(snr_db=(12.0, 5.0)), inputs(snr_db=(10.0, 7.0)), inputs(alpha=0.6)):
@@ -103,7 +93,7 @@ def test_the_same_seed_makes_the_same_codec():
     made = []
     for _ in range(2):
         torch.manual_seed(5)
-        made.append(BroadcastCodec(SMALL))
+        made.append(BroadcastCodec(SIXTEEN))
     with torch.no_grad():
         first, second = (each.encode(*inputs(side=16)) for each in made)
     assert torch.equal(first, second)
@@ -112,7 +102,7 @@ def test_the_same_seed_makes_the_same_codec():
 
 def test_gradients_reach_every_weight():
     torch.manual_seed(1)
-    codec = BroadcastCodec(SMALL)
+    codec = BroadcastCodec(SIXTEEN)
     pictures, snr_db, alpha, kept = inputs(side=16, kept=16)
     symbols = codec.encode(pictures, snr_db, alpha, kept)
     heard = awgn(symbols, snr_db, draw_unit(torch.Generator().manual_seed(1), 2, 2, 16, 16))
@@ -139,7 +129,7 @@ def test_noise_has_half_its_power_in_each_part():
 
 @pytest.mark.parametrize("csi_error", [0.0, 0.2])
 def test_what_a_receiver_makes_of_fading_has_the_error_its_snr_says(csi_error):
-    """The least mean square error of a symbol of power 1 is 1 / (1 + SNR)."""
+    """Without bias, the error of a symbol of power 1 has power 1 / SNR."""
     generator = torch.Generator().manual_seed(2)
     blocks = 200
     symbols = draw_unit(generator, blocks, 100, 1)
@@ -147,8 +137,8 @@ def test_what_a_receiver_makes_of_fading_has_the_error_its_snr_says(csi_error):
     known, error = (draw_unit(generator, blocks, 2) for _ in range(2))
     heard = rayleigh(symbols, snr_db, draw_unit(generator, blocks, 2, 100, 1), known, error, csi_error)
     missed = (heard.symbols - symbols[:, None]).square().sum(-1).mean(dim=(2, 3))
-    told = 1 / (1 + 10 ** (heard.snr_db / 10))
-    np.testing.assert_allclose(missed.mean(0), told.mean(0), rtol=0.1)
+    told = 10 ** (heard.snr_db / 10)
+    np.testing.assert_allclose((missed * told).mean(0), [1, 1], rtol=0.1)
 
 
 def test_slots_that_were_not_sent_are_silent_at_the_receiver():
@@ -182,7 +172,8 @@ def test_the_region_loss_lies_between_the_weighted_mean_and_the_worse_user():
         (lambda: ModelSettings(slots=0), "slots"),
         (lambda: ModelSettings().kept(0.5), "cbr"),
         (lambda: ModelSettings().kept(float("nan")), "cbr"),
-        (lambda: BroadcastCodec(SMALL).encode(*inputs(side=30)), "multiple of 4"),
+        (lambda: BroadcastCodec(SMALL).encode(*inputs(side=30)), r"\(block, 2, 3, 32, 32\)"),
+        (lambda: ModelSettings(side=30), "side"),
         (lambda: BroadcastCodec(SMALL).encode(inputs()[0], *inputs(blocks=1)[1:]), "snr_db"),
         (lambda: awgn(torch.zeros(1, 4, 3, 2), torch.zeros(1, 2), torch.zeros(1, 4, 3, 2)), "noise"),
     ],

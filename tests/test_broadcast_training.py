@@ -16,7 +16,7 @@ from wdmoe.broadcast.training import Team, Trainer, Training, fingerprint_of
 from wdmoe.errors import BundleError, ConfigError
 
 __all__ = ["one_thread"]
-MODEL_SETTINGS = ModelSettings(width=16, heads=2, encoder_depth=1, decoder_depth=1, condition=8)
+MODEL_SETTINGS = ModelSettings(side=16, width=16, heads=2, encoder_depth=1, decoder_depth=1, condition=8)
 CPU = torch.device("cpu")
 SIDE, TOKENS = 16, 16
 

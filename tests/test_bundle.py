@@ -93,6 +93,18 @@ def test_manifest_survives_a_round_trip(exported):
     assert parse_manifest(manifest_bytes(other)).gate_temperature == 2.5
 
 
+def test_a_rank_is_written_only_where_it_is_not_the_gates_probability(exported):
+    """So a bundle of before there was a choice is valid, and is made again byte by byte."""
+    data = (exported / MANIFEST_NAME).read_bytes()
+    assert b'"rank"' not in data
+    manifest = parse_manifest(data)
+    assert manifest.rank == "probability"
+    other = manifest_bytes(replace(manifest, rank="energy"))
+    assert b'"rank": "energy"' in other
+    assert parse_manifest(other).rank == "energy"
+    assert manifest_bytes(parse_manifest(other)) == other
+
+
 @pytest.mark.parametrize(
     "path", ["/etc/passwd", "../000/000.onnx", "experts/000/../000/000.onnx", "experts\\000\\000.onnx", "C:/x", "a\0b"]
 )
@@ -143,6 +155,8 @@ def test_loop_of_links_is_refused(copy):
         (lambda m: m.update(top_k=9), "'top_k'"),
         (lambda m: m.update(precision="fp4"), "'precision'"),
         (lambda m: m.update(on_drop="guess"), "'on_drop'"),
+        (lambda m: m.update(rank="luck"), "'rank' must be one of probability, energy"),
+        (lambda m: m.update(rank=None), "'rank'"),
         (lambda m: m.update(on_drop=[]), "'on_drop'"),
         (lambda m: m.update(gate_temperature=0), "'gate_temperature'"),
         (lambda m: m.update(gate_temperature=float("nan")), "NaN"),

@@ -55,6 +55,27 @@ def test_a_cache_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPa
         default_model.default_checkpoint()
 
 
+def test_what_an_earlier_wdmoe_left_in_the_cache_learns_what_to_rank_by(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = default_model.checkpoint_folder(SplitSettings())
+    folder.mkdir(parents=True)
+    file = folder / "config.json"
+    for before in ("{", "[]", '{"wdmoe": 1}'):
+        file.write_text(before)
+        with pytest.raises(BundleError, match="delete it, and it is made anew"):
+            default_model.default_checkpoint()
+    file.write_text('{"vocab_size": 9, "wdmoe": {"on_drop": "keep", "gate_temperature": 0.01}}')
+    assert default_model.default_checkpoint() == folder
+    marks = {"on_drop": "keep", "gate_temperature": 0.01, "rank": "energy"}
+    assert json.loads(file.read_text()) == {"vocab_size": 9, "wdmoe": marks}
+    written = file.stat()
+    assert default_model.default_checkpoint() == folder
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
+    assert list(folder.iterdir()) == [file]
+
+
 @installed
 @pytest.mark.slow
 @pytest.mark.timeout(900)

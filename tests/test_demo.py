@@ -108,6 +108,7 @@ def test_figures_as_json(words, environment, tmp_path):
 
 def test_a_band_that_devices_share(words, environment):
     flags = ["--devices", "1", "--tokens", "2", "--bandwidth", "20MHz", "--budget", "1h", "--no-compare", "--json"]
+    flags += ["--rank", "energy", "--whole-layers", "1"]
     done = subprocess.run([*words, *flags], env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     (run,) = json.loads(done.stdout)["runs"]

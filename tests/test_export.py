@@ -361,10 +361,17 @@ def test_model_type_that_transformers_does_not_know_is_refused(spoilt, tmp_path)
 
 def test_wdmoe_settings_of_the_checkpoint_win(spoilt, tmp_path):
     config = json.loads((spoilt / "config.json").read_text())
-    config["wdmoe"] = {"on_drop": "keep", "gate_temperature": 0.5}
+    config["wdmoe"] = {"on_drop": "keep", "gate_temperature": 0.5, "rank": "energy"}
     (spoilt / "config.json").write_text(json.dumps(config))
     manifest = export_bundle(spoilt, tmp_path / "out", ExportSettings())
-    assert (manifest.on_drop, manifest.gate_temperature) == ("keep", 0.5)
+    assert (manifest.on_drop, manifest.gate_temperature, manifest.rank) == ("keep", 0.5, "energy")
+
+
+def test_a_rank_that_is_none_is_refused(spoilt, tmp_path):
+    config = json.loads((spoilt / "config.json").read_text())
+    config["wdmoe"] = {"rank": "luck"}
+    (spoilt / "config.json").write_text(json.dumps(config))
+    refused(spoilt, tmp_path / "out", "'wdmoe.rank' must be one of probability, energy")
 
 
 def test_unknown_precision_is_refused():

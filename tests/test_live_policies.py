@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,18 @@ from tests.lab import Lab
 from wdmoe.backbone.bundle import Bundle
 from wdmoe.backbone.export import ExportSettings, export_bundle
 from wdmoe.cli.main import cli
-from wdmoe.config import POLICIES, StationSettings
-from wdmoe.errors import ConfigError
+from wdmoe.config import POLICIES, RANKS, StationSettings
+from wdmoe.errors import BundleError, ConfigError
 from wdmoe.ledger import Ledger
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.moe.select import Costs, Demand, choose
+from wdmoe.nodes.layer_rules import layer_rules
 from wdmoe.records import GenerationRequest, Receipt, Sampling, TextDelta
 from wdmoe.solver import select_experts, shed_bottleneck
 from wdmoe.solver.bandwidth import Links, with_compute
+from wdmoe.solver.layer_time import Air
+from wdmoe.solver.plan import Policy, plan_layer
+from wdmoe.solver.ranking import rank_weights
 from wdmoe.transport.messages import Message, Run
 from wdmoe.transport.routing import DeviceRoute
 
@@ -143,7 +148,7 @@ def decide(
     policy: str, experts: list[list[int]], weights: list[list[float]], known: Costs | None, **changes: Any
 ) -> Any:
     demand = Demand(np.array(experts, np.int32), np.array(weights, np.float32), None)
-    rules = {"budget_s": 0.0, "available": None, "renormalise": False, "gate_temperature": 1.0}
+    rules = {"budget_s": 0.0, "available": None, "renormalise": False, "gate_temperature": 1.0, "rank": "probability"}
     return choose(demand, policy=policy, costs=known, **{**rules, **changes})
 
 
@@ -166,6 +171,68 @@ def test_bottleneck_sheds_light_work_of_the_slow_device() -> None:
     grown = decide("bottleneck", [[0, 1], [0, 2]], [[0.8, 0.2], [0.5, 0.5]], known, renormalise=True)
     assert grown.weights == pytest.approx(np.array([[1.0, 0], [0.5, 0.5]]))
     assert grown.dropped == pytest.approx([0.2, 0])
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_live_node_keeps_what_the_simulators_plan_keeps(policy: str, rank: str, rng: np.random.Generator) -> None:
+    tokens, count, top_k, temperature = 24, 8, 3, 0.3
+    snr_hz = 1e6 * 10 ** rng.uniform(0, 3, (2, count))
+    air = Air(
+        downlink_snr_hz=snr_hz[0],
+        uplink_snr_hz=snr_hz[1],
+        total_hz=20e6,
+        hidden=64,
+        token_s=rng.uniform(1e-6, 1e-4, count),
+        expert_s=np.zeros(count),
+    )
+    scores = (rng.normal(1.0, 1.0, (tokens, count)) * rng.uniform(0.3, 3.0, (tokens, 1))).astype(np.float32)
+    experts = np.argsort(-scores, axis=1)[:, :top_k].astype(np.int32)
+    bits = np.full(count, 16.0)
+    known = Costs(
+        np.arange(count, dtype=np.int32), air.assignment_s(bits), air.links(bits, compute_s=air.token_s), 20e6
+    )
+    near_uniform = np.full((tokens, top_k), 1 / top_k, np.float32)  # as a split model mixes: nothing to rank by
+    holders = np.eye(count, dtype=bool)
+    ranks = {each: rank_weights(scores, experts, temperature, each) for each in RANKS}
+    budget_s = plan_layer(experts, ranks[rank], holders, air, Policy()).time.latency_s / 2
+    plans = {
+        each: plan_layer(experts, weights, holders, air, Policy(name=policy, budget_s=budget_s))
+        for each, weights in ranks.items()
+    }
+    chosen = choose(
+        Demand(experts, near_uniform, scores),
+        policy=policy,
+        costs=known,
+        budget_s=budget_s,
+        available=None,
+        renormalise=False,
+        gate_temperature=temperature,
+        rank=rank,
+    )
+    np.testing.assert_array_equal(chosen.experts, plans[rank].experts)
+    if policy != "topk":
+        assert 0 < (chosen.experts < 0).sum() < chosen.experts.size
+        assert (plans["energy"].experts != plans["probability"].experts).any()
+
+
+def test_energy_without_scores_is_refused() -> None:
+    known = costs([1e-3, 1e-3], [0, 1])
+    with pytest.raises(BundleError, match="does not give its scores"):
+        decide("budget", [[0, 1]], [[0.9, 0.1]], known, budget_s=1e-3, rank="energy")
+    assert decide("topk", [[0, 1]], [[0.9, 0.1]], known, rank="energy").dropped is None
+
+
+def test_whole_layers_keep_all(bundle: Bundle) -> None:
+    layers = bundle.manifest.moe_layers
+    whole = frozenset(layers[:1])
+    with opened(bundle, policy="budget", budget_s=1e-9, rank="energy", whole_layers=whole) as lab:
+        ask(lab)
+        watched = Watched(lab)
+        ask(lab)
+    of_layer = np.array(watched.wanted).reshape(-1, len(layers))
+    assert np.abs(of_layer[:, 0]).max() < 1e-5
+    assert of_layer[:, 1:].min() > 0.1
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -211,6 +278,25 @@ def test_policy_and_budget_go_together(tmp_path: Path) -> None:
         StationSettings(bundle=tmp_path, policy="cosine", budget_s=0.1)
     with pytest.raises(ConfigError, match="budget must be positive"):
         StationSettings(bundle=tmp_path, policy="budget", budget_s=float("nan"))
+    with pytest.raises(ConfigError, match="rank must be one of auto, probability, energy"):
+        StationSettings(bundle=tmp_path, policy="cosine", rank="luck")
+    with pytest.raises(ConfigError, match="must not be negative"):
+        StationSettings(bundle=tmp_path, policy="cosine", whole_layers=-1)
+
+
+@pytest.mark.parametrize("said", RANKS)
+def test_auto_ranks_as_the_bundle_says(
+    bundle: Bundle, tmp_path: Path, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = replace(bundle.manifest, rank=said)
+    for asked in ("auto", *RANKS):
+        caplog.clear()
+        rules = layer_rules(StationSettings(bundle=tmp_path, policy="cosine", rank=asked, whole_layers=1), manifest)
+        assert rules.rank == (said if asked == "auto" else asked)
+        assert rules.whole_layers == {manifest.moe_layers[0]}
+        assert bool(caplog.records) == (asked == "energy" != said)
+    with pytest.raises(ConfigError, match=f"leaves policy cosine nothing to do.* {len(manifest.moe_layers)} layers"):
+        layer_rules(StationSettings(bundle=tmp_path, policy="cosine", whole_layers=9), manifest)
 
 
 @pytest.mark.parametrize("command", [["bs", "nowhere"], ["demo"]])
@@ -223,6 +309,9 @@ def test_policy_and_budget_go_together(tmp_path: Path) -> None:
         (["--policy", "budget", "--budget-per-token", "1ms"], "policy budget needs --budget"),
         (["--budget-per-token", "1ms"], "does not look at it"),
         (["--policy", "luck"], "'luck' is not one of"),
+        (["--policy", "topk", "--rank", "energy"], "policy topk drops none"),
+        (["--policy", "topk", "--whole-layers", "1"], "policy topk drops none"),
+        (["--policy", "cosine", "--rank", "weight"], "'weight' is not one of"),
         (["--bandwidth", "20"], "the unit is missing"),
     ],
 )

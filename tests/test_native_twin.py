@@ -50,6 +50,28 @@ def test_top_k(data):
     assert np.isfinite(weights).all()
 
 
+def _equal_now_and_then(values):
+    return np.round(values, 2)
+
+
+def _in_one_column(values):
+    values[:, 3::8] += 1
+    return values
+
+
+@pytest.mark.parametrize("shaped", [np.copy, _equal_now_and_then, _in_one_column, np.ceil, np.zeros_like])
+@pytest.mark.parametrize("n_experts", [4, 7, 8, 16, 60, 64, 72, 128, 250])
+@pytest.mark.parametrize("k", [1, 2, 4, 8])
+def test_top_k_of_long_rows(rng, shaped, n_experts, k):
+    """Rows that one way of finding them suits, and rows that it does not."""
+    gate = shaped(rng.random((50, n_experts)))
+    for available in (None, (rng.random(n_experts) < 0.7).astype(np.uint8), np.zeros(n_experts, np.uint8)):
+        experts, weights = _native.top_k(gate, min(k, n_experts), available, False)
+        twin_experts, twin_weights = reference.top_k(gate, min(k, n_experts), available, False)
+        np.testing.assert_array_equal(experts, twin_experts)
+        np.testing.assert_array_equal(weights, twin_weights)
+
+
 @settings(max_examples=150)
 @given(st.data())
 def test_prune(data):

@@ -5,7 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wdmoe.nodes.placing import Catalogue, Host, choose_targets, holdings, routing, span
+from wdmoe.nodes.placing import (
+    Arrangement,
+    Catalogue,
+    Host,
+    Wishes,
+    arrange,
+    choose_standbys,
+    choose_targets,
+    has_room_for_copies,
+    holdings,
+    pinned_copies,
+    routing,
+    span,
+)
 from wdmoe.records import DeviceReport, ExpertId
 
 LAYERS, EXPERTS = 6, 8
@@ -79,7 +92,7 @@ def test_a_copy_takes_over_at_once_and_the_homes_are_shared_out() -> None:
     assert not unplaced
     homes = [targets[expert] for expert in sorted(layer)]
     assert homes.count("id-a") == homes.count("id-b") == EXPERTS // 2
-    held = holdings(hosts, targets, pinned)
+    held = holdings(hosts, Arrangement(targets=targets, copies=pinned_copies(hosts, pinned)))
     assert layer <= set(held["id-a"]) & set(held["id-b"])
     assert choose_targets(catalogue(), hosts, targets, pinned)[0] == targets  # nothing moves without need
     left = routing(catalogue(), hosts[1:], targets)  # before new homes are chosen
@@ -108,11 +121,11 @@ def test_the_old_home_serves_until_the_new_one_is_ready() -> None:
     expert = ExpertId(0, 0)
     targets = {expert: "id-b"}
     old, new = host("a", ready=frozenset({expert}), route=b"a"), host("b", route=b"b")
-    assert holdings([old, new], targets, {}) == {"id-a": (expert,), "id-b": (expert,)}
+    assert holdings([old, new], Arrangement(targets=targets)) == {"id-a": (expert,), "id-b": (expert,)}
     table = routing(catalogue(), [old, new], targets)
     assert table.devices[table.device_of[0][0]].device_id == "id-a"
     new = host("b", ready=frozenset({expert}), route=b"b")
-    assert holdings([old, new], targets, {}) == {"id-a": (), "id-b": (expert,)}
+    assert holdings([old, new], Arrangement(targets=targets)) == {"id-a": (), "id-b": (expert,)}
     table = routing(catalogue(), [old, new], targets)
     assert table.devices[table.device_of[0][0]].device_id == "id-b"
 
@@ -125,3 +138,61 @@ def test_only_attached_devices_are_routed_to() -> None:
     table = routing(catalogue(), [host("a", ready=everything, route=b"a")], {})
     assert table.complete == frozenset(range(LAYERS))
     assert all(np.all(row == 0) for row in table.device_of.values())
+
+
+def test_every_expert_has_a_standby_elsewhere_and_a_layer_keeps_together() -> None:
+    hosts = [host(name) for name in "abcd"]
+    targets, _ = choose_targets(catalogue(), hosts, {}, {}, least_span=1)
+    assert {len(devices_of_layer(targets, layer)) for layer in range(LAYERS)} == {1}
+    copies = choose_standbys(catalogue(), hosts, targets, {}, {})
+    standby_of = {expert: device for device, experts in copies.items() for expert in experts}
+    assert set(standby_of) == set(targets)
+    assert all(standby_of[expert] != targets[expert] for expert in targets)
+    assert {len({standby_of[e] for e in targets if e.layer == layer}) for layer in range(LAYERS)} == {1}
+    again = choose_standbys(catalogue(), [*hosts, host("e")], targets, {}, copies)
+    assert again == copies  # a newcomer moves no copy
+
+
+def test_the_copies_of_a_lost_home_move_up_and_nothing_else_moves() -> None:
+    hosts, wishes = [host(name) for name in "abcd"], Wishes(copies=2)
+    before = arrange(catalogue(), hosts, Arrangement(), wishes)
+    after = arrange(catalogue(), hosts[1:], before, wishes)
+    standby_of = {expert: device for device, experts in before.copies.items() for expert in experts}
+    lost = [expert for expert, home in before.targets.items() if home == "id-a"]
+    assert lost
+    moved = [expert for expert in lost if after.targets[expert] != standby_of[expert]]
+    assert len(moved) <= len(lost) // 2  # only to balance the load
+    assert all(after.targets[e] == home for e, home in before.targets.items() if home != "id-a")
+
+
+@pytest.mark.parametrize("wishes", [Wishes(copies=2, choosy=True), Wishes(copies=1)])
+def test_a_layer_has_several_devices_where_a_policy_chooses_or_nothing_is_copied(wishes: Wishes) -> None:
+    arrangement = arrange(catalogue(), [host(name) for name in "abcd"], Arrangement(), wishes)
+    assert {len(devices_of_layer(arrangement.targets, layer)) for layer in range(LAYERS)} == {2}
+
+
+def test_standbys_take_only_the_room_that_is_left() -> None:
+    hosts = [host("a", memory=48_000), host("b", memory=8_000)]
+    assert not has_room_for_copies(catalogue(), hosts, 2)
+    assert has_room_for_copies(catalogue(), [host("a"), host("b")], 2)
+    assert not has_room_for_copies(catalogue(), [host("a")], 2)
+    targets = dict.fromkeys(catalogue().experts, "id-a")
+    copies = choose_standbys(catalogue(), hosts, targets, {}, {})
+    assert {device: len(experts) for device, experts in copies.items()} == {"id-b": 8}
+
+
+def test_what_the_user_placed_gets_no_standby() -> None:
+    expert = ExpertId(0, 0)
+    hosts, held = [host("a"), host("b")], {"id-a": frozenset({expert})}
+    copies = choose_standbys(catalogue(), hosts, {expert: "id-a", ExpertId(0, 1): "id-a"}, held, {})
+    assert copies == {"id-a": frozenset({expert}), "id-b": frozenset({ExpertId(0, 1)})}
+
+
+def test_a_table_names_home_and_standby_whatever_the_order() -> None:
+    expert = ExpertId(0, 0)
+    pair = [host(name, ready=frozenset({expert}), route=name.encode()) for name in "ab"]
+    for hosts in (pair, pair[::-1]):
+        table = routing(catalogue(), hosts, {expert: "id-b"})
+        first, second = (table.devices[of[0][0]].device_id for of in (table.device_of, table.standby_of))
+        assert (first, second) == ("id-b", "id-a")
+    assert routing(catalogue(), pair[:1], {}).standby_of[0][0] == -1

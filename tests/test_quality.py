@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from wdmoe.simulation.quality import measure, qualities, with_baseline
 from wdmoe.simulation.results import verify_results
 from wdmoe.simulation.scenario import Scenario, parse_scenario
 from wdmoe.simulation.study import run_study
+from wdmoe.solver.layer_time import Levers
 
 HALF = 2.0**-11  # relative error of one rounding to float16
 IDS = torch.arange(24).reshape(2, 12) % 60
@@ -136,6 +138,8 @@ WINDOW = 32
 SCENARIO = """
 name = "tiny"
 draws = 2
+[channel]
+fading_changes = "layer"
 [devices]
 count = 3
 experts = 6
@@ -149,6 +153,7 @@ name = "plain"
 bandwidth = "equal"
 [[variant]]
 name = "hertz"
+csi_layers = 0
 [[variant]]
 name = "coarse"
 policy = "budget"
@@ -217,6 +222,18 @@ def test_a_window_meets_the_simulators_draw(scenario: Scenario, whole: Any, toke
     assert coarse.perplexity != plain.perplexity
     assert 0 < coarse.dropped_weight <= 0.3
     assert plain.perplexity == pytest.approx(window_perplexity(whole, window[None]), rel=1e-2)
+
+
+def test_bits_of_light_assignments_cost_what_they_cost(scenario: Scenario, whole: Any, tokenizer: Any) -> None:
+    """The model reads with the bits that the simulator's time is for."""
+    window = torch.tensor(tokenizer(TEXT)["input_ids"][:WINDOW])[None]
+    levers = Levers(max_distortion=0.03, multicast="superposition")
+    light = replace(scenario.variants[1], name="light", policy=replace(scenario.variants[1].policy, levers=levers))
+    measured = measure(scenario, (scenario.variants[0], light), whole, tokenizer, window, [])
+    simulated = run_study(replace(scenario, draws=1, variants=(light,)), workers=1)
+    np.testing.assert_allclose(measured.latency_s[1], simulated.of("latency_s")[:, 0], rtol=0.02)  # float16 gates
+    assert measured.nats[1] != measured.nats[0]
+    assert measured.nats[1] == pytest.approx(measured.nats[0], rel=0.05)
 
 
 def test_intervals_are_of_the_windows(scenario: Scenario, whole: Any, tokenizer: Any) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wdmoe.solver.ranking import RANKS, rank_weights
+from wdmoe.config import RANKS
+from wdmoe.solver.ranking import rank_weights
 
 
 def test_probability_is_the_softmax_over_the_temperature(rng: np.random.Generator) -> None:

@@ -27,7 +27,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("fleet")
     fleet = Fleet(folder)
     export_bundle(save_tiny("mixtral", folder / "checkpoint"), folder / "bundle", ExportSettings())
-    with fleet.serve(folder / "bundle", devices=3):
+    with fleet.serve(folder / "bundle", devices=3, copies=1):
         pass
     yield fleet
     fleet.close()
@@ -65,7 +65,7 @@ def test_the_answer_is_the_undivided_models(family: str, fleet: Fleet, tmp_path:
     checkpoint = save_tiny(family, tmp_path / "checkpoint", max_position_embeddings=512)
     export_bundle(checkpoint, tmp_path / "bundle", ExportSettings())
     undivided = reference(checkpoint)
-    with fleet.serve(tmp_path / "bundle", devices=3) as station:
+    with fleet.serve(tmp_path / "bundle", devices=3, copies=1) as station:
         for lengths in (LENGTHS, (LONG,)):
             work = station.engine.call(lambda s, ledger, at=lengths: (generate(s.model, at), ledger.receipt()))
             (tokens, logits), receipt = work.result(60)

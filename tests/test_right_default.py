@@ -31,7 +31,7 @@ def bundle() -> Path:
 @pytest.fixture(scope="module")
 def fleet(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     fleet = Fleet(tmp_path_factory.mktemp("fleet"))
-    with fleet.serve(bundle, devices=3):
+    with fleet.serve(bundle, devices=3, copies=1):
         pass
     yield fleet
     fleet.close()
@@ -39,7 +39,7 @@ def fleet(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fl
 
 def test_the_answer_is_the_undivided_models(fleet: Fleet, bundle: Path) -> None:
     undivided = reference(default_checkpoint())
-    with fleet.serve(bundle, devices=3) as station:
+    with fleet.serve(bundle, devices=3, copies=1) as station:
         for lengths in (LENGTHS, (LONG,)):
             work = station.engine.call(lambda s, ledger, at=lengths: (generate(s.model, at), ledger.receipt()))
             (tokens, logits), receipt = work.result(240)

@@ -72,6 +72,14 @@ def test_a_dask_cluster_gives_the_same_digits(small: Scenario) -> None:
     assert draws_text(far) == draws_text(run_study(small, 1))
 
 
+@pytest.mark.slow
+def test_a_ray_cluster_gives_the_same_digits(small: Scenario) -> None:
+    ray = pytest.importorskip("ray")
+    far = run_study(replace(small, backend="ray"), 2)
+    assert draws_text(far) == draws_text(run_study(small, 1))
+    assert not ray.is_initialized()
+
+
 def test_variants_are_paired_and_more_draws_change_none(small: Scenario) -> None:
     whole = run_study(small, 1)
     alone = run_study(replace(small, variants=small.variants[1:2], draws=6), 1)
@@ -276,6 +284,12 @@ def _mend(folder: Path, name: str) -> None:
         ('name = "best"', 'name = "equal"', "same name"),
         ('policy = "budget"', 'policy = "magic"', "policy must be one of"),
         ('policy = "budget"', 'policy = "budget"\nrank = "luck"', "rank must be one of"),
+        ("multicast = true", 'multicast = "loud"', "multicast must be true, false or one of none, weakest"),
+        (
+            "multicast = true\nbits = 8\n",
+            'multicast = "superposition"\n[radio]\nlaw = "nr"\nspending = "density"\n',
+            "'budget': multicast = \"superposition\" needs",
+        ),
         ("bits = 8", "bits = 7", "'budget': bits must be one of"),
         ("bits = 8", "least_similarity = 2.5", "least_similarity"),
         ('name = "small"', 'name = "small', "not TOML"),

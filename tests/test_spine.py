@@ -18,7 +18,7 @@ from wdmoe.backbone.bundle import Bundle
 from wdmoe.backbone.export import ExportSettings, export_bundle
 from wdmoe.errors import ExpertsUnavailableError, OverloadedError, RequestError, TransportError
 from wdmoe.records import Finished, GenerationRequest, Receipt, Sampling, TextDelta
-from wdmoe.transport.messages import Message, Result, Run
+from wdmoe.transport.messages import Failure, Message, Result, Run
 
 PROMPT = tuple(range(40, 60))
 LOGITS_WITHIN = 1e-4
@@ -171,6 +171,30 @@ def test_silent_device_costs_one_deadline_and_the_receipt_says_so(bundle: Bundle
         assert receipt.degraded_tokens > 0
         assert 0 < receipt.lost_weight < 1
         assert lab.devices[1].runs <= 3  # left alone after its first miss, but for trials
+    finally:
+        lab.close()
+
+
+@pytest.mark.parametrize("failure", ["silent", "refuses", "poisoned"])
+def test_with_a_copy_elsewhere_a_lost_device_costs_no_quality(bundle: Bundle, checkpoint: Path, failure: str) -> None:
+    lab = Lab(bundle, rules={"deadline_s": 0.2, "deadline_per_token_s": 0.0}, copies=2)
+
+    def spoil(run: Run, reply: Message) -> Message | None:
+        if failure == "poisoned" and isinstance(reply, Result):
+            reply.partial[0, 0] = np.inf
+            return reply
+        return None if failure == "silent" else Failure(attempt=run.attempt, reason="out of memory")
+
+    try:
+        want = ask(lab)[0]
+        lab.devices[1].spoil = spoil
+        asked = [device.runs for device in lab.devices]
+        ids, _, receipt = ask(lab)
+        assert ids == want
+        assert not receipt.degraded
+        assert receipt.dropped_weight == 0
+        assert 1 <= receipt.retries <= 4  # then it is left alone, but for a trial now and then
+        assert lab.devices[1].runs - asked[1] <= 4 < lab.devices[2].runs - asked[2]
     finally:
         lab.close()
 

@@ -122,7 +122,7 @@ def test_the_folder_is_whole(dense: Path, words: Path, tmp_path: Path) -> None:
     report = split_checkpoint(dense, tmp_path / "moe", settings(words))
     config = json.loads((tmp_path / "moe" / "config.json").read_text())
     assert config["model_type"] == "granitemoeshared"
-    assert config["wdmoe"] == {"on_drop": "keep", "gate_temperature": 0.01}
+    assert config["wdmoe"] == {"on_drop": "keep", "gate_temperature": 0.01, "rank": "energy"}
     assert config["attention_multiplier"] == pytest.approx(16**-0.5)
     assert [config[f"{name}_multiplier"] for name in ("embedding", "residual")] == [1, 1]
     assert config["logits_scaling"] == 1

@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ SEED = 20240623
 class Device:
     """A `wdmoe-node device` process that can be killed and started again."""
 
-    def __init__(self, folder: Path, name: str, token: str) -> None:
+    def __init__(self, folder: Path, name: str, token: str, words: Sequence[str] = ()) -> None:
         self.name = name
         self._command = [*NODE, "-q", "device", "--join", token, "--name", name]
-        self._command += ["--state", str(folder / name), "--cache", str(folder / "cache")]
+        self._command += ["--state", str(folder / name), "--cache", str(folder / "cache"), *words]
         self.start()
 
     def start(self) -> None:
@@ -37,15 +37,20 @@ class Device:
 
 
 @contextlib.asynccontextmanager
-async def served(bundle: Path, devices: int, folder: Path, **settings: Any) -> AsyncIterator[tuple[Any, list[Device]]]:
-    """A base station in this process and devices in others, CURVE on, no link emulation."""
+async def served(
+    bundle: Path, devices: int, folder: Path, words: Sequence[Sequence[str]] = (), **settings: Any
+) -> AsyncIterator[tuple[Any, list[Device]]]:
+    """A base station in this process and devices in others, CURVE on.
+
+    `words` are further flags of each device, as for an emulated link; none means no link emulation.
+    """
     from wdmoe.config import StationSettings
     from wdmoe.nodes.base_station import BaseStation
 
     defaults = {"bind": "tcp://127.0.0.1:*", "state": folder / "bs", "deadline_s": 30.0, "threads": 1}
     async with BaseStation(StationSettings(bundle=bundle, **{**defaults, **settings})) as station:
         token = station.join_text
-        fleet = [Device(folder, f"device{i}", token) for i in range(devices)]
+        fleet = [Device(folder, f"device{i}", token, words[i] if words else ()) for i in range(devices)]
         try:
             await settled(station, devices)
             yield station, fleet
@@ -61,11 +66,8 @@ async def settled(station: Any, devices: int) -> None:
     await station.wait_until_served(300)
     quiet = 0
     while quiet < 10:
-        roster, targets = station.control.roster, station.control.targets
-        at_home = all(
-            {e for e, home in targets.items() if home == d.device_id} == set(d.ready) == set(d.placed)
-            for d in roster.live()
-        )
+        roster, wanted = station.control.roster, station.control.wanted()
+        at_home = all(wanted[d.device_id] == set(d.ready) == set(d.placed) for d in roster.live())
         quiet = quiet + 1 if at_home and len(roster.live()) == devices else 0
         await asyncio.sleep(0.1)
 

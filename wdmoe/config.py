@@ -14,6 +14,7 @@ PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
 ALLOCATIONS = ("optimal", "equal")
 MOST_HZ = 1e24  # a watt over the noise density of room temperature is 2.5e20 Hz
 PRECISIONS = ("fp32", "fp16", "int8")
+RANKS = ("probability", "energy")  # what a policy ranks experts by, see `wdmoe.solver.ranking`
 
 
 def state_home() -> Path:
@@ -51,6 +52,15 @@ def check_budget(policy: str, budget_s: float, per_token_s: float = 0.0) -> None
             raise ConfigError(f"budget_per_token must be zero or positive, got {per_token_s}")
     elif budget_s != 0 or per_token_s != 0:
         raise ConfigError(f"--budget is for --policy budget; policy {policy} does not look at it")
+
+
+def check_ranking(policy: str, rank: str, whole_layers: int) -> None:
+    """Raises ConfigError where the policy would not look at what is said of its ranking, or that cannot be."""
+    _one_of("rank", rank, ("auto", *RANKS))
+    if whole_layers < 0:
+        raise ConfigError(f"whole_layers must not be negative, got {whole_layers}")
+    if policy == "topk" and (rank != "auto" or whole_layers):
+        raise ConfigError("--rank and --whole-layers are for a policy that drops experts; policy topk drops none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +121,8 @@ class StationSettings:
     http_port: int = 8080  # -1: no HTTP
     api_key: str = ""
     policy: str = "topk"
+    rank: str = "auto"  # what the policy ranks experts by; auto: what the bundle says
+    whole_layers: int = 0  # so many MoE layers from the first on keep all their experts
     bandwidth_hz: float = 0.0  # the band that all devices share; 0: each has a link of its own
     allocation: str = "optimal"  # who gets how much of it
     budget_s: float = 0.0  # `budget`: what a forward pass may spend in experts, over all layers
@@ -125,6 +137,7 @@ class StationSettings:
     dtype: str = "auto"
     threads: int = 0  # torch threads; 0: torch's own default
     placement: Path | None = None
+    copies: int = 2  # devices that hold each expert, memory allowing: with 2, a lost one costs time but no quality
     record_trace: Path | None = None  # where to leave a gate trace of what was served
     state: Path = field(default_factory=lambda: state_home() / "bs")
     insecure: bool = False
@@ -135,7 +148,10 @@ class StationSettings:
         if self.bandwidth_hz and not is_hertz(self.bandwidth_hz):
             raise ConfigError(f"bandwidth must be from 1 Hz to {MOST_HZ:g} Hz, got {self.bandwidth_hz:g} Hz")
         check_budget(self.policy, self.budget_s, self.budget_per_token_s)
+        check_ranking(self.policy, self.rank, self.whole_layers)
         for name in ("deadline_s", "prefill_chunk", "max_active", "lease_s"):
             _positive(name, getattr(self, name))
+        if self.copies not in (1, 2):
+            raise ConfigError(f"copies must be 1 or 2, got {self.copies}")
         if self.max_queued < 0 or self.deadline_per_token_s < 0 or self.threads < 0:
             raise ConfigError("max_queued, deadline_per_token_s and threads must not be negative")

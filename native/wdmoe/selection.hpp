@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "wdmoe/checks.hpp"
+#include "wdmoe/row_top_k.hpp"
 
 namespace wdmoe {
 
@@ -27,58 +28,6 @@ struct PruneResult {
 };
 
 namespace detail {
-
-// Finds the k largest of one gate row, largest first, ties to the lower index. A row is cut into blocks whose maxima
-// are kept: no branch depends on the data, which takes half the time of insertion into a sorted list.
-class RowTopK {
-public:
-    explicit RowTopK(std::size_t n_experts)
-        : n_experts_(n_experts), blocks_((n_experts + block - 1) / block), values_(blocks_ * block, taken),
-          maxima_(blocks_) {}
-
-    // experts, weights (k,): -1 and 0 where fewer than k are available.
-    void run(const double* gate, std::size_t k, const std::uint8_t* available, std::int32_t* experts,
-             double* weights) {
-        for (std::size_t e = 0; e < n_experts_; ++e) values_[e] = gate[e];
-        for (std::size_t e = 0; available != nullptr && e < n_experts_; ++e) {
-            if (available[e] == 0) values_[e] = taken;
-        }
-        for (std::size_t b = 0; b < blocks_; ++b) maxima_[b] = largest(b);
-        for (std::size_t j = 0; j < k; ++j) {
-            double most = maxima_[0];
-            for (std::size_t b = 1; b < blocks_; ++b) most = maxima_[b] > most ? maxima_[b] : most;
-            const std::size_t in = first_equal(maxima_.data(), blocks_, most);
-            const std::size_t at = in * block + first_equal(&values_[in * block], block, most);
-            experts[j] = most < 0.0 ? -1 : static_cast<std::int32_t>(at);
-            weights[j] = most < 0.0 ? 0.0 : most;
-            values_[at] = taken;
-            maxima_[in] = largest(in);
-        }
-    }
-
-private:
-    static constexpr std::size_t block = 8;
-    static constexpr double taken = -1.0;  // below every usable weight
-
-    std::size_t n_experts_, blocks_;
-    std::vector<double> values_, maxima_;
-
-    double largest(std::size_t b) const {
-        const double* v = &values_[b * block];
-        double pair[2] = {v[0], v[1]};
-        for (std::size_t i = 2; i < block; i += 2) {
-            pair[0] = v[i] > pair[0] ? v[i] : pair[0];
-            pair[1] = v[i + 1] > pair[1] ? v[i + 1] : pair[1];
-        }
-        return pair[1] > pair[0] ? pair[1] : pair[0];
-    }
-
-    static std::size_t first_equal(const double* values, std::size_t n, double value) {
-        std::size_t found = 0;
-        for (std::size_t i = n; i-- > 0;) found = values[i] == value ? i : found;
-        return found;
-    }
-};
 
 inline double sum_kept(const std::int32_t* experts, const double* weights, std::size_t k) {
     double sum = 0.0;

@@ -11,6 +11,8 @@ from wdmoe.backbone.made_once import make_once
 from wdmoe.backbone.split.settings import Progress, quiet
 from wdmoe.config import cache_home
 
+_RECIPE = 2  # raised whenever the same checkpoint gives another bundle; 2: with the rank in the manifest
+
 if TYPE_CHECKING:
     from wdmoe.backbone.export import ExportProgress
 
@@ -32,7 +34,7 @@ def default_bundle(
         BundleError: the cache folder cannot be written.
     """
     checkpoint = default_checkpoint(splitting)
-    folder = cache_home() / "bundles" / f"{checkpoint.name}-{precision}-v{FORMAT_VERSION}"
+    folder = cache_home() / "bundles" / f"{checkpoint.name}-{precision}-v{FORMAT_VERSION}.{_RECIPE}"
     manifest = folder / MANIFEST_NAME  # written last
     if manifest.is_file():
         return folder

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from importlib import util
 from pathlib import Path
 
 from wdmoe.backbone.made_once import make_once
-from wdmoe.backbone.split.settings import ALGORITHM, Progress, SplitSettings, quiet
+from wdmoe.backbone.split.settings import ALGORITHM, RANK, Progress, SplitSettings, quiet
 from wdmoe.config import cache_home
 from wdmoe.errors import BundleError, MissingExtraError
 
@@ -52,12 +53,12 @@ def default_checkpoint(progress: Progress = quiet, settings: SplitSettings | Non
 
     Raises:
         MissingExtraError, BundleError: see `default_source`.
-        BundleError: the cache folder cannot be written.
+        BundleError: the cache folder cannot be written, or what lies there was spoilt.
     """
     settings = settings or SplitSettings()
     folder = checkpoint_folder(settings)
     if folder.is_dir():
-        return folder
+        return _marked(folder)
     from wdmoe.backbone.split.split import split_checkpoint
 
     source = default_source()
@@ -69,3 +70,18 @@ def checkpoint_folder(settings: SplitSettings) -> Path:
     made_of = {"source": SOURCE_SHA256, "algorithm": ALGORITHM, "settings": asdict(settings)}
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()
     return cache_home() / "models" / f"{NAME}-{digest[:12]}"
+
+
+def _marked(folder: Path) -> Path:
+    """Say what the routers' scores are good for, where an earlier wdmoe did not yet. The weights are the same."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text("utf-8"))
+        if "rank" not in config["wdmoe"]:
+            config["wdmoe"]["rank"] = RANK
+            part = file.with_name(f".{file.name}.{os.getpid()}")
+            part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")  # as transformers writes it
+            part.replace(file)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{folder} cannot be used ({error}): delete it, and it is made anew") from error
+    return folder

@@ -30,7 +30,7 @@ from wdmoe.backbone.bundle import (
 from wdmoe.backbone.checkpoint import Checkpoint
 from wdmoe.backbone.conversion import Conversion, Group
 from wdmoe.backbone.expert_export import LayerExperts
-from wdmoe.backbone.families import experts_names, gate_temperature, on_drop_of, top_k_of
+from wdmoe.backbone.families import experts_names, gate_temperature, on_drop_of, rank_of, top_k_of
 from wdmoe.backbone.journal import Journal
 from wdmoe.backbone.skeleton import meta_model, read_config
 from wdmoe.backbone.station_files import safetensors_parts, small_files
@@ -267,6 +267,7 @@ def _about(skeleton: Any, config: Any, small: dict[str, bytes], name: str) -> di
         "top_k": top_k_of(skeleton, config),
         "on_drop": ours.get("on_drop") or on_drop_of(skeleton, config),
         "gate_temperature": gate_temperature(config),
+        "rank": rank_of(config),
     }
 
 

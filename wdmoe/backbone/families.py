@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from wdmoe.backbone.bundle import OnDrop
+from wdmoe.config import RANKS
 from wdmoe.errors import BundleError
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
@@ -111,6 +112,19 @@ def gate_temperature(config: Any) -> float:
     """What a policy divides the router's scores by before their softmax ranks experts; `wdmoe-node split` sets it."""
     marks = getattr(config, "wdmoe", None)
     return float(marks.get("gate_temperature", 1.0)) if isinstance(marks, dict) else 1.0
+
+
+def rank_of(config: Any) -> str:
+    """What a policy should rank experts by (`wdmoe.solver.ranking`); `wdmoe-node split` says it of its routers.
+
+    Raises:
+        BundleError: config.json says something else.
+    """
+    marks = getattr(config, "wdmoe", None)
+    rank = marks.get("rank", RANKS[0]) if isinstance(marks, dict) else RANKS[0]
+    if rank not in RANKS:
+        raise BundleError(f"config.json: 'wdmoe.rank' must be one of {', '.join(RANKS)}")
+    return str(rank)
 
 
 def on_drop_of(model: nn.Module, config: Any) -> OnDrop:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from wdmoe.config import PRECISIONS
+from wdmoe.config import PRECISIONS, RANKS
 from wdmoe.errors import BundleError
 from wdmoe.records import ExpertId
 
@@ -62,6 +62,7 @@ class Manifest:
     precision: str
     on_drop: OnDrop
     gate_temperature: float
+    rank: str  # what a policy should rank experts by; not written where it is "probability"
     activations: str
     experts: tuple[ExpertFile, ...]
     station: tuple[StationFile, ...]
@@ -88,6 +89,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
         "precision": manifest.precision,
         "on_drop": manifest.on_drop,
         "gate_temperature": manifest.gate_temperature,
+        **({} if manifest.rank == RANKS[0] else {"rank": manifest.rank}),  # as before there was another one
         "activations": manifest.activations,
         "experts": [
             {
@@ -135,6 +137,7 @@ def parse_manifest(data: bytes) -> Manifest:
         precision=fields.choice("precision", PRECISIONS),
         on_drop="keep" if fields.choice("on_drop", ("keep", "renormalise")) == "keep" else "renormalise",
         gate_temperature=fields.positive("gate_temperature"),
+        rank=fields.choice("rank", RANKS, absent=RANKS[0]),
         activations=fields.choice("activations", ("f32",)),
         experts=tuple(_expert_file(item) for item in fields.list("experts")),
         station=tuple(_station_file(item) for item in fields.list("station")),
@@ -177,8 +180,8 @@ class _Fields:
             raise BundleError(f"{self._where}: {name!r} must be a positive number")
         return float(value)
 
-    def choice(self, name: str, allowed: tuple[str, ...]) -> str:
-        value = self.take(name)
+    def choice(self, name: str, allowed: tuple[str, ...], absent: str | None = None) -> str:
+        value = self.take(name) if absent is None else self._left.pop(name, absent)
         if value not in allowed:
             raise BundleError(f"{self._where}: {name!r} must be one of {', '.join(allowed)}")
         return str(value)

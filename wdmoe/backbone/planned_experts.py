@@ -45,11 +45,10 @@ class Order:
     @staticmethod
     def of(plan: LayerPlan, partial_sums: bool = False) -> Order:
         """As a plan says. One that is sent to all devices at once has the bits of the most exacting one."""
-        served = plan.device >= 0
-        bits = np.where(served, plan.time.bits.astype(np.int32)[np.maximum(plan.device, 0)], 0)
+        bits = plan.time.bits.astype(np.int32)
         down = bits
         if plan.time.multicast_s > 0 and bits.size:
-            down = np.where(served, bits.max(axis=1, keepdims=True), 0)
+            down = np.where(plan.device >= 0, bits.max(axis=1, keepdims=True), 0)
         return Order(plan.experts, plan.device, down, bits, partial_sums)
 
 

@@ -80,6 +80,7 @@ def write_results(folder: Path, codec: BroadcastCodec, curve: Sequence[Row], fac
 def save_model(codec: BroadcastCodec, file: Path) -> None:
     """Write the weights with their settings; the same weights give the same bytes."""
     weights = {name: weight.detach().cpu().contiguous() for name, weight in codec.state_dict().items()}
+    weights["basis"] = weights["basis"].half()  # the codec keeps it rounded so
     save_file(weights, file, {"settings": json.dumps(asdict(codec.settings), sort_keys=True)})
 
 

@@ -46,7 +46,7 @@ def awgn(symbols: Tensor, snr_db: Tensor, noise: Tensor) -> Heard:
 
 
 def rayleigh(symbols: Tensor, snr_db: Tensor, noise: Tensor, known: Tensor, error: Tensor, csi_error: float) -> Heard:
-    """Flat Rayleigh fading of each block and user, equalised by what the receiver knows of it.
+    """Flat Rayleigh fading of each block and user, equalised without bias by what the receiver knows of it.
 
     The receiver's estimate is that of least mean square error: the amplitude is the estimate, of power 1 - csi_error,
     plus an independent error of power csi_error. The receiver counts the error as noise, which it is to it [D].
@@ -67,8 +67,9 @@ def rayleigh(symbols: Tensor, snr_db: Tensor, noise: Tensor, known: Tensor, erro
     heard = sent + noise * _amplitude(snr_db)[..., None, None, None]
     power = estimate.square().sum(-1)
     unknown = 10 ** (-snr_db / 10) + csi_error
-    matched = estimate * torch.tensor([1.0, -1.0], device=estimate.device) / (power + unknown)[..., None]
-    snr = 10 * torch.log10((power / unknown).clamp_min(1e-9))
+    power = power.clamp_min(10 ** (_LEAST_DB / 10) * unknown)  # a fade so deep is not divided by
+    matched = estimate * torch.tensor([1.0, -1.0], device=estimate.device) / power[..., None]
+    snr = 10 * torch.log10(power / unknown)
     return Heard(_times(matched[:, :, None, None], heard) * _used(symbols), snr.clamp(_LEAST_DB, _MOST_DB))
 
 

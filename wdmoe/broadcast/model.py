@@ -1,13 +1,18 @@
 """The codec: two pictures to one block of symbols, and back to one picture at each user.
 
-    pictures -> encoder (the same for both, both SNRs) -> fusion (similarity, alpha, both SNRs) -> symbols of power 1
-    symbols as heard -> decoder (the same for both, told whose it is, its own SNR) -> picture
+    pictures -> encoder -> fusion -> pictures made ready for the channel      networks, told both SNRs, rate and share
+             -> principal components -> their dimensions and powers -> symbols of power 1             linear, pilots
+    symbols as heard -> components of the user's own picture -> picture, as far as linear     told its own SNR
+             -> decoder -> picture                                             a network, told SNR, share, rate, scale
 
 From the paper's abstract [P]: a Transformer backbone, both users' channels known to encoder and fusion, each decoder
-adapting to its own, fusion by similarity with a ratio alpha and without a split of time, power or band. All sizes and
-formulas are ours [D]. Modulation by layer-norm scale, shift and gate is that of Peebles and Xie, ICCV 2023.
+adapting to its own, fusion by similarity with a ratio alpha. All sizes and formulas are ours [D]: between the
+networks stands the best linear code (`principal`, `layout`), so an untrained codec is that code, and what is learned
+is the rest. Both users are treated alike: exchanging them and alpha for 1 - alpha exchanges what they get. Modulation
+by layer-norm scale, shift and gate is that of Peebles and Xie, ICCV 2023.
 
-A picture of 32x32 is 64 tokens of 4x4 pixels; each token has 16 complex symbols, of which a rate keeps the first ones.
+A picture is `side` x `side`, 32x32 unless told, in tokens of 4x4 pixels; a block has 16 complex symbols for each token,
+of which a rate keeps the first ones.
 """
 
 from __future__ import annotations
@@ -19,22 +24,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from wdmoe.broadcast.layout import Layout, from_symbols, to_symbols, zeroed
+from wdmoe.broadcast.principal import Principal, assumed_principal
 from wdmoe.errors import ConfigError
 
 USERS = 2
 _LEAST_POWER = 1e-8
-_MOST_LOGIT = 4.0  # of the fusion: what similarity may shift against alpha, either way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSettings:
-    """Sizes. The defaults are for a CPU: about a million weights."""
+    """Sizes. The defaults are for a CPU: about a million weights, and the principal components."""
 
+    side: int = 32  # of a picture, pixels
     width: int = 96
     heads: int = 4
-    encoder_depth: int = 3
+    encoder_depth: int = 2
     fusion_depth: int = 1
-    decoder_depth: int = 4
+    decoder_depth: int = 5
     patch: int = 4  # side of a token, pixels
     slots: int = 16  # complex symbols of a token at the highest rate: 16 of 48 values are a CBR of 1/3
     condition: int = 64  # width of what modulates
@@ -48,6 +55,16 @@ class ModelSettings:
             raise ConfigError(f"width must be even and a multiple of heads, got {self.width} and {self.heads}")
         if self.patch < 1 or self.widening < 1:
             raise ConfigError(f"patch and widening must be at least 1, got {self.patch} and {self.widening}")
+        if self.side < self.patch or self.side % self.patch or 2 * self.slots > 3 * self.patch**2:
+            raise ConfigError(
+                f"side must be a multiple of the patch and slots at most {3 * self.patch**2 // 2}, got {self.side}, "
+                f"{self.patch} and {self.slots}"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Of a picture."""
+        return (self.side // self.patch) ** 2
 
     def kept(self, cbr: float) -> int:
         """Symbols of a token at a bandwidth ratio (complex uses over height x width x 3); ConfigError if none fits."""
@@ -61,20 +78,40 @@ class ModelSettings:
 class BroadcastCodec(nn.Module):
     """Encoder, fusion and decoder. It has no randomness: the channel stands between `encode` and `decode`."""
 
+    mean: Tensor
+    basis: Tensor
+    spread: Tensor
+
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
         self.settings = settings
+        self.layout = Layout(settings.tokens, settings.slots, settings.condition)
         self.encoder = Encoder(settings)
         self.fusion = Fusion(settings)
         self.decoder = Decoder(settings)
+        components = 2 * settings.tokens * settings.slots
+        assumed = assumed_principal(settings.side, components)
+        for name in ("mean", "basis", "spread"):
+            self.register_buffer(name, torch.empty(getattr(assumed, name).shape))
+        self.take(assumed)
+        self.register_load_state_dict_post_hook(_retake)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def take(self, principal: Principal) -> None:
+        """Work with these components, of pictures like those to be sent."""
+        for name in ("mean", "basis", "spread"):
+            getattr(self, name).copy_(torch.from_numpy(getattr(principal, name)))
+        self.basis.copy_(self.basis.half())  # as it is stored: half the file, and its rounding is 90 dB down
+        self.layout.take(principal)
 
     def encode(self, pictures: Tensor, snr_db: Tensor, alpha: Tensor, kept: Tensor) -> Tensor:
         """One block of symbols for both pictures.
 
         Args:
-            pictures: (block, 2, 3, side, side), 0 to 1, the side a multiple of the patch.
+            pictures: (block, 2, 3, side, side), 0 to 1.
             snr_db: (block, 2) of both users.
-            alpha: (block,) 0 to 1: how much of the block is the first user's.
+            alpha: (block,) 0 to 1: how much of the block is the first user's. Not looked at where both pictures are the
+                same: then all of the block is one picture's, and both users are told so.
             kept: (block,) symbols of a token that are sent, 1 to `slots`.
         Returns:
             (block, token, slot, 2): mean power 1 over the slots that are sent, zero in the others.
@@ -82,18 +119,21 @@ class BroadcastCodec(nn.Module):
             ConfigError: a shape is another one.
         """
         self._check(pictures, snr_db, alpha, kept)
-        rate = kept / self.settings.slots
-        both = torch.stack([_scaled(snr_db[:, 0]), _scaled(snr_db[:, 1]), rate], dim=1)
-        features = self.encoder(pictures.flatten(0, 1), both.repeat_interleave(USERS, dim=0))
-        features = features.view(-1, USERS, *features.shape[1:])
-        symbols = self.fusion(features[:, 0], features[:, 1], both, alpha)
-        return unit_power(symbols, kept)
+        same = (pictures[:, 0] == pictures[:, 1]).flatten(1).all(dim=1)
+        alpha = torch.where(same, torch.ones_like(alpha), alpha)
+        share = torch.stack([alpha, 1 - alpha], dim=1)
+        ready = self._ready(pictures, snr_db, share, kept / self.settings.slots)
+        components = ((ready.flatten(2) - self.mean) @ self.basis) / self.spread
+        dims = self.layout.dimensions(alpha, kept)
+        amplitudes = torch.sqrt(self.layout.powers(dims, share, kept).clamp_min(_LEAST_POWER))
+        values = self.layout.with_pilots(dims, self.layout.place(dims, components * amplitudes), same)
+        return unit_power(to_symbols(values, self.settings.tokens), kept)
 
     def decode(self, heard: Tensor, snr_db: Tensor, share: Tensor, kept: Tensor, user: Tensor) -> Tensor:
         """One user's picture.
 
         Args:
-            heard: (block, token, slot, 2), equalised; zero where nothing was sent.
+            heard: (block, token, slot, 2), equalised without bias: what was sent, plus noise.
             snr_db: (block,) the user's own.
             share: (block,) alpha for the first user, 1 - alpha for the second; sent along with the block.
             kept: (block,) as in `encode`.
@@ -101,8 +141,14 @@ class BroadcastCodec(nn.Module):
         Returns:
             (block, 3, side, side), about 0 to 1; not clipped.
         """
-        told = torch.stack([_scaled(snr_db), share, kept / self.settings.slots, user * 2.0 - 1.0], dim=1)
-        pictures: Tensor = self.decoder(heard, told)
+        values, noise = from_symbols(heard), 10 ** (-snr_db / 10) / 2
+        every = self.layout.dimensions(torch.ones_like(share), kept)
+        log_scale, same = self.layout.pilots(every, values, noise)
+        share = torch.where(same, torch.ones_like(share), share)
+        who = torch.where(same, torch.zeros_like(share), user.to(share.dtype)).long()
+        linear = self._linear(values, noise, log_scale, share, kept, who)
+        told = torch.stack([_scaled(snr_db), share, kept / self.settings.slots, log_scale], dim=1)
+        pictures: Tensor = linear + self.decoder(linear, told)
         return pictures
 
     def decode_both(self, heard: Tensor, snr_db: Tensor, alpha: Tensor, kept: Tensor) -> Tensor:
@@ -113,11 +159,35 @@ class BroadcastCodec(nn.Module):
         shown = self.decode(heard.flatten(0, 1), snr_db.flatten(), share, own, user)
         return shown.view(-1, USERS, *shown.shape[1:])
 
+    def _ready(self, pictures: Tensor, snr_db: Tensor, share: Tensor, rate: Tensor) -> Tensor:
+        """Pictures (block, 2, 3, side, side) with what the networks change of them before they are sent."""
+        snr, both = _scaled(snr_db), rate[:, None].expand(-1, USERS)
+        told = torch.stack([snr, snr.flip(1), both, share], dim=2).flatten(0, 1)  # for each picture: own and other SNR
+        features = self.encoder(pictures.flatten(0, 1), told).unflatten(0, (-1, USERS))
+        change = self.fusion(features.flatten(0, 1), features.flip(1).flatten(0, 1), told)
+        ready: Tensor = pictures + change.view_as(pictures)
+        return ready
+
+    def _linear(
+        self, values: Tensor, noise: Tensor, log_scale: Tensor, share: Tensor, kept: Tensor, user: Tensor
+    ) -> Tensor:
+        """The linear estimate of least error of a user's picture, (block, 3, side, side)."""
+        alpha = torch.where(user == 0, share, 1 - share)
+        dims = self.layout.dimensions(alpha, kept)
+        both = torch.stack([alpha, 1 - alpha], dim=1)
+        power = self.layout.powers(dims, both, kept).gather(1, user[:, None, None].expand(-1, 1, self.spread.numel()))
+        own = self.layout.find(dims, values, user) * torch.exp(-log_scale)[:, None]
+        unsure = (noise * torch.exp(-2 * log_scale))[:, None]
+        components = own * torch.sqrt(power[:, 0].clamp_min(_LEAST_POWER)) / (power[:, 0] + unsure) * self.spread
+        side = self.settings.side
+        pictures: Tensor = (components @ self.basis.T + self.mean).view(-1, 3, side, side)
+        return pictures
+
     def _check(self, pictures: Tensor, snr_db: Tensor, alpha: Tensor, kept: Tensor) -> None:
-        block, patch = pictures.shape[0], self.settings.patch
+        block, side = pictures.shape[0], self.settings.side
         shape = tuple(pictures.shape)
-        if len(shape) != 5 or shape[1:3] != (USERS, 3) or shape[3] != shape[4] or not shape[3] or shape[3] % patch:
-            raise ConfigError(f"pictures must be (block, 2, 3, side, side), side a multiple of {patch}; got {shape}")
+        if shape != (block, USERS, 3, side, side):
+            raise ConfigError(f"pictures must be (block, 2, 3, {side}, {side}), got {shape}")
         if snr_db.shape != (block, USERS) or alpha.shape != (block,) or kept.shape != (block,):
             raise ConfigError(
                 f"need snr_db ({block}, 2), alpha ({block},) and kept ({block},), got "
@@ -126,19 +196,16 @@ class BroadcastCodec(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A picture to tokens, told both SNRs and the rate."""
+    """A picture to tokens, told both SNRs, rate and share."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
-        width, patch = settings.width, settings.patch
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, width // 2, 3, padding=1), nn.GELU(), nn.Conv2d(width // 2, width, patch, stride=patch)
-        )
-        self.told = _Told(3, settings)
+        self.stem = _stem(settings)
+        self.told = _Told(4, settings)
         self.blocks = _blocks(settings, settings.encoder_depth)
 
     def forward(self, pictures: Tensor, told: Tensor) -> Tensor:
-        """(picture, 3, side, side) and (picture, 3) to (picture, token, width)."""
+        """(picture, 3, side, side) and (picture, 4) to (picture, token, width)."""
         tokens: Tensor = self.stem(pictures - 0.5).flatten(2).transpose(1, 2)
         condition = self.told(told)
         for block in self.blocks:
@@ -147,73 +214,87 @@ class Encoder(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Two pictures' tokens to one block of symbols.
+    """What to change of a picture before it is sent, in the light of the other one.
 
-    Every channel of every token is shared between the users. Alpha says how, and what the network sees in similarity
-    and SNRs shifts it:
-
-        share_1 = alpha e^l / (alpha e^l + (1 - alpha) e^-l),  l bounded and without alpha in it
-
-    So no share of the first user ever falls as alpha rises, and at alpha 1 (0) the symbols do not depend on the second
-    (first) picture at all, whatever was learned.
+    How much of the other picture's tokens comes in is decided by similarity and SNRs, times what is the other's of the
+    block: at a share of 1 there is no trace of it.
     """
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
         width = settings.width
         self.meaning = nn.Linear(width, settings.condition, bias=False)  # in which similarity is measured
-        self.told = _Told(3, settings)
-        self.shift = nn.Sequential(
+        self.told = _Told(4, settings)
+        self.weigh = nn.Sequential(
             nn.Linear(2 + settings.condition, settings.condition), nn.SiLU(), nn.Linear(settings.condition, width)
         )
-        self.values = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width)) for _ in range(USERS))
-        self.joint = _Told(4, settings)
+        self.values = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
         self.blocks = _blocks(settings, settings.fusion_depth)
-        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * settings.slots))
+        self.out = _Picture(settings)
 
-    def forward(self, first: Tensor, second: Tensor, told: Tensor, alpha: Tensor) -> Tensor:
-        """(block, token, width) twice, (block, 3) SNRs and rate, (block,) alpha to (block, token, slot, 2)."""
-        share = self.share(first, second, told, alpha)
-        tokens = share * self.values[0](first) + (1 - share) * self.values[1](second)
-        condition = self.joint(torch.cat([told, alpha[:, None]], dim=1))
+    def forward(self, own: Tensor, other: Tensor, told: Tensor) -> Tensor:
+        """(picture, token, width) twice, (picture, 4) own and other SNR, rate, share to (picture, 3, side, side)."""
+        condition = self.told(told)
+        tokens = own + self.weight(own, other, condition, told[:, 3]) * self.values(other)
         for block in self.blocks:
             tokens = block(tokens, condition)
-        symbols: Tensor = self.out(tokens).unflatten(-1, (-1, 2))
-        return symbols
+        pictures: Tensor = self.out(tokens)
+        return pictures
 
-    def share(self, first: Tensor, second: Tensor, told: Tensor, alpha: Tensor) -> Tensor:
-        """The first user's share of each channel of each token, (block, token, width) 0 to 1."""
-        likeness = functional.cosine_similarity(self.meaning(first), self.meaning(second), dim=-1)[..., None]
-        condition = self.told(told)[:, None].expand(-1, first.shape[1], -1)
-        logit = _MOST_LOGIT * torch.tanh(
-            self.shift(torch.cat([likeness, likeness.square(), condition], dim=-1)).float()
-        )
-        ratio = alpha.float()[:, None, None]
-        mine, others = ratio * torch.exp(logit), (1 - ratio) * torch.exp(-logit)
-        return mine / (mine + others)
+    def weight(self, own: Tensor, other: Tensor, condition: Tensor, share: Tensor) -> Tensor:
+        """(picture, token, width), within -1 to 1: how much of the other picture's tokens comes in."""
+        likeness = functional.cosine_similarity(self.meaning(own), self.meaning(other), dim=-1)[..., None]
+        known = condition[:, None].expand(-1, own.shape[1], -1)
+        weight = torch.tanh(self.weigh(torch.cat([likeness, likeness.square(), known], dim=-1)))
+        return weight * (1 - share)[:, None, None]
 
 
 class Decoder(nn.Module):
-    """Symbols as heard to one user's picture, told its SNR, its share, the rate and whose it is."""
+    """What the linear estimate of a picture lacks, told the user's SNR, share, rate, and the block's scale."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.stem = _stem(settings)
+        self.told = _Told(4, settings)
+        self.blocks = _blocks(settings, settings.decoder_depth)
+        self.out = _Picture(settings)
+
+    def forward(self, linear: Tensor, told: Tensor) -> Tensor:
+        """(block, 3, side, side) and (block, 4) to (block, 3, side, side)."""
+        tokens, condition = self.stem(linear - 0.5).flatten(2).transpose(1, 2), self.told(told)
+        for block in self.blocks:
+            tokens = block(tokens, condition)
+        pictures: Tensor = self.out(tokens)
+        return pictures
+
+
+def _retake(codec: BroadcastCodec, _keys: object) -> None:
+    """The components came with the weights: divide by them."""
+    codec.layout.take(Principal(*(getattr(codec, name).cpu().numpy() for name in ("mean", "basis", "spread"))))
+
+
+def _stem(settings: ModelSettings) -> nn.Sequential:
+    width, patch = settings.width, settings.patch
+    return nn.Sequential(
+        nn.Conv2d(3, width // 2, 3, padding=1), nn.GELU(), nn.Conv2d(width // 2, width, patch, stride=patch)
+    )
+
+
+class _Picture(nn.Module):
+    """Tokens to a picture (.., 3, side, side); starts as nothing."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
         width, patch = settings.width, settings.patch
-        self.stem = nn.Linear(2 * settings.slots, width)
-        self.told = _Told(4, settings)
-        self.blocks = _blocks(settings, settings.decoder_depth)
         self.norm = nn.LayerNorm(width)
         self.spread = nn.Linear(width, 16 * patch**2)
-        self.head = nn.Sequential(nn.PixelShuffle(patch), nn.GELU(), nn.Conv2d(16, 3, 3, padding=1))
+        self.head = nn.Sequential(nn.PixelShuffle(patch), nn.GELU(), zeroed(nn.Conv2d(16, 3, 3, padding=1)))
 
-    def forward(self, heard: Tensor, told: Tensor) -> Tensor:
-        """(block, token, slot, 2) and (block, 4) to (block, 3, side, side)."""
-        tokens, condition = self.stem(heard.flatten(2)), self.told(told)
-        for block in self.blocks:
-            tokens = block(tokens, condition)
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(picture, token, width) to (picture, 3, side, side)."""
         side = math.isqrt(tokens.shape[1])
         grid = self.spread(self.norm(tokens)).transpose(1, 2).reshape(-1, self.spread.out_features, side, side)
-        pictures: Tensor = self.head(grid) + 0.5
+        pictures: Tensor = self.head(grid)
         return pictures
 
 

@@ -13,8 +13,8 @@ import click
 
 from wdmoe.cli.bundles import find_bundle
 from wdmoe.cli.failures import needs_extra
-from wdmoe.cli.params import DIRECTORY, FILE, FREQUENCY, RATES, TIME, chosen_policy
-from wdmoe.config import POLICIES, cache_home
+from wdmoe.cli.params import DIRECTORY, FILE, FREQUENCY, RATES, TIME, check_rank_flags, chosen_policy
+from wdmoe.config import POLICIES, RANKS, cache_home
 
 if TYPE_CHECKING:
     from wdmoe.nodes.demo.run import OpenStage
@@ -37,6 +37,14 @@ _PROMPT = "Tell me a short story about a lighthouse keeper who finds a message i
 @click.option(
     "--budget-per-token", "budget_per_token_s", type=TIME, default=0, help="... plus this for more tokens in it."
 )
+@click.option(
+    "--rank",
+    type=click.Choice(("auto", *RANKS)),
+    default="auto",
+    show_default=True,
+    help="What that policy ranks experts by; auto: what the bundle says.",
+)
+@click.option("--whole-layers", type=click.IntRange(min=0), default=0, help="So many first layers drop nothing.")
 @click.option(
     "--links",
     "rates_bps",
@@ -75,6 +83,7 @@ def demo(bundle: str, cache: Path | None, no_view: bool, as_json: bool, picture:
       wdmoe-node demo --model ./mixtral-bundle --links 0 --json > figures.json
     """
     flags["policy"] = chosen_policy(flags["policy"], flags["budget_s"], flags["budget_per_token_s"], "cosine")
+    check_rank_flags(flags["policy"], flags["rank"], flags["whole_layers"])
     if flags["bandwidth_hz"] and flags["rates_bps"]:
         raise click.UsageError("--links have rates of their own, with --bandwidth they share a band: give one of them")
     flags["rates_bps"] = flags["rates_bps"] or ()

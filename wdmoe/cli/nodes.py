@@ -8,9 +8,21 @@ import click
 
 from wdmoe.cli.failures import needs_extra
 from wdmoe.cli.logs import tell_events
-from wdmoe.cli.params import DIRECTORY, FILE, FREQUENCY, LINK_SNR, LISTEN, RATE, SECRET, SIZE, TIME, chosen_policy
+from wdmoe.cli.params import (
+    DIRECTORY,
+    FILE,
+    FREQUENCY,
+    LINK_SNR,
+    LISTEN,
+    RATE,
+    SECRET,
+    SIZE,
+    TIME,
+    check_rank_flags,
+    chosen_policy,
+)
 from wdmoe.cli.running import run_until_stopped
-from wdmoe.config import ALLOCATIONS, POLICIES, PROVIDERS, DeviceSettings, LinkEmulation, StationSettings
+from wdmoe.config import ALLOCATIONS, POLICIES, PROVIDERS, RANKS, DeviceSettings, LinkEmulation, StationSettings
 
 
 @click.command()
@@ -122,6 +134,21 @@ def device(downlink: float, uplink: float, link_snr: tuple[float, float] | None,
     "with --budget]",
 )
 @click.option(
+    "--rank",
+    type=click.Choice(("auto", *RANKS)),
+    default="auto",
+    show_default=True,
+    help="What --policy ranks experts by: the gate's probabilities, or the squares of its scores, for routers that "
+    "predict the norms of experts' outputs; auto does what the bundle says.",
+)
+@click.option(
+    "--whole-layers",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="So many MoE layers from the first on drop nothing.",
+)
+@click.option(
     "--budget",
     "budget_s",
     type=TIME,
@@ -148,6 +175,13 @@ def device(downlink: float, uplink: float, link_snr: tuple[float, float] | None,
     help="Who gets how much of --bandwidth: optimal, so that a layer is done soonest, or equal.  [default: optimal]",
 )
 @click.option("--placement", type=FILE, help="Who holds what; `place` and `status --print-placement` write one.")
+@click.option(
+    "--copies",
+    type=click.IntRange(1, 2),
+    default=2,
+    show_default=True,
+    help="Devices that hold each expert, as far as their memory goes. With 2, a lost device costs time, not quality.",
+)
 @click.option("--record-trace", type=FILE, help="Leave a gate trace (.npz, no text) of what was served when it stops.")
 @click.option(
     "--deadline",
@@ -213,10 +247,11 @@ def bs(bundle: str, http: tuple[str, int], **flags: Any) -> None:
     Examples:
       wdmoe-node bs default
       wdmoe-node bs ./mixtral-bundle --http 0.0.0.0:8080 --api-key @key.txt --policy cosine
-      wdmoe-node bs default --budget 150ms --bandwidth 20MHz
+      wdmoe-node bs default --budget 150ms --whole-layers 1 --bandwidth 20MHz
       curl 127.0.0.1:8080/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once upon"}'
     """
     flags["policy"] = chosen_policy(flags["policy"], flags["budget_s"], flags["budget_per_token_s"], "topk")
+    check_rank_flags(flags["policy"], flags["rank"], flags["whole_layers"])
     if flags["bandwidth_hz"]:
         flags["max_active"] = flags["max_active"] or 1
     elif flags["allocation"]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from wdmoe.config import MOST_HZ, check_budget, is_hertz
+from wdmoe.config import MOST_HZ, check_budget, check_ranking, is_hertz
 from wdmoe.errors import ConfigError
 from wdmoe.units import Dimension, parse_quantity
 
@@ -68,6 +68,14 @@ def chosen_policy(policy: str | None, budget_s: float, per_token_s: float, defau
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
     return chosen
+
+
+def check_rank_flags(policy: str, rank: str, whole_layers: int) -> None:
+    """Raises click.UsageError where `--rank` or `--whole-layers` would not be looked at."""
+    try:
+        check_ranking(policy, rank, whole_layers)
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from error
 
 
 class LinkSnr(click.ParamType):  # type: ignore[type-arg]

@@ -25,10 +25,10 @@ def simulate(
 ) -> None:
     """Simulate a network of devices over many channel draws.
 
-    SCENARIO is a TOML file, or one that comes along: journal, wifi-room, decode, prefill. Every draw places the
-    devices, fades their links and replays real gates; all variants of the scenario meet the same draws. The results
-    folder gets all draws and a summary as CSV, figures as PNG and SVG, and a manifest. The same seed gives the same
-    digits on any number of workers.
+    SCENARIO is a TOML file, or one that comes along: journal, wifi-room, decode, prefill, multicast, moving. Every
+    draw places the devices, fades their links and replays real gates; all variants of the scenario meet the same
+    draws. The results folder gets all draws and a summary as CSV, figures as PNG and SVG, and a manifest. The same seed
+    gives the same digits on any number of workers.
 
     \b
     Examples:

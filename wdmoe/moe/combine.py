@@ -1,4 +1,4 @@
-"""Last step of a layer: the sum over the devices that answered, and how much of the gate weight is missing."""
+"""Last step of a layer: the sum over the devices that answered, and how much of the gate weight that is."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class Answer(NamedTuple):
     token_rows: Int32Array  # (n,) the layer's tokens they belong to
 
 
-class Missing(NamedTuple):
-    """One device's share that did not come."""
+class Share(NamedTuple):
+    """The gate weights of one device's answer."""
 
     token_rows: Int32Array  # (n,) the layer's tokens in the order
     rows: Int32Array  # (assignments,) into token_rows
     weights: Float32Array  # (assignments,) gate weights
 
 
-def missing_weight(tokens: int, missing: Sequence[Missing]) -> Float32Array:
-    """(tokens,) gate weight that did not come, summed over experts."""
-    owed = np.zeros(tokens, np.float32)
-    for share in missing:
-        np.add.at(owed, share.token_rows[share.rows], share.weights)
-    return owed
+def arrived_weight(tokens: int, shares: Sequence[Share]) -> Float32Array:
+    """(tokens,) gate weight that came, summed over experts."""
+    arrived = np.zeros(tokens, np.float32)
+    for share in shares:
+        np.add.at(arrived, share.token_rows[share.rows], share.weights)
+    return arrived
 
 
 def combine(tokens: int, hidden: int, answers: Sequence[Answer], scale: Float32Array | None = None) -> Float32Array:

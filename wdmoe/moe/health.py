@@ -81,6 +81,11 @@ class DeviceHealth:
         """May be asked: not paused, or its pause is over and the next order is its trial."""
         return device.route not in self._paused or self._records[device.route].paused_until_s <= time.monotonic()
 
+    def around(self, devices: tuple[DeviceRoute, ...], device_of: Int32Array, standby_of: Int32Array) -> Int32Array:
+        """(experts,) who serves each: its standby where its device may not be asked now but the standby may."""
+        usable = np.array([self.usable(device) for device in devices] + [False])
+        return np.where(usable[device_of] | ~usable[standby_of], device_of, standby_of)
+
     def available(self, devices: tuple[DeviceRoute, ...], device_of: Int32Array) -> np.ndarray:
         """(experts,) bool: served by a device that may be asked."""
         usable = np.array([self.usable(device) for device in devices] + [False])  # index -1: not served

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from wdmoe.errors import ExpertsUnavailableError
 from wdmoe.ledger import Ledger
 from wdmoe.moe.air import Air
-from wdmoe.moe.combine import Answer, Missing, combine, missing_weight
+from wdmoe.moe.combine import Answer, Share, arrived_weight, combine
 from wdmoe.moe.dispatch import Part, dispatch
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.moe.select import Chosen, Costs, Demand, choose, substitute
@@ -44,17 +45,22 @@ class LayerRules:
     equal_bandwidth: bool = False  # each device gets the same part of it, whatever it needs
     renormalise: bool = True  # on drop: kept weights grow to the sum of all; else they keep their values
     gate_temperature: float = 1.0
+    rank: str = "probability"  # what the policy ranks by
+    whole_layers: frozenset[int] = frozenset()  # decoder layers that keep all their experts, whatever the policy
     deadline_s: float = 1.0
     deadline_per_token_s: float = 0.02
 
 
 class ExpertLayers:
-    """All MoE layers of a model. `routing` gives the newest snapshot of who serves what."""
+    """All MoE layers of a model. `routing` gives the newest snapshot of who serves what.
+
+    `rules` may be set anew between passes, as evaluations do, which thus compare rules on the same measured devices.
+    """
 
     def __init__(self, exchange: Exchange, routing: Callable[[], Routing], rules: LayerRules) -> None:
         self._exchange = exchange
         self._routing = routing
-        self._rules = rules
+        self.rules = rules
         self.health = DeviceHealth()
         self._seen = Routing()
         self._last_air: Air | None = None
@@ -83,7 +89,10 @@ class ExpertLayers:
         routing = self._newest_routing()
         chosen = self._choose(routing, layer, tokens, demand)
         parts = self._ask(routing, layer, tokens, chosen, ledger, meanwhile)
-        owed = _owed(len(tokens), parts)
+        failed = [part for part in parts if part.reply.result is None]
+        if failed:
+            parts += self._ask_standbys(routing, layer, tokens, chosen, failed, ledger)
+        owed = _owed(chosen, parts) if failed else None
         if owed is not None or not parts:
             parts += self._rescue(routing, layer, tokens, demand, chosen, owed, ledger)
         answers = [Answer(part.reply.result.partial, part.token_rows) for part in parts if part.reply.result]
@@ -100,14 +109,16 @@ class ExpertLayers:
     def _choose(self, routing: Routing, layer: int, tokens: Activations, demand: Demand) -> Chosen:
         all_served = self.health.all_well and layer in routing.complete
         device_of = self._device_of(routing, layer)
+        policy = "topk" if layer in self.rules.whole_layers else self.rules.policy
         return choose(
             demand,
-            policy=self._rules.policy,
-            costs=None if self._rules.policy == "topk" else self._costs(routing, tokens, demand, device_of),
-            budget_s=self._rules.budget_s + (len(tokens) - 1) * self._rules.budget_per_token_s,
+            policy=policy,
+            costs=None if policy == "topk" else self._costs(routing, tokens, demand, device_of),
+            budget_s=self.rules.budget_s + (len(tokens) - 1) * self.rules.budget_per_token_s,
             available=None if all_served else self.health.available(routing.devices, device_of),
-            renormalise=self._rules.renormalise,
-            gate_temperature=self._rules.gate_temperature,
+            renormalise=self.rules.renormalise,
+            gate_temperature=self.rules.gate_temperature,
+            rank=self.rules.rank,
         )
 
     def _costs(self, routing: Routing, tokens: Activations, demand: Demand, device_of: Int32Array) -> Costs | None:
@@ -123,7 +134,7 @@ class ExpertLayers:
         other_s = self._other_s(air, counts) if air.total_hz else self.health.token_s(routing.devices, counts)
         if other_s is None:
             return None
-        links = air.links(other_s) if self._rules.policy == "budget" else None
+        links = air.links(other_s) if self.rules.policy == "budget" else None
         return Costs(device_of, air.each_s + other_s, links, air.total_hz or 1.0)
 
     def _other_s(self, air: Air, tokens: Sequence[int]) -> FloatArray:
@@ -136,15 +147,19 @@ class ExpertLayers:
         air = self._last_air
         if air is None or air.devices is not routing.devices:
             bits = 8.0 * tokens.itemsize * tokens.shape[1]
-            air = Air(routing.devices, bits, self._rules.bandwidth_hz, self._rules.equal_bandwidth)
+            air = Air(routing.devices, bits, self.rules.bandwidth_hz, self.rules.equal_bandwidth)
             self._last_air = air
         return air
 
     def _device_of(self, routing: Routing, layer: int) -> Int32Array:
+        """(experts,) index of the device to ask for each: not one that is paused, where another holds a copy."""
         device_of = routing.device_of.get(layer)
         if device_of is None:
             raise ExpertsUnavailableError(f"layer {layer}: no device serves any of its experts")
-        return device_of
+        standby_of = routing.standby_of.get(layer)
+        if self.health.all_well or standby_of is None:
+            return device_of
+        return self.health.around(routing.devices, device_of, standby_of)
 
     def _ask(
         self,
@@ -157,7 +172,7 @@ class ExpertLayers:
     ) -> list[Part]:
         """Dispatch, and book what it took."""
         started_s, busy = time.monotonic(), _Busy(meanwhile)
-        air = self._air(routing, tokens) if self._rules.bandwidth_hz and routing.devices else None
+        air = self._air(routing, tokens) if self.rules.bandwidth_hz and routing.devices else None
         parts = dispatch(
             self._exchange,
             layer,
@@ -166,7 +181,7 @@ class ExpertLayers:
             chosen.weights,
             routing.devices,
             self._device_of(routing, layer),
-            self._rules.deadline_s + len(tokens) * self._rules.deadline_per_token_s,
+            self.rules.deadline_s + len(tokens) * self.rules.deadline_per_token_s,
             busy,
             None if air is None else lambda counts: air.share(counts, self._other_s(air, counts)),
         )
@@ -186,6 +201,30 @@ class ExpertLayers:
         else:
             log.warning("device %s, layer %d: %s", device.name, part.order.layer, reply.reason)
             self.health.failed(device.route)
+
+    def _ask_standbys(
+        self,
+        routing: Routing,
+        layer: int,
+        tokens: Activations,
+        chosen: Chosen,
+        failed: list[Part],
+        ledger: Ledger,
+    ) -> list[Part]:
+        """Ask the holders of copies for what did not come, where there are some."""
+        usable = self.health.available(routing.devices, self._device_of(routing, layer))
+        again = np.zeros(len(usable) + 1, np.bool_)  # index -1: dropped
+        for part in failed:
+            again[list(part.order.experts)] = usable[list(part.order.experts)]
+        wanted = again[chosen.experts]
+        rows = np.flatnonzero(wanted.any(axis=1))
+        if not rows.size:
+            return []
+        experts = np.where(wanted, chosen.experts, np.int32(-1))[rows]
+        weights = np.where(wanted, chosen.weights, np.float32(0))[rows]
+        parts = self._ask(routing, layer, tokens[rows], Chosen(experts, weights), ledger)
+        ledger.retries += len(parts)
+        return _of_rows(parts, rows)
 
     def _rescue(
         self,
@@ -209,11 +248,11 @@ class ExpertLayers:
         ledger.retries += len(parts)
         if empty.size == len(tokens) and not any(part.reply.result for part in parts):
             raise ExpertsUnavailableError(f"layer {layer}: none of its experts answered, and no other could")
-        return [replace(part, token_rows=empty[part.token_rows].astype(np.int32)) for part in parts]
+        return _of_rows(parts, empty)
 
     def _scale(self, chosen: Chosen, owed: Float32Array | None) -> Float32Array | None:
         """(tokens,) factor that makes up for what did not come, where the model wants it so."""
-        if owed is None or not self._rules.renormalise:
+        if owed is None or not self.rules.renormalise:
             return None
         wanted = chosen.weights.sum(axis=1)
         arrived = wanted - owed
@@ -222,12 +261,19 @@ class ExpertLayers:
         return scale
 
 
-def _owed(tokens: int, parts: list[Part]) -> Float32Array | None:
-    """(tokens,) chosen gate weight that did not arrive; None where everything did."""
-    missing = [
-        Missing(part.token_rows, part.order.rows, part.order.weights) for part in parts if part.reply.result is None
-    ]
-    return missing_weight(tokens, missing) if missing else None
+def _of_rows(parts: list[Part], rows: npt.NDArray[np.integer[Any]]) -> list[Part]:
+    """Parts of a choice for some tokens of a layer as parts of the layer."""
+    return [replace(part, token_rows=rows[part.token_rows].astype(np.int32)) for part in parts]
+
+
+def _owed(chosen: Chosen, parts: list[Part]) -> Float32Array | None:
+    """(tokens,) chosen gate weight that did not arrive; None where everything did, be it from a standby."""
+    wanted: Float32Array = chosen.weights.sum(axis=1)
+    arrived = arrived_weight(
+        len(wanted), [Share(p.token_rows, p.order.rows, p.order.weights) for p in parts if p.reply.result is not None]
+    )
+    owed = np.where(wanted - arrived > NOTHING * wanted, wanted - arrived, np.float32(0))
+    return owed if owed.any() else None
 
 
 class _Busy:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.errors import BundleError
 from wdmoe.solver.bandwidth import Links
 from wdmoe.solver.bottleneck import shed_bottleneck
 from wdmoe.solver.budget import select_within_budget
@@ -56,6 +57,7 @@ def choose(
     available: npt.NDArray[np.bool_] | None,
     renormalise: bool,
     gate_temperature: float,
+    rank: str,
 ) -> Chosen:
     """Apply availability, then the policy, to the gate's demand.
 
@@ -68,11 +70,14 @@ def choose(
         available: (experts,) bool; None where every expert is served.
         renormalise: kept weights grow to the sum of all; else they keep their values.
         gate_temperature: what the router's scores are divided by before a policy ranks by them.
+        rank: what a policy ranks by, as in `wdmoe.solver.ranking`.
+    Raises:
+        BundleError: `rank` is "energy", and the model's router does not give its scores.
     """
     kept, lost = (demand, None) if available is None else _without_unavailable(demand, available, renormalise)
     if policy == "topk" or costs is None:
         return Chosen(kept.experts, kept.weights, lost=lost)
-    ranks = _ranks(kept, gate_temperature)
+    ranks = _ranks(kept, gate_temperature, rank)
     pruned = _prune(kept.experts, ranks, policy, costs, budget_s)
     if np.array_equal(pruned, kept.experts):
         return Chosen(kept.experts, kept.weights, lost=lost)
@@ -147,11 +152,13 @@ def _fill_empty(experts: Int32Array, weights: Float32Array, demand: Demand, avai
         weights[empty] = replacement.weights
 
 
-def _ranks(demand: Demand, temperature: float) -> npt.NDArray[np.float64]:
-    """(tokens, top_k) what a policy ranks by: the gate's probabilities, which need not be the weights it mixes by."""
-    if demand.gate is None or temperature == 1.0:
+def _ranks(demand: Demand, temperature: float, rank: str) -> FloatArray:
+    """(tokens, top_k) what a policy ranks by, which need not be the weights the gate mixes by."""
+    if rank == "probability" and (demand.gate is None or temperature == 1.0):
         return demand.weights.astype(np.float64)
-    return rank_weights(demand.gate, demand.experts, temperature)
+    if demand.gate is None:
+        raise BundleError("the model's router does not give its scores, which --rank energy wants: rank by probability")
+    return rank_weights(demand.gate, demand.experts, temperature, rank)
 
 
 def _share(part: Float32Array, whole: Float32Array) -> Float32Array:

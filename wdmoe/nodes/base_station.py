@@ -27,12 +27,14 @@ from wdmoe.backbone.trace_recorder import TraceRecorder
 from wdmoe.config import StationSettings
 from wdmoe.errors import ConfigError, TransportError, WdmoeError
 from wdmoe.ledger import Ledger
-from wdmoe.moe.layer import ExpertLayers, LayerRules
+from wdmoe.moe.layer import ExpertLayers
 from wdmoe.moe.select import Demand
 from wdmoe.nodes.addresses import data_bind, dial_endpoints, remember_endpoints
 from wdmoe.nodes.control_plane import ControlPlane
 from wdmoe.nodes.entrance import Entrance, GuardedEntrance, OpenEntrance
+from wdmoe.nodes.layer_rules import layer_rules
 from wdmoe.nodes.overview import describe
+from wdmoe.nodes.placing import Wishes
 from wdmoe.records import ExpertId
 from wdmoe.solver.placing.file import read_placement, write_placement
 from wdmoe.transport.admission import Admission
@@ -124,6 +126,7 @@ class BaseStation:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._stack.callback(sys.setswitchinterval, interval_s)
         self.bundle = await asyncio.to_thread(Bundle.open, settings.bundle)
+        rules = layer_rules(settings, self.bundle.manifest)
         pinned = self._read_placement()
         if (trace := settings.record_trace) is not None and not trace.parent.is_dir():
             raise ConfigError(f"--record-trace {trace}: there is no folder {trace.parent}")
@@ -131,7 +134,7 @@ class BaseStation:
         model = await asyncio.to_thread(load_station, self.bundle, settings.device, settings.dtype)
         exchange = Exchange(self._data, self._data_news, self._data_gone)
         self._exchange = exchange
-        self.layers = ExpertLayers(exchange, lambda: self._routing, self._rules())
+        self.layers = ExpertLayers(exchange, lambda: self._routing, rules)
         attach(model.model, model.experts, model.routers, self._run_layer)
         self._record(model.model)
         self.control = ControlPlane(
@@ -142,7 +145,11 @@ class BaseStation:
             data_port=int(self._data.endpoint.rsplit(":", 1)[1]),
             lease_s=settings.lease_s,
             max_message_bytes=self._options.max_message_bytes,
-            pinned=pinned,
+            wishes=Wishes(
+                pinned=pinned,
+                copies=settings.copies,
+                choosy=settings.policy != "topk" or settings.bandwidth_hz > 0,
+            ),
             shares_band=settings.bandwidth_hz > 0,
         )
         thread = ModelThread(
@@ -196,21 +203,6 @@ class BaseStation:
         recorder = TraceRecorder(model, self.bundle.manifest.model, most_tokens=MOST_TRACED_TOKENS)
         self._stack.enter_context(recorder)
         self._stack.push_async_callback(asyncio.to_thread, _save_trace, recorder, file)
-
-    def _rules(self) -> LayerRules:
-        manifest, settings = self.bundle.manifest, self._settings
-        layers = max(len(manifest.moe_layers), 1)
-        return LayerRules(
-            policy=settings.policy,
-            bandwidth_hz=settings.bandwidth_hz,
-            equal_bandwidth=settings.allocation == "equal",
-            budget_s=settings.budget_s / layers,
-            budget_per_token_s=settings.budget_per_token_s / layers,
-            renormalise=manifest.on_drop == "renormalise",
-            gate_temperature=manifest.gate_temperature,
-            deadline_s=settings.deadline_s,
-            deadline_per_token_s=settings.deadline_per_token_s,
-        )
 
     def _read_placement(self) -> Mapping[str, frozenset[ExpertId]]:
         path = self._settings.placement

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -17,7 +16,7 @@ import numpy as np
 from wdmoe.backbone.bundle import Bundle
 from wdmoe.errors import BundleError, TransportError, WdmoeError
 from wdmoe.nodes.entrance import Entrance
-from wdmoe.nodes.placing import Catalogue, Host, Targets, choose_targets, holdings, knows_link, routing, wanted
+from wdmoe.nodes.placing import Arrangement, Catalogue, Host, Wishes, arrange, holdings, knows_link, routing, wanted
 from wdmoe.records import ExpertId
 from wdmoe.transport.channel import ControlStation, Envelope
 from wdmoe.transport.membership import (
@@ -82,22 +81,22 @@ class ControlPlane:
         data_port: int,
         lease_s: float,
         max_message_bytes: int,
-        pinned: Mapping[str, frozenset[ExpertId]],
+        wishes: Wishes,
         shares_band: bool = False,
     ) -> None:
+        """Nothing is owned. `shares_band`: a device must say how strong its link is."""
         self._channel = channel
         self._bundle = bundle
         self._entrance = entrance
         self._data = data
         self._data_port = data_port
         self._max_message_bytes = max_message_bytes
-        self._pinned = pinned
+        self._wishes = wishes
         self._shares_band = shares_band
         self._catalogue = _catalogue(bundle)
         self._known = frozenset(self._catalogue.experts)
         self.roster = Roster(lease_s=lease_s)
-        self.targets: Targets = {}
-        self.unplaced: tuple[ExpertId, ...] = ()
+        self.arrangement = Arrangement()
         self.routing = Routing()
         self._generation = 0
         self._placing: asyncio.TimerHandle | None = None
@@ -118,7 +117,7 @@ class ControlPlane:
 
     def wanted(self) -> dict[str, set[ExpertId]]:
         """device_id -> experts it shall hold, copies too."""
-        return wanted(self._hosts(), self.targets, self._pinned)
+        return wanted(self._hosts(), self.arrangement)
 
     # ---- news from the data plane ----
 
@@ -317,22 +316,22 @@ class ControlPlane:
     def _place(self) -> None:
         """Choose homes for all experts, now that the devices have changed."""
         self._placing = None
-        hosts = self._hosts()
-        self.targets, unplaced = choose_targets(self._catalogue, hosts, self.targets, self._pinned)
-        if unplaced and hosts and unplaced != self.unplaced:
+        hosts, before = self._hosts(), self.arrangement
+        self.arrangement = arrange(self._catalogue, hosts, before, self._wishes)
+        unplaced = self.arrangement.unplaced
+        if unplaced and hosts and unplaced != before.unplaced:
             log.warning(
                 "%d of %d experts fit on no device; add devices or memory", len(unplaced), len(self._catalogue.experts)
             )
-        self.unplaced = unplaced
         self._rearrange()
 
     def _rearrange(self) -> None:
         """Tell devices what to hold where that changed, and publish who serves what."""
-        for device_id, experts in holdings(self._hosts(), self.targets, self._pinned).items():
+        for device_id, experts in holdings(self._hosts(), self.arrangement).items():
             device = next(d for d in self.roster.live() if d.device_id == device_id)
             if device.generation < 0 or device.placed != frozenset(experts):
                 self._tell(device, experts)
-        self.routing = routing(self._catalogue, self._hosts(), self.targets)
+        self.routing = routing(self._catalogue, self._hosts(), self.arrangement.targets)
         self._data.publish(self.routing)
 
     def _tell(self, device: Device, experts: tuple[ExpertId, ...]) -> None:
@@ -344,7 +343,10 @@ class ControlPlane:
         self._send_place(self.roster.devices[device.key])
 
     def _send_place(self, device: Device) -> None:
-        experts = sorted(device.placed)
+        # What it is home to comes first: answers need not wait for copies.
+        experts = sorted(
+            device.placed, key=lambda expert: (self.arrangement.targets.get(expert) != device.device_id, expert)
+        )
         files = [self._bundle.expert_file(expert) for expert in experts]
         place = Place(
             generation=device.generation,

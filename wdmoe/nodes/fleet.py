@@ -53,6 +53,8 @@ class FleetPlan:
     bundle: Path
     placement: str
     policy: str
+    rank: str
+    whole_layers: int
     budget_s: float  # of the policy `budget`, else 0
     budget_per_token_s: float
     bandwidth_hz: float  # that the devices share, else 0
@@ -113,7 +115,7 @@ class Fleet:
         placement.write_text(self._plan.placement)
         words = ["-v", "bs", str(self._plan.bundle.resolve()), "--bind", "tcp://127.0.0.1:*", "--http", "127.0.0.1:0"]
         words += ["--policy", self._plan.policy, "--placement", str(placement), "--state", str(self._folder / "state")]
-        words += self._radio()
+        words += ["--rank", self._plan.rank, "--whole-layers", str(self._plan.whole_layers), *self._radio()]
         words += ["--deadline", DEADLINE, "--lease", LEASE, "--prefill-chunk", str(PREFILL_CHUNK), "--threads", "1"]
         return self._start("base-station", words)
 

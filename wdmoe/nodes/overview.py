@@ -9,6 +9,7 @@ from wdmoe.backbone.bundle import Manifest
 from wdmoe.config import StationSettings
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.nodes.control_plane import ControlPlane
+from wdmoe.nodes.layer_rules import rank_of
 from wdmoe.transport.exchange import ExchangeCounters
 from wdmoe.transport.membership import Device
 
@@ -30,6 +31,8 @@ def describe(
         "model": manifest.model,
         "family": manifest.family,
         "policy": settings.policy,
+        "rank": rank_of(settings, manifest),
+        "whole_layers": settings.whole_layers,
         "budget_s": settings.budget_s,
         "budget_per_token_s": settings.budget_per_token_s,
         "bandwidth_hz": settings.bandwidth_hz,
@@ -37,7 +40,7 @@ def describe(
         "encrypted": not settings.insecure,
         "experts": len(manifest.experts),
         "unserved": len(manifest.experts) - served,
-        "experts_without_room": len(control.unplaced),
+        "experts_without_room": len(control.arrangement.unplaced),
         "placement": placement,
         "devices": [_device(device, health) for device in devices],
         "devices_lost": control.lost_devices,

@@ -40,6 +40,39 @@ MESSAGE_S = 0.3e-3  # what one more device costs a layer, measured with tools/be
 LEAST_SPAN = 2
 
 Targets = dict[ExpertId, str]  # expert -> device_id that shall hold it
+Copies = dict[str, frozenset[ExpertId]]  # device_id -> experts it holds besides those it is home to
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What the user wants of the placement."""
+
+    pinned: Mapping[str, frozenset[ExpertId]] = field(default_factory=dict)  # device name -> experts, as in the file
+    copies: int = 1  # devices that hold each expert, memory allowing: 1 or 2
+    choosy: bool = False  # which experts serve depends on their devices, so a layer must have several
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrangement:
+    """Who shall hold what."""
+
+    targets: Targets = field(default_factory=dict)
+    copies: Copies = field(default_factory=dict)
+    unplaced: tuple[ExpertId, ...] = ()  # fit nowhere
+
+
+def arrange(catalogue: Catalogue, hosts: Sequence[Host], before: Arrangement, wishes: Wishes) -> Arrangement:
+    """Homes and copies for all experts on the live devices; little is moved, and the copies of a lost home move up."""
+    live = {host.device_id for host in hosts}
+    homes = {expert: device_id for device_id, experts in before.copies.items() for expert in experts}
+    homes |= {expert: home for expert, home in before.targets.items() if home in live}
+    # With a copy of each expert elsewhere, a layer may stand on one device: its loss takes nothing with it.
+    alone = wishes.copies > 1 and not wishes.choosy and has_room_for_copies(catalogue, hosts, wishes.copies)
+    targets, unplaced = choose_targets(catalogue, hosts, homes, wishes.pinned, 1 if alone else LEAST_SPAN)
+    copies = pinned_copies(hosts, wishes.pinned)
+    if wishes.copies > 1:
+        copies = choose_standbys(catalogue, hosts, targets, copies, before.copies)
+    return Arrangement(targets=targets, copies=copies, unplaced=unplaced)
 
 
 def choose_targets(
@@ -47,6 +80,7 @@ def choose_targets(
     hosts: Sequence[Host],
     before: Mapping[ExpertId, str],
     pinned: Mapping[str, frozenset[ExpertId]],
+    least_span: int = LEAST_SPAN,
 ) -> tuple[Targets, tuple[ExpertId, ...]]:
     """Give every expert a home.
 
@@ -56,6 +90,7 @@ def choose_targets(
         before: the targets until now; little is moved.
         pinned: device name -> experts that the user's placement file puts there, while that device is live. An expert
             on several live devices has one home among them; the other copies wait until that is lost.
+        least_span: as for `span`.
     Returns:
         The targets, and the experts that fit nowhere.
     """
@@ -68,7 +103,7 @@ def choose_targets(
     room = [host.report.memory_bytes for host in hosts]
     for device_id, experts in copies.items():
         room[index[device_id]] -= sum(catalogue.weight_bytes[expert] for expert in experts)
-    parcels = _parcels(catalogue, free, span(catalogue, hosts))
+    parcels = _parcels(catalogue, free, span(catalogue, hosts, least_span))
     homes = place_experts(
         weight_bytes=np.array([sum(catalogue.weight_bytes[e] for e in p) for p in parcels], np.int64),
         load=np.array([sum(catalogue.load[e] for e in p) for p in parcels], np.float64),
@@ -81,19 +116,64 @@ def choose_targets(
     return targets, tuple(e for p, h in zip(parcels, homes, strict=True) for e in p if h < 0)
 
 
-def span(catalogue: Catalogue, hosts: Sequence[Host]) -> int:
+def span(catalogue: Catalogue, hosts: Sequence[Host], least: int = LEAST_SPAN) -> int:
     """Over how many devices each layer is spread.
 
     Every further device computes in parallel, but costs a message each way, with the token's hidden state in it. So a
-    layer is cut as often as the arithmetic of a token outweighs a message; and at least once, so that no device's
-    loss takes a whole layer with it.
+    layer is cut as often as the arithmetic of a token outweighs a message; and into `least` parts at least, so that no
+    device's loss takes a whole layer with it, and that a policy which looks at devices has a choice among some.
     """
     if not catalogue.experts:
         return 1
     speed = sum(_speed(host.report) for host in hosts) / len(hosts)
     expert_s = sum(catalogue.load.values()) / len(catalogue.load) / speed
     worth = math.ceil(catalogue.top_k * expert_s / MESSAGE_S)
-    return min(max(worth, LEAST_SPAN), len(hosts))
+    return min(max(worth, least), len(hosts))
+
+
+def has_room_for_copies(catalogue: Catalogue, hosts: Sequence[Host], copies: int) -> bool:
+    """Whether every expert fits on so many devices, as far as the sum of their memory tells."""
+    largest = max(catalogue.weight_bytes.values(), default=0)
+    room = sum(max(host.report.memory_bytes - largest, 0) for host in hosts)
+    return len(hosts) >= copies and room >= copies * sum(catalogue.weight_bytes.values())
+
+
+def choose_standbys(
+    catalogue: Catalogue,
+    hosts: Sequence[Host],
+    targets: Mapping[ExpertId, str],
+    held: Mapping[str, frozenset[ExpertId]],
+    before: Mapping[str, frozenset[ExpertId]],
+) -> Copies:
+    """A second device for each expert that the user's placement file does not place, as far as memory goes.
+
+    Experts of a layer with one home go to one standby together, so that its loss costs one message elsewhere, not
+    several.
+
+    Args:
+        targets: expert -> home.
+        held: device_id -> what the user's placement file puts there.
+        before: what this returned last; little is moved.
+    Returns:
+        `held` with the standbys.
+    """
+    order = [host.device_id for host in hosts]
+    hold = {device_id: set(held.get(device_id, ())) for device_id in order}
+    room = {host.device_id: host.report.memory_bytes for host in hosts}
+    for device_id in order:
+        mine = {e for e, home in targets.items() if home == device_id} | hold[device_id]
+        room[device_id] -= sum(catalogue.weight_bytes[e] for e in mine)
+    pinned = {expert for experts in held.values() for expert in experts}
+    last = {expert: device_id for device_id, experts in before.items() for expert in experts}
+    for expert in sorted(e for e, home in targets.items() if e not in pinned and home in hold):
+        home, size = targets[expert], catalogue.weight_bytes[expert]
+        others = [d for d in order if d != home and room[d] >= size]
+        if others:
+            kept = last.get(expert, "")
+            standby = kept if kept in others else others[expert.layer % len(others)]
+            hold[standby].add(expert)
+            room[standby] -= size
+    return {device_id: frozenset(experts) for device_id, experts in hold.items() if experts}
 
 
 def _parcels(catalogue: Catalogue, experts: Sequence[ExpertId], per_layer: int) -> tuple[tuple[ExpertId, ...], ...]:
@@ -138,28 +218,25 @@ def _pinned_homes(copies: Mapping[str, frozenset[ExpertId]], before: Mapping[Exp
     return homes
 
 
-def wanted(
-    hosts: Sequence[Host], targets: Mapping[ExpertId, str], pinned: Mapping[str, frozenset[ExpertId]]
-) -> dict[str, set[ExpertId]]:
+def wanted(hosts: Sequence[Host], arrangement: Arrangement) -> dict[str, set[ExpertId]]:
     """device_id -> experts it shall hold in the end: those it is home to, and its copies of others."""
     hold = {host.device_id: set[ExpertId]() for host in hosts}
-    for expert, device_id in targets.items():
+    for expert, device_id in arrangement.targets.items():
         if device_id in hold:
             hold[device_id].add(expert)
-    for device_id, experts in pinned_copies(hosts, pinned).items():
-        hold[device_id] |= experts
+    for device_id, experts in arrangement.copies.items():
+        if device_id in hold:
+            hold[device_id] |= experts
     return hold
 
 
-def holdings(
-    hosts: Sequence[Host], targets: Mapping[ExpertId, str], pinned: Mapping[str, frozenset[ExpertId]]
-) -> dict[str, tuple[ExpertId, ...]]:
+def holdings(hosts: Sequence[Host], arrangement: Arrangement) -> dict[str, tuple[ExpertId, ...]]:
     """device_id -> experts to hold now: what it shall, and what it still serves until the new home is ready."""
     ready = {host.device_id: host.ready for host in hosts}
-    hold = wanted(hosts, targets, pinned)
+    hold = wanted(hosts, arrangement)
     for host in hosts:
         for expert in host.ready:
-            target = targets.get(expert)
+            target = arrangement.targets.get(expert)
             if target is not None and expert not in ready.get(target, frozenset()):
                 hold[host.device_id].add(expert)
     return {device_id: tuple(sorted(experts)) for device_id, experts in hold.items()}
@@ -176,14 +253,18 @@ def _device_route(host: Host) -> DeviceRoute:
 
 
 def routing(catalogue: Catalogue, hosts: Sequence[Host], targets: Mapping[ExpertId, str]) -> Routing:
-    """Who serves what: an expert's home where it is ready, else any device that holds it."""
+    """Who serves what: an expert's home where it is ready, else any device that holds it; and who else could."""
     attached = [host for host in hosts if host.route is not None]
     devices = tuple(_device_route(h) for h in attached)
-    device_of = {layer: np.full(count, -1, np.int32) for layer, count in catalogue.experts_per_layer.items() if count}
+    counts = {layer: count for layer, count in catalogue.experts_per_layer.items() if count}
+    device_of = {layer: np.full(count, -1, np.int32) for layer, count in counts.items()}
+    standby_of = {layer: np.full(count, -1, np.int32) for layer, count in counts.items()}
     for index, host in enumerate(attached):
         for layer, expert in host.ready:
-            at_home = targets.get(ExpertId(layer, expert)) == host.device_id
-            if at_home or device_of[layer][expert] < 0:
-                device_of[layer][expert] = index
+            first = device_of[layer][expert]
+            if targets.get(ExpertId(layer, expert)) == host.device_id or first < 0:
+                device_of[layer][expert], standby_of[layer][expert] = index, first
+            else:
+                standby_of[layer][expert] = index
     complete = frozenset(layer for layer, row in device_of.items() if (row >= 0).all())
-    return Routing(devices, device_of, complete)
+    return Routing(devices, device_of, complete, standby_of)

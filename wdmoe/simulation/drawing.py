@@ -15,6 +15,8 @@ from wdmoe.simulation.scenario import ChannelSetup, ModelSetup, RadioSetup, Scen
 from wdmoe.solver.layer_time import Air
 from wdmoe.wireless.channel import Channel, draw_fading
 from wdmoe.wireless.compute import expert_bytes, expert_flop
+from wdmoe.wireless.doppler import MOST_ORDER, BlockFading
+from wdmoe.wireless.fading import power_gain
 from wdmoe.wireless.link import Radio, links_of
 from wdmoe.wireless.mcs import nr_table, wifi_table
 from wdmoe.wireless.pathloss import free_space_db, log_distance_db
@@ -88,9 +90,22 @@ def _k_factor(channel: ChannelSetup, los: npt.NDArray[np.bool_]) -> FloatArray:
 
 
 def _pass_airs(rng: np.random.Generator, scenario: Scenario, place: _Place, layers: int) -> tuple[Air, ...]:
-    if scenario.channel.each_layer:
+    if scenario.channel.changes == "doppler":
+        return _moving(rng, scenario, place, layers)
+    if scenario.channel.changes == "layer":
         return tuple(_faded(rng, scenario, place) for _ in range(layers))
     return (_faded(rng, scenario, place),) * layers
+
+
+def _moving(rng: np.random.Generator, scenario: Scenario, place: _Place, layers: int) -> tuple[Air, ...]:
+    """Each layer one block; Jakes' correlation at all lags within the pass, up to `MOST_ORDER`."""
+    channel = scenario.channel
+    shift = np.full(scenario.devices.count, channel.doppler_hz)
+    order = min(max(layers - 1, 1), MOST_ORDER)
+    fading = BlockFading(rng, shift, channel.block_s, k_factor=place.k_factor, order=order)
+    gains = power_gain(fading.track(layers))
+    faded = (Channel(path_loss_db=place.loss_db, downlink_fading=gain, uplink_fading=gain) for gain in gains)
+    return tuple(_air(scenario, each) for each in faded)
 
 
 def _faded(rng: np.random.Generator, scenario: Scenario, place: _Place) -> Air:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.config import RANKS
 from wdmoe.gate_trace import GateTrace
 from wdmoe.simulation.drawing import Draw
 from wdmoe.simulation.placing import Holders
 from wdmoe.simulation.scenario import Scenario, Variant
-from wdmoe.solver.plan import plan_layer
-from wdmoe.solver.ranking import RANKS, rank_weights
+from wdmoe.solver.plan import carried_out, plan_layer
+from wdmoe.solver.ranking import rank_weights
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -66,15 +67,15 @@ def _one_pass(
     for layer in range(layers):
         alike = None if replay.similarity is None else replay.similarity[layer]
         experts, weights = replay.experts[layer, tokens], replay.weights[variant.rank][layer, tokens]
-        plan = plan_layer(experts, weights, held[layer], draw.airs[number][layer], variant.policy_of(layer), alike)
+        known, air = draw.airs[number][variant.measured(layer)], draw.airs[number][layer]
+        plan = plan_layer(experts, weights, held[layer], known, variant.policy_of(layer), alike)
+        plan = carried_out(plan, known, air, variant.policy.levers)
         latency_s += plan.time.latency_s
         dropped += plan.dropped_weight / layers
         replaced += plan.replaced_weight / layers
         computed += float((plan.experts >= 0).sum()) / layers / len(tokens)
         cast += (plan.time.multicast_s > 0) / layers
-        up = float((plan.time.vectors * plan.time.bits).sum()) * scenario.model.hidden
-        down = len(tokens) * float(plan.time.bits.max()) * scenario.model.hidden if plan.time.multicast_s else up
-        bits += up + down
+        bits += scenario.model.hidden * (plan.time.down_bits + plan.time.up_bits)
     return {
         "latency_s": latency_s,
         "dropped_weight": dropped,

@@ -25,7 +25,7 @@ from wdmoe.simulation.placing import Holders, holders_of
 from wdmoe.simulation.scenario import Scenario, Variant
 from wdmoe.simulation.statistics import mean_and_interval
 from wdmoe.simulation.traces import find_trace
-from wdmoe.solver.plan import plan_layer
+from wdmoe.solver.plan import carried_out, plan_layer
 
 FloatArray = npt.NDArray[np.float64]
 Progress = Callable[[int, int], None]
@@ -113,7 +113,9 @@ class RadioPlans:
         airs = self._draw.airs[part % len(self._draw.airs)]
         alike = None if self._replay.similarity is None else self._replay.similarity[layer]
         policy = self._variant.policy_of(layer)
-        plan = plan_layer(experts, ranks, self._held[layer], airs[layer], policy, alike)
+        known = airs[self._variant.measured(layer)]
+        plan = plan_layer(experts, ranks, self._held[layer], known, policy, alike)
+        plan = carried_out(plan, known, airs[layer], policy.levers)
         self.latency_s += plan.time.latency_s
         self.dropped += plan.dropped_weight / len(self._replay.experts) / parts
         return Order.of(plan, policy.levers.partial_sums)

@@ -47,6 +47,15 @@ class Table:
             raise self._wrong(key, "true or false", value)
         return value
 
+    def switch(self, key: str, among: Sequence[str]) -> str:
+        """One of these texts; false and true stand for the first, the default, and the second."""
+        value = self._get(key, False)
+        if isinstance(value, bool):
+            return among[value]
+        if value not in among:
+            raise self._wrong(key, f"true, false or one of {', '.join(among)}", value)
+        return str(value)
+
     def integer(self, key: str, default: int | None, least: int, most: int) -> int:
         """An integer within bounds."""
         value = self._get(key, default)

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from wdmoe.config import RANKS
 from wdmoe.errors import ConfigError
 from wdmoe.simulation.reading import Table
-from wdmoe.solver.layer_time import Levers
+from wdmoe.solver.layer_time import MULTICASTS, Levers
 from wdmoe.solver.plan import Policy
-from wdmoe.solver.ranking import RANKS
 from wdmoe.solver.selection import POLICIES
+from wdmoe.wireless.doppler import doppler_hz
 from wdmoe.wireless.link import SPENDINGS
 from wdmoe.wireless.tr38901 import SCENARIOS
 
@@ -21,8 +22,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-SHIPPED = ("journal", "wifi-room", "decode", "prefill")
+SHIPPED = ("journal", "wifi-room", "decode", "prefill", "multicast", "moving")
 PATH_LOSSES = ("free-space", "log-distance", *SCENARIOS)
+CHANGES = ("pass", "layer", "doppler")
 FADINGS = ("rayleigh", "rician", "none")
 LAWS = ("shannon", "nr", "wifi")
 PLACEMENTS = ("spread", "greedy", "exact")
@@ -53,7 +55,9 @@ class ChannelSetup:
     shadowing_db: float  # standard deviation; the scenarios of TR 38.901 have their own
     fading: str
     k_factor_db: float  # of rician
-    each_layer: bool  # fading anew for each layer, else one for the whole pass
+    changes: str  # fading is one for the whole pass, anew for each layer, or moves on from layer to layer (doppler)
+    doppler_hz: float  # largest shift; with "doppler" only
+    block_s: float  # from one layer to the next; with "doppler" only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,10 +99,17 @@ class Variant:
     replicas: int  # most devices that hold one expert
     rank: str = "probability"  # what the policy ranks by, see `wdmoe.solver.ranking`
     whole_layers: int = 0  # so many layers from the first on keep all their experts
+    csi_layers: int = 1  # the channel is measured every so many layers; 0: at the beginning of a pass
+    csi_delay: int = 0  # and a measurement is so many layers old when it is first used
 
     def policy_of(self, layer: int) -> Policy:
         """The policy of a layer, counted from 0."""
         return replace(self.policy, name="topk") if layer < self.whole_layers else self.policy
+
+    def measured(self, layer: int) -> int:
+        """The layer whose channel this one is decided by. A pass begins with a channel that is known."""
+        latest = layer // self.csi_layers * self.csi_layers if self.csi_layers else 0
+        return max(latest - self.csi_delay, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,14 +161,15 @@ def parse_scenario(text: str) -> Scenario:
         root = Table(tomllib.loads(text), "the file")
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"not TOML: {error}") from error
+    radio = _radio(root.table("radio"))
     scenario = Scenario(
         name=root.text("name"),
         about=root.text("about", ""),
         seed=root.integer("seed", 0, 0, 2**63 - 1),
         draws=root.integer("draws", 200, 1, MOST_DRAWS),
         backend=_known_backend(root.text("backend", "loky")),
-        radio=_radio(root.table("radio")),
-        channel=_channel(root.table("channel")),
+        radio=radio,
+        channel=_channel(root.table("channel"), radio.carrier_hz),
         devices=_devices(root.table("devices")),
         model=_model(root.table("model")),
         variants=tuple(_variant(each) for each in root.tables("variant")),
@@ -167,7 +179,23 @@ def parse_scenario(text: str) -> Scenario:
     names = [variant.name for variant in scenario.variants]
     if len(set(names)) != len(names):
         raise ConfigError("two [[variant]] have the same name")
+    for variant in scenario.variants:
+        _check_together(scenario, variant)
     return scenario
+
+
+def _check_together(scenario: Scenario, variant: Variant) -> None:
+    """What a variant may ask of this radio and channel."""
+    if variant.policy.levers.multicast == "superposition" and scenario.radio.law != "shannon":
+        raise ConfigError(
+            f'[[variant]] {variant.name!r}: multicast = "superposition" needs [radio] law = "shannon", '
+            f"got {scenario.radio.law!r}: its powers are of Gaussian codes, not of an MCS table"
+        )
+    if (variant.csi_layers, variant.csi_delay) != (1, 0) and scenario.channel.changes == "pass":
+        raise ConfigError(
+            f"[[variant]] {variant.name!r}: csi_layers and csi_delay need [channel] fading_changes = "
+            '"layer" or "doppler": within a pass the channel stays as it is'
+        )
 
 
 def with_changes(scenario: Scenario, *, draws: int | None, seed: int | None, backend: str | None) -> Scenario:
@@ -210,17 +238,34 @@ def _radio(table: Table) -> RadioSetup:
     return radio
 
 
-def _channel(table: Table) -> ChannelSetup:
+def _channel(table: Table, carrier_hz: float) -> ChannelSetup:
+    changes = table.text("fading_changes", "pass", CHANGES)
     channel = ChannelSetup(
         path_loss=table.text("path_loss", "log-distance", PATH_LOSSES),
         exponent=table.number("exponent", 3.0, 0.0, 10.0),
         shadowing_db=table.number("shadowing_db", 0.0, 0.0, 40.0),
         fading=table.text("fading", "rayleigh", FADINGS),
         k_factor_db=table.number("k_factor_db", 6.0, -40.0, 40.0),
-        each_layer=table.text("fading_changes", "pass", ("pass", "layer")) == "layer",
+        changes=changes,
+        doppler_hz=_doppler_hz(table, carrier_hz, changes == "doppler"),
+        block_s=table.quantity("block_time", "time", "1ms"),
     )
     table.done()
+    if changes == "doppler" and channel.fading == "none":
+        raise ConfigError('[channel] fading_changes = "doppler" needs fading = "rayleigh" or "rician", got "none"')
+    if channel.block_s <= 0:
+        raise ConfigError("[channel] block_time must be above 0")
     return channel
+
+
+def _doppler_hz(table: Table, carrier_hz: float, moves: bool) -> float:
+    """Given as a shift, or as a speed; either, and only where fading is to move."""
+    shift, speed = table.quantity("doppler", "frequency", "0Hz"), table.number("speed_m_s", 0.0, 0.0, 1e4)
+    if shift < 0 or (shift > 0) + (speed > 0) != moves:
+        raise ConfigError(
+            '[channel] fading_changes = "doppler" needs either doppler or speed_m_s, above 0, and nothing else does'
+        )
+    return shift or float(doppler_hz(speed, carrier_hz))
 
 
 def _devices(table: Table) -> DeviceSetup:
@@ -271,8 +316,9 @@ def _variant(table: Table) -> Variant:
         "bits": table.integer("bits", 16, 4, 16),
         "coarse_bits": table.integer("coarse_bits", 0, 0, 16),
         "coarse_share": table.number("coarse_share", _USUAL.levers.coarse_share, 0.0, 1.0),
+        "max_distortion": table.number("max_distortion", 0.0, 0.0, 1.0),
         "partial_sums": table.flag("partial_sums"),
-        "multicast": table.flag("multicast"),
+        "multicast": table.switch("multicast", MULTICASTS),
         "micro_batches": table.integer("micro_batches", 1, 1, 1024),
         "equal_bandwidth": table.text("bandwidth", "optimal", ("optimal", "equal")) == "equal",
     }
@@ -280,12 +326,22 @@ def _variant(table: Table) -> Variant:
     replicas = table.integer("replicas", 1, 1, 4096)
     rank = table.text("rank", "probability", RANKS)
     whole_layers = table.integer("whole_layers", 0, 0, 4096)
+    csi_layers, csi_delay = table.integer("csi_layers", 1, 0, 4096), table.integer("csi_delay", 0, 0, 4096)
     table.done()
     try:
         made = Policy(levers=Levers(**levers), **policy)
     except ValueError as error:
         raise ConfigError(f"[[variant]] {name!r}: {error}") from error
-    return Variant(name=name, policy=made, placement=placement, replicas=replicas, rank=rank, whole_layers=whole_layers)
+    return Variant(
+        name=name,
+        policy=made,
+        placement=placement,
+        replicas=replicas,
+        rank=rank,
+        whole_layers=whole_layers,
+        csi_layers=csi_layers,
+        csi_delay=csi_delay,
+    )
 
 
 def _positive(table: Table, key: str, dimension: Any, default: str) -> float:

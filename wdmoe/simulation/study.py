@@ -51,7 +51,8 @@ def run_study(scenario: Scenario, workers: int = -1, progress: Progress | None =
     _check_fit(scenario, trace)
     rows: list[Any] = []
     with _backend(scenario.backend):
-        parallel = joblib.Parallel(n_jobs=workers, return_as="generator")
+        # Ray's back-end hands all rows out at the end only.
+        parallel = joblib.Parallel(n_jobs=workers, return_as="list" if _is_ray(scenario) else "generator")
         task = joblib.delayed(one_draw)
         # In order of their number, whoever finishes first.
         for row in parallel(task(scenario, replay, number) for number in range(scenario.draws)):
@@ -97,11 +98,7 @@ def _backend(text: str) -> Iterator[None]:
 
                 stack.enter_context(Client(address or None, set_as_default=True))
             elif name == "ray":
-                import ray
-                from ray.util.joblib import register_ray
-
-                ray.init(address=address or None, ignore_reinit_error=True)
-                register_ray()
+                _start_ray(address, stack)
         except ModuleNotFoundError as error:
             raise MissingExtraError(f"backend {text} needs {name}: pip install {_PACKAGES[name]}") from error
         except (OSError, ValueError, ConnectionError) as error:
@@ -110,6 +107,24 @@ def _backend(text: str) -> Iterator[None]:
             stack.callback(_end_processes)
         stack.enter_context(joblib.parallel_config(backend=name))
         yield
+
+
+def _is_ray(scenario: Scenario) -> bool:
+    return scenario.backend.partition(":")[0] == "ray"
+
+
+def _start_ray(address: str, stack: contextlib.ExitStack) -> None:
+    """A cluster's, or one of this machine that ends with the stack; one that runs in this process already stays."""
+    import ray
+    from ray.util.joblib import register_ray
+
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address or None)
+        except Exception as error:  # what ray raises where a node does not start has no class of its own
+            raise ConnectionError(" ".join(str(error).split())) from error
+        stack.callback(ray.shutdown)
+    register_ray()
 
 
 def _end_processes() -> None:

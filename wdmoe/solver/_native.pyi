@@ -1,6 +1,7 @@
 """Types of the native bridge. `wdmoe.solver.reference` is its plain NumPy twin: same names, same answers."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -143,6 +144,13 @@ class Allocation:
     price_s_per_hz: float  # what one more hertz would save
     status: str  # "optimal", "infeasible", "iteration_limit"
     iterations: int
+
+def regular(name: str, given: npt.ArrayLike | None) -> npt.NDArray[Any]:
+    """`given` as an array of whatever it holds; the array itself where it is one.
+
+    Raises:
+        ValueError: its rows have different lengths; names the argument.
+    """
 
 def floats(name: str, given: npt.ArrayLike | None) -> FloatArray:
     """`given` as float64 and C-contiguous; the array itself where it is that already.

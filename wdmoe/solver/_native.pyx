@@ -442,12 +442,17 @@ cdef int borrow_floats(object given, str name, Py_buffer* view) except -1:
     return 0
 
 
-def floats(str name not None, given):
+def regular(str name not None, given):
     """See _native.pyi."""
     try:
-        array = np.asarray(given)
+        return np.asarray(given)
     except ValueError:  # rows of different lengths
-        raise ValueError(f"{name} must be numbers in a regular array") from None
+        raise ValueError(f"{name} must be a regular array of numbers") from None
+
+
+def floats(str name not None, given):
+    """See _native.pyi."""
+    array = regular(name, given)
     if array.dtype.kind not in "fiub":
         raise ValueError(f"{name} must be real numbers, got {array.dtype}")
     return np.asarray(array, np.float64, order="C")

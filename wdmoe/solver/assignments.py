@@ -37,7 +37,7 @@ def check_assignments(
         ValueError: an argument is not as above; the message names it.
     """
     chosen, home = check_int32("experts", experts), check_int32("device_of", device_of)
-    weight = np.ascontiguousarray(weights, dtype=np.float64)
+    weight = _native.floats("weights", weights)
     if chosen.ndim != 2:
         raise ValueError(f"experts must be integers (tokens, top_k), got shape {chosen.shape}")
     if weight.shape != chosen.shape:
@@ -50,7 +50,7 @@ def check_assignments(
 
 def check_int32(name: str, values: npt.ArrayLike) -> Int32Array:
     """C-contiguous int32. Raises ValueError for what is no integer, or too large for it."""
-    array = np.asarray(values)
+    array = _native.regular(name, values)
     if array.dtype == np.int32:
         return np.asarray(array, order="C")
     if not np.issubdtype(array.dtype, np.integer):

@@ -38,11 +38,11 @@ def shed_bottleneck(
     Raises:
         ValueError: an argument is not as above; the message names it.
     """
-    each_s = np.asarray(token_s, dtype=np.float64)
+    each_s = _native.floats("token_s", token_s)
     if each_s.ndim != 1 or not each_s.size or not (np.isfinite(each_s).all() and each_s.min() > 0):
         raise ValueError("token_s must be (devices,), positive and finite")
     if not 0 <= light <= 1:
         raise ValueError(f"light must be 0 to 1, got {light}")
     given = check_assignments(experts, weights, device_of, len(each_s))
-    kept = _native.shed_bottleneck(given.device, given.weights, np.ascontiguousarray(each_s), light)
+    kept = _native.shed_bottleneck(given.device, given.weights, each_s, light)
     return kept.view(np.bool_)

@@ -32,17 +32,17 @@ def choose_copies(
     Raises:
         ValueError: an argument is not as above; the message names it.
     """
-    chosen, held = check_int32("experts", experts), np.asarray(holders)
+    chosen, held = check_int32("experts", experts), _native.regular("holders", holders)
     if chosen.ndim != 2:
         raise ValueError(f"experts must be integers (tokens, top_k), got shape {chosen.shape}")
     if held.ndim != 2 or held.dtype != np.bool_ or not held.size:
         raise ValueError(f"holders must be bool (experts, devices), got {held.dtype} {held.shape}")
-    each_s = np.ascontiguousarray(token_s, dtype=np.float64)
+    each_s = _native.floats("token_s", token_s)
     if each_s.shape != held.shape[1:] or not (each_s.min() > 0 and each_s.max() < np.inf):
         raise ValueError(f"token_s must be {held.shape[1:]}, positive and finite")
     busy = None
     if busy_s is not None:
-        busy = np.ascontiguousarray(busy_s, dtype=np.float64)
+        busy = _native.floats("busy_s", busy_s)
         if busy.shape != each_s.shape or not (busy.min() >= 0 and busy.max() < np.inf):
             raise ValueError(f"busy_s must be {each_s.shape}, finite and not negative")
     return _native.choose_copies(chosen, np.ascontiguousarray(held).view(np.uint8), each_s, busy)

@@ -22,4 +22,4 @@ def needed_hz(links: Links, token_s: npt.ArrayLike) -> FloatArray:
     Returns:
         (devices, n) Hz; inf where no bandwidth is enough, 0 where none is needed.
     """
-    return _native.needed_hz(links.table, links.flat, np.ascontiguousarray(token_s, np.float64))
+    return _native.needed_hz(links.table, links.flat, _native.floats("token_s", token_s))

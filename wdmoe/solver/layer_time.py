@@ -6,10 +6,12 @@ A device k receives n_k activations, computes c_k seconds and returns n_k activa
 
 Levers change its terms [D]:
 
-- fewer bits per activation: down_k and up_k shrink with them;
+- fewer bits per activation: down_k and up_k shrink with them. All have as few, or the devices whose air is dearest,
+  or each assignment by its gate weight (`wdmoe.solver.rounding`): then down_k and up_k are means over k's vectors;
 - partial sums: n_k counts tokens, not assignments, since a device adds up what it computed for a token;
-- multicast: each token is sent once over the whole band, at the rate of the weakest of its devices, before the
-  devices share the band for the way up. M is the sum of these times, and down_k is 0. It is used where it pays;
+- multicast: each token is sent once over the whole band, before the devices share the band for the way up. M is what
+  that takes, and down_k is 0. It is used where it pays. "weakest": one token after the other, each at the rate of the
+  weakest of its devices. "superposition": all at once, see `wdmoe.solver.superposition`; never slower than that;
 - micro-batches: in m parts, link and compute overlap: with air a and compute c, max(a + c / m, a / m + c).
 
 M is 0 without multicast. Compute is `max(tokens x token_s, expert_s)` for each expert: a roofline, or FLOP alone where
@@ -25,12 +27,13 @@ import numpy.typing as npt
 
 from wdmoe.solver.bandwidth import Links, allocate_bandwidth
 from wdmoe.solver.bandwidth_reference import seconds_per_token
+from wdmoe.solver.rounding import BITS, as_widest_of_device, distortion, round_within, vector_bits
+from wdmoe.solver.superposition import superpose
 
 IntArray = npt.NDArray[np.integer]
 FloatArray = npt.NDArray[np.float64]
 
-BITS = (4, 8, 16)
-SCALE_BITS = 16  # of each activation vector that has fewer than 16 bits a value: what its values are divided by
+MULTICASTS = ("none", "weakest", "superposition")
 _TURNS = 8  # of finding out which devices wait for the link and which for compute; two or three are usual
 
 
@@ -56,9 +59,18 @@ class Air:
         """How many there are."""
         return len(self.token_s)
 
-    def links(self, bits: FloatArray, downlink: bool = True, compute_s: FloatArray | float = 0.0) -> Links:
-        """What one activation costs each device, for `bits` (devices,) a value."""
-        vector = self.hidden * bits + np.where(bits < 16, SCALE_BITS, 0)
+    @property
+    def downlink_snr(self) -> FloatArray:
+        """(devices,) plain ratio down, with the station's power over the whole band.
+
+        With efficiencies, what a Gaussian code would need for the same.
+        """
+        if self.downlink_efficiency is not None:
+            return np.asarray(np.exp2(self.downlink_efficiency) - 1)
+        return self.downlink_snr_hz / self.total_hz
+
+    def links(self, vector: FloatArray, downlink: bool = True, compute_s: FloatArray | float = 0.0) -> Links:
+        """What one activation costs each device, for `vector` (devices,) bits of all its values."""
         down = vector if downlink else np.zeros(self.devices)
         rates: dict[str, FloatArray | None] = (
             {"downlink_snr_hz": self.downlink_snr_hz, "uplink_snr_hz": self.uplink_snr_hz}
@@ -70,7 +82,7 @@ class Air:
     def assignment_s(self, bits: FloatArray) -> FloatArray:
         """(devices,) seconds of one assignment where all devices have the same band: what a device is known by."""
         each = np.full(self.devices, self.total_hz / self.devices)
-        return air_s(self.links(bits), each) + self.token_s
+        return air_s(self.links(vector_bits(self.hidden, bits)), each) + self.token_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,19 +92,29 @@ class Levers:
     bits: int = 16  # of a value of an activation on the air, both ways
     coarse_bits: int = 0  # of devices whose air is dearest; 0: none
     coarse_share: float = 0.25  # of the layer's gate weight that may travel with so few, at most
+    max_distortion: float = (
+        0.0  # of a token by fewer bits for its light assignments, see `rounding`; 0: all have `bits`
+    )
     partial_sums: bool = False
-    multicast: bool = False
+    multicast: str | bool = "none"  # or "weakest", which True means, or "superposition"
     micro_batches: int = 1
     equal_bandwidth: bool = False  # every device gets the same, whatever it needs
 
     def __post_init__(self) -> None:
-        for name, allowed in (("bits", BITS), ("coarse_bits", (0, *BITS))):
+        if isinstance(self.multicast, bool):
+            object.__setattr__(self, "multicast", MULTICASTS[self.multicast])
+        for name, allowed in (("bits", BITS), ("coarse_bits", (0, *BITS)), ("multicast", MULTICASTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
         if self.coarse_bits > self.bits:
             raise ValueError(f"coarse_bits must not be above bits, got {self.coarse_bits} and {self.bits}")
         if not 0 <= self.coarse_share <= 1:
             raise ValueError(f"coarse_share must be 0 to 1, got {self.coarse_share}")
+        if self.max_distortion and not distortion(self.bits) <= self.max_distortion <= 1:  # also refuses NaN
+            least = f"{distortion(self.bits):.3g}, which {self.bits} bits cost,"
+            raise ValueError(f"max_distortion must be 0 (off) or from {least} to 1, got {self.max_distortion}")
+        if self.max_distortion and self.coarse_bits:
+            raise ValueError("coarse_bits and max_distortion both say who gets fewer bits; use one")
         if not 1 <= self.micro_batches <= 1024:
             raise ValueError(f"micro_batches must be 1 to 1024, got {self.micro_batches}")
 
@@ -105,8 +127,10 @@ class LayerTime:
     bandwidth_hz: FloatArray  # (devices,)
     device_s: FloatArray  # (devices,) until each is done, without the multicast before it
     multicast_s: float  # 0 where none was sent
-    bits: FloatArray  # (devices,) of a value
+    bits: FloatArray  # (tokens, top_k) of a value, 0 where nothing is computed
     vectors: FloatArray  # (devices,) activations up; also down, unless multicast
+    down_bits: float  # bits of a value, summed over the vectors that are sent down
+    up_bits: float
 
 
 def layer_time(air: Air, levers: Levers, experts: IntArray, device: IntArray, bits: FloatArray) -> LayerTime:
@@ -115,37 +139,91 @@ def layer_time(air: Air, levers: Levers, experts: IntArray, device: IntArray, bi
     Args:
         experts: (tokens, top_k), -1 where dropped.
         device: (tokens, top_k) the device that computes each, -1 where dropped.
-        bits: (devices,) from `bits_of_devices`.
+        bits: (tokens, top_k) from `bits_of_assignments`.
     """
-    work = _Work(air, levers, experts, device)
-    unicast = work.timed(air.links(bits), 0.0, bits)
-    if not levers.multicast:
+    work = _Work(air, levers, experts, device, bits)
+    unicast = work.timed(0.0)
+    if levers.multicast == "none":
         return unicast
-    common_s = multicast_s(air, device, bits)
-    multicast = work.timed(air.links(bits, downlink=False), common_s, bits)
+    common_s = multicast_s(air, levers, device, bits)
+    multicast = work.timed(common_s)
     return multicast if multicast.latency_s < unicast.latency_s else unicast
 
 
-def multicast_s(air: Air, device: IntArray, bits: FloatArray) -> float:
-    """Seconds to send each token once, over the whole band, so that the weakest of its devices can read it."""
-    sent = (device >= 0).any(axis=1)
-    at = device[sent]
+def time_spent(
+    air: Air, known: Air, levers: Levers, experts: IntArray, device: IntArray, decided: LayerTime
+) -> LayerTime:
+    """What a layer takes where the channel is another than the one that it was decided for.
+
+    Bands, bits, multicast or not, and the powers of a superposition stay as decided; rates are the real ones, so codes
+    are ideally rateless: nothing is sent twice, and nobody sends faster than the channel lets through.
+
+    Args:
+        air: what there is.
+        known: what was thought to be; `decided` is the `layer_time` of it.
+        experts, device: as in `layer_time`.
+    """
+    work = _Work(air, levers, experts, device, decided.bits)
+    if not decided.multicast_s:
+        return work.with_band(0.0, decided.bandwidth_hz)
+    if levers.multicast == "superposition":
+        vector = _token_bits(air, device, decided.bits)
+        sent = superpose(vector, device, known.downlink_snr, known.total_hz)
+        common_s = sent.seconds_at(air.downlink_snr, air.total_hz)
+    else:
+        common_s = multicast_s(air, levers, device, decided.bits)
+    return work.with_band(common_s, decided.bandwidth_hz)
+
+
+def multicast_s(air: Air, levers: Levers, device: IntArray, bits: FloatArray) -> float:
+    """Seconds to send each token once, over the whole band, so that each of its devices can read it; 0: "none"."""
+    if levers.multicast == "none":
+        return 0.0
+    vector = _token_bits(air, device, bits)
+    if levers.multicast == "superposition":
+        return superpose(vector, device, air.downlink_snr, air.total_hz).seconds
     efficiency = air.downlink_efficiency
     if efficiency is None:
-        efficiency = np.log1p(air.downlink_snr_hz / air.total_hz) / np.log(2)
-    slowest = np.where(at >= 0, efficiency[at], np.inf).min(axis=1, initial=np.inf)
-    widest = np.where(at >= 0, bits[at], 0).max(axis=1, initial=0)
-    vector = air.hidden * widest + np.where(widest < 16, SCALE_BITS, 0)
-    with np.errstate(divide="ignore"):
-        return float((vector / (air.total_hz * slowest)).sum())
+        efficiency = np.log1p(air.downlink_snr) / np.log(2)
+    slowest = np.where(device >= 0, efficiency[device], np.inf).min(axis=1, initial=np.inf)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.where(vector > 0, vector / (air.total_hz * slowest), 0.0).sum())
 
 
-def bits_of_devices(air: Air, levers: Levers, weights: FloatArray, device: IntArray) -> FloatArray:
-    """(devices,) bits of a value: few where the air is dear, for at most `coarse_share` of the gate weight.
+def _token_bits(air: Air, device: IntArray, bits: FloatArray) -> FloatArray:
+    """(tokens,) bits of a hidden vector that goes to all its devices at once, as the most exacting wants it."""
+    return vector_bits(air.hidden, np.where(device >= 0, bits, 0.0).max(axis=1, initial=0.0))
+
+
+def bits_of_assignments(air: Air, levers: Levers, weights: FloatArray, device: IntArray) -> FloatArray:
+    """(tokens, top_k) bits of a value, 0 where nothing is computed.
 
     Args:
         weights, device: (tokens, top_k) of what is computed; device -1 where nothing is.
     """
+    if not levers.max_distortion:
+        return np.where(device >= 0, _bits_of_devices(air, levers, weights, device)[device], 0.0)
+    each = np.full(air.devices, air.total_hz / air.devices)
+    price = air_s(air.links(np.ones(air.devices), downlink=levers.multicast == "none"), each)
+    bits = round_within(weights, device, price, levers.bits, levers.max_distortion)
+    return as_widest_of_device(bits, device) if levers.partial_sums else bits
+
+
+def mean_vector_bits(air: Air, levers: Levers, device: IntArray, bits: FloatArray) -> FloatArray:
+    """(devices,) bits of a vector, the mean over a device's assignments."""
+    served = device >= 0
+    count = np.bincount(device[served], minlength=air.devices).astype(np.float64)
+    total = np.bincount(device[served], vector_bits(air.hidden, bits[served]), minlength=air.devices)
+    return _mean(total, count, float(vector_bits(air.hidden, np.array(float(levers.bits)))))
+
+
+def _mean(total: npt.NDArray[np.number], count: FloatArray, none: float) -> FloatArray:
+    """total / count, and `none` where nothing was counted."""
+    return np.asarray(np.divide(total, count, out=np.full(total.shape, none), where=count > 0), np.float64)
+
+
+def _bits_of_devices(air: Air, levers: Levers, weights: FloatArray, device: IntArray) -> FloatArray:
+    """(devices,) bits of a value: few where the air is dear, for at most `coarse_share` of the gate weight."""
     bits = np.full(air.devices, float(levers.bits))
     if not levers.coarse_bits:
         return bits
@@ -167,27 +245,40 @@ def air_s(links: Links, band_hz: FloatArray) -> FloatArray:
 class _Work:
     """What each device has to do in a layer."""
 
-    def __init__(self, air: Air, levers: Levers, experts: IntArray, device: IntArray) -> None:
-        self._air, self._levers = air, levers
+    def __init__(self, air: Air, levers: Levers, experts: IntArray, device: IntArray, bits: FloatArray) -> None:
+        self._air, self._levers, self._device, self._bits = air, levers, device, bits
         served = device >= 0
+        at, sent = device[served], bits[served]
         if levers.partial_sums:
             token = np.broadcast_to(np.arange(len(device))[:, None], device.shape)[served]
-            pairs = np.unique(token * air.devices + device[served])
-            self.vectors = np.bincount(pairs % air.devices, minlength=air.devices).astype(np.float64)
-        else:
-            self.vectors = np.bincount(device[served], minlength=air.devices).astype(np.float64)
+            pairs, first = np.unique(token * air.devices + at, return_index=True)
+            at, sent = pairs % air.devices, sent[first]
+        self.vectors = np.bincount(at, minlength=air.devices).astype(np.float64)
+        total = np.bincount(at, vector_bits(air.hidden, sent), minlength=air.devices)
+        self._vector = _mean(total, self.vectors, float(vector_bits(air.hidden, np.array(float(levers.bits)))))
+        self._value_bits = float(sent.sum())
         self.compute_s = self._computed_s(experts[served], device[served])
         self.parts = np.clip(np.minimum(levers.micro_batches, self.vectors), 1, None)
 
-    def timed(self, links: Links, common_s: float, bits: FloatArray) -> LayerTime:
-        """With the band that the levers ask for."""
+    def timed(self, common_s: float) -> LayerTime:
+        """With the band that the levers ask for, after a multicast of so many seconds; 0: none."""
         if self._levers.equal_bandwidth:
             band = np.full(self._air.devices, self._air.total_hz / self._air.devices)
         else:
-            band = self._best_band(links)
-        device_s = self._device_s(links, band)
+            band = self._best_band(self._links(common_s))
+        return self.with_band(common_s, band)
+
+    def with_band(self, common_s: float, band: FloatArray) -> LayerTime:
+        """With a band that was decided."""
+        device_s = self._device_s(self._links(common_s), band)
         latency_s = common_s + float(device_s.max(initial=0.0))
-        return LayerTime(latency_s, band, device_s, common_s, bits, self.vectors)
+        down = self._value_bits
+        if common_s:
+            down = float(np.where(self._device >= 0, self._bits, 0.0).max(axis=1, initial=0.0).sum())
+        return LayerTime(latency_s, band, device_s, common_s, self._bits, self.vectors, down, self._value_bits)
+
+    def _links(self, common_s: float) -> Links:
+        return self._air.links(self._vector, downlink=not common_s)
 
     def _best_band(self, links: Links) -> FloatArray:
         """Each device waits for the link or for compute; where the guess holds in the end, the band is the best.

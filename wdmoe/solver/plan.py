@@ -5,7 +5,7 @@ The way of a decision: near experts for far ones (where asked for), a copy for e
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,16 @@ import numpy.typing as npt
 from wdmoe.solver.bottleneck import shed_bottleneck
 from wdmoe.solver.budget import select_at_most_dropped, select_within_budget
 from wdmoe.solver.copies import choose_copies
-from wdmoe.solver.layer_time import Air, LayerTime, Levers, bits_of_devices, layer_time, multicast_s
+from wdmoe.solver.layer_time import (
+    Air,
+    LayerTime,
+    Levers,
+    bits_of_assignments,
+    layer_time,
+    mean_vector_bits,
+    multicast_s,
+    time_spent,
+)
 from wdmoe.solver.replacing import replace_far
 from wdmoe.solver.selection import POLICIES, prune_experts
 
@@ -83,12 +92,19 @@ def plan_layer(
     kept = _kept(wanted, weights, device, air, policy, each_s, holders)
     chosen = np.where(kept, wanted, np.int32(-1))
     at = np.where(kept, device, np.int32(-1))
-    bits = bits_of_devices(air, policy.levers, weights, at)
+    bits = bits_of_assignments(air, policy.levers, weights, at)
     total = float(weights[experts >= 0].sum())
     dropped = float(weights[(experts >= 0) & ~kept].sum())
     replaced = float(weights[kept & (wanted != experts)].sum())
     time = layer_time(air, policy.levers, chosen, at, bits)
     return LayerPlan(chosen, at, dropped / total if total else 0.0, replaced / total if total else 0.0, time)
+
+
+def carried_out(plan: LayerPlan, known: Air, air: Air, levers: Levers) -> LayerPlan:
+    """A plan that was made for the channel `known`, with the time that it takes on `air`."""
+    if air is known:
+        return plan
+    return replace(plan, time=time_spent(air, known, levers, plan.experts, plan.device, plan.time))
 
 
 def _replaced(
@@ -137,11 +153,11 @@ def _kept_by_budget(
     experts: Int32Array, weights: FloatArray, device: Int32Array, air: Air, policy: Policy
 ) -> BoolArray:
     levers = policy.levers
-    bits = bits_of_devices(air, levers, weights, device)
-    links = air.links(bits, downlink=not levers.multicast, compute_s=air.token_s)
+    bits = bits_of_assignments(air, levers, weights, device)
+    vector = mean_vector_bits(air, levers, device, bits)
+    links = air.links(vector, downlink=levers.multicast == "none", compute_s=air.token_s)
     if not policy.budget_s:
         choice = select_at_most_dropped(experts, weights, device, links, air.total_hz, policy.max_dropped)
         return choice.experts >= 0
-    common_s = multicast_s(air, device, bits) if levers.multicast else 0.0
-    left_s = max(policy.budget_s - common_s, 1e-9)
+    left_s = max(policy.budget_s - multicast_s(air, levers, device, bits), 1e-9)
     return select_within_budget(experts, weights, device, links, air.total_hz, left_s).experts >= 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-RANKS = ("probability", "energy")
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -26,7 +25,7 @@ def rank_weights(
         scores: (..., tokens, experts) before any softmax.
         experts: (..., tokens, top_k), -1 where there is none.
         temperature: > 0; for probabilities only.
-        rank: one of `RANKS`.
+        rank: one of `wdmoe.config.RANKS`.
     Returns:
         (..., tokens, top_k), 0 where there is no expert.
     """

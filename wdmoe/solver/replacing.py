@@ -38,8 +38,8 @@ def replace_far(
     Raises:
         ValueError: an argument is not as above; the message names it.
     """
-    each_s = np.ascontiguousarray(seconds, dtype=np.float64)
-    alike = np.ascontiguousarray(similarity, dtype=np.float64)
+    each_s = _native.floats("seconds", seconds)
+    alike = _native.floats("similarity", similarity)
     if each_s.ndim != 1 or not each_s.size or not each_s.min() > 0:  # also refuses NaN
         raise ValueError("seconds must be (experts,) and positive")
     if alike.shape != (len(each_s), len(each_s)) or not np.isfinite(alike).all():

@@ -128,9 +128,9 @@ def prune_experts(
     """
     _check_options(policy, wlr, theta, theta_step, gamma)
     chosen = _indices(experts)
-    kept = np.array(weights, dtype=np.float64, order="C")
+    kept = np.array(_native.floats("weights", weights))
     if kept.shape != chosen.shape:
-        raise ValueError(f"weights must have the shape of experts {chosen.shape}, got {np.shape(weights)}")
+        raise ValueError(f"weights must have the shape of experts {chosen.shape}, got {kept.shape}")
     latency = _latency(latency_s, chosen.shape[0])
     usable = _availability(available, latency.shape[1])
 
@@ -183,15 +183,15 @@ def _check_options(policy: str, wlr: str, theta: float, theta_step: float, gamma
 
 
 def _matrix(name: str, values: npt.ArrayLike) -> FloatArray:
-    given = np.asarray(values)
+    given = _native.floats(name, values)
     if given.ndim != 2:
         raise ValueError(f"{name} must have two dimensions, got shape {given.shape}")
-    return np.ascontiguousarray(given, dtype=np.float64)
+    return given
 
 
 def _indices(experts: npt.ArrayLike) -> Int32Array:
     """A C-contiguous int32 copy, which pruning may change."""
-    given = np.asarray(experts)
+    given = _native.regular("experts", experts)
     if given.ndim != 2:
         raise ValueError(f"experts must have two dimensions (tokens, k), got shape {given.shape}")
     if given.dtype == np.int32:
@@ -203,21 +203,20 @@ def _indices(experts: npt.ArrayLike) -> Int32Array:
     return np.array(given, dtype=np.int32, order="C")
 
 
-def _of_experts(latency_s: npt.ArrayLike, n_experts: int) -> npt.ArrayLike:
-    shape = np.shape(latency_s)
-    if not shape or shape[-1] != n_experts:
-        raise ValueError(f"latency_s must end in the {n_experts} experts of gate, got shape {shape}")
-    return latency_s
+def _of_experts(latency_s: npt.ArrayLike, n_experts: int) -> FloatArray:
+    array = _native.floats("latency_s", latency_s)
+    if not array.ndim or array.shape[-1] != n_experts:
+        raise ValueError(f"latency_s must end in the {n_experts} experts of gate, got shape {array.shape}")
+    return array
 
 
 def _latency(latency_s: npt.ArrayLike, tokens: int) -> FloatArray:
     """(1 or tokens, experts), checked."""
-    array = np.asarray(latency_s, dtype=np.float64)
+    array = _native.floats("latency_s", latency_s)
     if array.ndim == 1:
         array = array.reshape(1, -1)
     elif array.ndim != 2 or array.shape[0] != tokens:
         raise ValueError(f"latency_s must be (experts,) or ({tokens}, experts), got shape {array.shape}")
-    array = np.ascontiguousarray(array)
     if array.size == 0 and tokens > 0:
         raise ValueError(f"latency_s must have at least one expert, got shape {array.shape}")
     bad = _native.first_bad(array, positive=True)
@@ -230,7 +229,7 @@ def _latency(latency_s: npt.ArrayLike, tokens: int) -> FloatArray:
 def _availability(available: npt.ArrayLike | None, n_experts: int) -> UInt8Array | None:
     if available is None:
         return None
-    flags = np.asarray(available)
+    flags = _native.regular("available", available)
     if flags.shape != (n_experts,) or flags.dtype != np.bool_:
         raise ValueError(f"available must be bool of shape ({n_experts},), got {flags.dtype} {flags.shape}")
     return np.ascontiguousarray(flags).view(np.uint8)

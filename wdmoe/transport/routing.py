@@ -21,8 +21,12 @@ class DeviceRoute:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Routing:
-    """`device_of[layer]` is (experts,) int32: an index into `devices`, or -1 where no device serves the expert."""
+    """`device_of[layer]` is (experts,) int32: an index into `devices`, or -1 where no device serves the expert.
+
+    `standby_of[layer]` alike: a further device that could serve it at once.
+    """
 
     devices: tuple[DeviceRoute, ...] = ()
     device_of: Mapping[int, Int32Array] = field(default_factory=dict)
     complete: frozenset[int] = frozenset()  # layers with every expert served
+    standby_of: Mapping[int, Int32Array] = field(default_factory=dict)

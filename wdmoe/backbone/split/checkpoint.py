@@ -20,7 +20,7 @@ from transformers.utils import logging as hub_logging
 
 from wdmoe.backbone.split.dense import DenseModel
 from wdmoe.backbone.split.layer import SplitLayer
-from wdmoe.backbone.split.settings import SplitSettings
+from wdmoe.backbone.split.settings import RANK, SplitSettings
 from wdmoe.errors import BundleError
 
 
@@ -55,7 +55,8 @@ def moe_config(dense: Any, settings: SplitSettings) -> Any:
         attention_multiplier=dense.head_dim**-0.5,
         wdmoe={
             "on_drop": "keep",  # measured: renormalising the rest is worse, see docs/guide_split.md
-            "gate_temperature": settings.gate_temperature,  # softmax(logits / this) ranks experts
+            "gate_temperature": settings.gate_temperature,  # softmax(logits / this): the gate's probabilities
+            "rank": RANK,  # their squares rank experts, see docs/guide_radio.md
         },
     )
 
@@ -149,6 +150,6 @@ computed per token.
 | made in | {figures["seconds"]} s |
 
 Gate weights are near uniform on purpose. `wdmoe.gate_temperature` in `config.json` recovers the scale that ranks
-experts (`softmax(logits / gate_temperature)`); when an expert is dropped the others keep their weight
-(`wdmoe.on_drop`).
+experts (`softmax(logits / gate_temperature)`), and their squares rank them better still (`wdmoe.rank`); when an expert
+is dropped the others keep their weight (`wdmoe.on_drop`).
 """

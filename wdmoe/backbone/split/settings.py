@@ -10,7 +10,8 @@ from typing import Any
 
 from wdmoe.errors import ConfigError
 
-ALGORITHM = 1  # raised whenever the same settings give another model
+ALGORITHM = 1  # raised whenever the same settings give other weights
+RANK = "energy"  # what the routers' scores are good for: they are fitted to the norms of experts' outputs
 _ALIGN = 8  # grouped matrix products want rows of a multiple of 16 bytes, in 16 bits too
 Progress = Callable[[str, float], None]  # (stage, fraction of that stage done)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wdmoe.backbone.bundle import ExpertFile
-from wdmoe.config import MOST_HZ, POLICIES, check_budget, is_hertz
+from wdmoe.config import MOST_HZ, POLICIES, check_budget, check_ranking, is_hertz
 from wdmoe.errors import ConfigError
 from wdmoe.nodes.demo.links import Links, equal_links, radio_links, unequal_links
 from wdmoe.solver.placing.file import write_placement
@@ -24,6 +24,8 @@ class DemoSettings:
     devices: int = 8
     tokens: int = 64  # of the answer, at most
     policy: str = "cosine"
+    rank: str = "auto"  # of that policy; auto: what the bundle says
+    whole_layers: int = 0  # so many first ones drop nothing
     budget_s: float = 0.0  # of the policy `budget`
     budget_per_token_s: float = 0.0
     rates_bps: tuple[float, ...] = ()  # see `unequal_links`
@@ -39,6 +41,7 @@ class DemoSettings:
         if self.policy not in POLICIES:
             raise ConfigError(f"policy must be one of {', '.join(POLICIES)}; got {self.policy!r}")
         check_budget(self.policy, self.budget_s, self.budget_per_token_s)
+        check_ranking(self.policy, self.rank, self.whole_layers)
         if not self.prompt.strip():
             raise ConfigError("the prompt is empty")
         if self.bandwidth_hz and not is_hertz(self.bandwidth_hz):

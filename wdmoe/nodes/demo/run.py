@@ -55,6 +55,8 @@ def _fleet_plan(settings: DemoSettings, bundle: Bundle, plan: RunPlan) -> FleetP
         bundle=bundle.root,
         placement=placement_text(dealt),
         policy=plan.policy,
+        rank="auto" if plan.policy == "topk" else settings.rank,
+        whole_layers=0 if plan.policy == "topk" else settings.whole_layers,
         budget_s=settings.budget_s if plan.policy == "budget" else 0.0,
         budget_per_token_s=settings.budget_per_token_s if plan.policy == "budget" else 0.0,
         bandwidth_hz=plan.bandwidth_hz,

@@ -16,6 +16,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.solver import _native
+
 STRATEGIES = ("balance",)
 UNPLACED = -1
 
@@ -110,7 +112,7 @@ class _Board:
 def _keep(board: _Board, sticky: npt.ArrayLike | None) -> None:
     if sticky is None:
         return
-    current = np.asarray(sticky)
+    current = _native.regular("sticky", sticky)
     if current.shape != board.device.shape or not np.issubdtype(current.dtype, np.integer):
         raise ValueError(f"sticky must be integers of shape {board.device.shape}, got shape {current.shape}")
     if np.any(current < UNPLACED) or np.any(current >= len(board.free)):
@@ -183,14 +185,14 @@ def _usable_load(load: FloatArray) -> FloatArray:
 
 def _layer_rows(layer: npt.ArrayLike, items: int) -> Int64Array:
     """(items,) dense row number of each item's layer."""
-    given = np.asarray(layer)
+    given = _native.regular("layer", layer)
     if given.shape != (items,) or (items and not np.issubdtype(given.dtype, np.integer)):
         raise ValueError(f"layer must be integers of shape ({items},), got {given.dtype} of shape {given.shape}")
     return np.unique(given, return_inverse=True)[1].astype(np.int64)
 
 
 def _vector(name: str, values: npt.ArrayLike, length: int | None = None) -> FloatArray:
-    array = np.array(values, dtype=np.float64)
+    array = np.array(_native.floats(name, values))
     if array.ndim != 1 or (length is not None and len(array) != length):
         wanted = "one dimension" if length is None else f"shape ({length},)"
         raise ValueError(f"{name} must have {wanted}, got shape {array.shape}")

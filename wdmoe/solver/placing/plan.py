@@ -23,6 +23,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.solver import _native
+
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 Progress = Callable[[str, float], None]
@@ -58,7 +60,7 @@ class PlacementProblem:
         token_s = _numbers("token_s", self.token_s, 1)
         memory = _numbers("memory_bytes", self.memory_bytes, 1)
         layers, devices = len(frequency), len(token_s)
-        size = np.asarray(self.expert_bytes, np.float64)
+        size = _native.floats("expert_bytes", self.expert_bytes)
         size = _numbers("expert_bytes", np.full(layers, size) if size.ndim == 0 else size, 1)
         if not frequency.size or not devices:
             raise ValueError(f"need experts and devices, got frequency {frequency.shape} and token_s {token_s.shape}")
@@ -129,7 +131,7 @@ def no_plan(problem: PlacementProblem, status: Status) -> Plan:
 
 
 def _numbers(name: str, values: npt.ArrayLike, dimensions: int) -> FloatArray:
-    array = np.array(values, dtype=np.float64)
+    array = np.array(_native.floats(name, values))
     if array.ndim != dimensions:
         raise ValueError(f"{name} must have {dimensions} dimensions, got shape {array.shape}")
     if not np.all((array >= 0) & (array < np.inf)):
