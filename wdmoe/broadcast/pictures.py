@@ -150,7 +150,7 @@ def some_of(part: npt.ArrayLike, labels: npt.ArrayLike, count: int) -> Numbers:
 def mean_picture(pictures: Pictures) -> Pixels:
     """(32, 32, 3) mean of the pictures to train on: what a user shows who gets nothing."""
     train = split_pictures(pictures.labels).train
-    return np.rint(pictures.pixels[train].mean(axis=0)).astype(np.uint8)
+    return np.asarray(np.rint(pictures.pixels[train].mean(axis=0)), dtype=np.uint8)
 
 
 def _shuffled(numbers: Numbers, purpose: str) -> Numbers:
