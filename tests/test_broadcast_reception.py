@@ -63,9 +63,9 @@ def test_blocks_of_two_pictures(height: int, width: int, other_height: int, othe
     [
         ({"height": 5000}, "at most 4000x3000"),
         ({"snr_db": 60.0}, "from -30 to 40 dB"),
-        ({"blocks": 7}, "does not fit"),
+        ({"blocks": 8, "shared": 7}, "does not fit"),
         ({"blocks": MOST_BLOCKS + 1}, "does not fit"),
-        ({"shared": 5}, "does not fit"),
+        ({"blocks": 5, "shared": 4}, "does not fit"),
         ({"uses": 20_000_000}, "MiB of symbols"),
         ({"decoder_bytes": 1 << 30}, "a decoder of 1024 MiB"),
     ],
