@@ -117,7 +117,7 @@ def test_blocks_that_do_not_belong_are_refused(message: Symbols) -> None:
     assert store.passed == 6
 
 
-@given(st.lists(st.tuples(st.integers(0, 2**31 - 1), st.integers(1, 5)), max_size=30), st.integers(0, 2**31 - 1))
+@given(st.lists(st.tuples(st.integers(0, 2**31 - 1), st.integers(1, 5)), max_size=10), st.integers(0, 2**31 - 1))
 def test_a_store_survives_any_order(messages: list[tuple[int, int]], sent: int) -> None:
     reception = a_reception()
     store = SymbolStore(reception)

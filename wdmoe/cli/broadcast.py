@@ -11,7 +11,6 @@ import click
 
 from wdmoe.cli.failures import needs_extra
 from wdmoe.cli.params import DIRECTORY, FILE, TIME
-from wdmoe.cli.progress import StageProgress
 from wdmoe.cli.running import run_until_stopped
 
 if TYPE_CHECKING:
@@ -109,6 +108,8 @@ def broadcast(first: Path, second: Path, as_json: bool, **flags: Any) -> int:
       wdmoe-node broadcast cat.png dog.jpg --bind tcp://*:5555       # then on two devices:
       wdmoe-node device --join @token.txt --save-pictures pictures
     """
+    from wdmoe.cli.progress import StageProgress
+
     with needs_extra("broadcast"):
         from wdmoe.nodes.broadcast.results import SHEET, prepare_folder, write_results
         from wdmoe.nodes.broadcast.run import broadcast as send
