@@ -22,6 +22,7 @@ from PIL import Image
 
 from tests.fleet import Device, two_free_ports
 from tests.test_broadcast_decoder import SMALL, shaken
+from tests.test_broadcast_radio import REPORT
 from wdmoe.broadcast.experiment import save_model
 from wdmoe.broadcast.hearing import Ear
 from wdmoe.broadcast.reading import read_picture
@@ -31,7 +32,12 @@ from wdmoe.nodes.broadcast.audience import Audience
 from wdmoe.nodes.broadcast.results import prepare_folder, write_results
 from wdmoe.nodes.broadcast.run import Sending, broadcast, prepare
 from wdmoe.nodes.broadcast.settings import BroadcastSettings
-from wdmoe.nodes.broadcast.station import Progress
+from wdmoe.nodes.broadcast.station import BroadcastStation, Progress, Site
+from wdmoe.nodes.joining import introduce
+from wdmoe.transport.keys import new_key_pair
+from wdmoe.transport.messages import Fetch, Hello, Rows, Tune, Tuned
+from wdmoe.transport.sockets import LinkSecurity, new_context
+from wdmoe.transport.zeromq import open_control_link
 
 PATIENCE_S = 90.0
 COMMAND = [sys.executable, "-m", "wdmoe", "broadcast"]
@@ -278,6 +284,52 @@ def test_a_signal_in_the_middle_leaves_nothing(
     assert out == ""
     assert not [each for each in children if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
     assert left_behind(environment) == []
+
+
+def test_a_device_that_says_nonsense_is_given_up_and_the_other_unharmed(tmp_path: Path, model: Path) -> None:
+    """An admitted key, the right messages, and rows of another picture."""
+    sending = prepare(settings(tmp_path, model, ((60, 60), (40, 40))), print)
+    rogue_keys = new_key_pair()
+
+    async def rogue(station: BroadcastStation) -> None:
+        station._admission.admit(rogue_keys.public, "rogue")
+        context = new_context()
+        link = open_control_link(context, station._endpoints[0], LinkSecurity(station._keys.public, rogue_keys))
+        try:
+            await introduce(link, Hello(session=1, report=dataclasses.replace(REPORT, name="rogue")))
+            while not isinstance(tune := (await link.receive()).message, Tune):
+                pass
+            await link.send(Fetch(layer=3, expert=0, offset=0, length=1 << 30))
+            await link.send(Fetch(layer=0, expert=0, offset=2**62, length=100))
+            await link.send(Rows(broadcast=tune.broadcast + 1, first=0, pixels=np.zeros((1, 1, 3), np.uint8)))
+            await link.send(Tuned(broadcast=tune.broadcast))
+            await link.send(Rows(broadcast=tune.broadcast, first=0, pixels=np.zeros((999, 40, 3), np.uint8)))
+            while True:
+                await link.receive()
+        finally:
+            link.close()
+            context.destroy(0)
+
+    async def scene() -> Audience:
+        site = Site(
+            bind="tcp://127.0.0.1:*",
+            state=tmp_path / "bs",
+            names=("honest", "rogue"),
+            lease_s=PATIENCE_S,  # the rogue does not beat
+            wait_s=PATIENCE_S,
+        )
+        async with BroadcastStation(sending.job, site) as station:
+            honest = Device(tmp_path, "honest", station.join_text, "--memory", "64MiB", "--provider", "cpu")
+            try:
+                await station.run(lambda what, done: None, rogue(station))
+            finally:
+                honest.kill()
+            return station.audience
+
+    one, other = asyncio.run(asyncio.wait_for(scene(), PATIENCE_S))
+    is_as_expected(sending, 0, one.picture)
+    assert other.state == "lost"
+    assert other.reason == "its device sent rows 0 to 999 of 40 pixels, where row 0 of 40x40 is due"
 
 
 @pytest.fixture

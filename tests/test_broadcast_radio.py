@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -268,6 +270,12 @@ def an_audience() -> Audience:
 
 def rows(first: int, count: int, width: int = 20) -> Rows:
     return Rows(broadcast=9, first=first, pixels=np.full((count, width, 3), (first + 1) % 200, np.uint8))
+
+
+def test_a_device_needs_neither_torch_nor_pillow_for_it() -> None:
+    code = "import sys, wdmoe.nodes.device; print(sorted({'torch', 'PIL', 'onnx', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_picture_comes_back_in_order() -> None:

@@ -7,6 +7,7 @@ only: whatever else was lost, a block is heard the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,7 @@ class Ear:
         if not LOWEST_DB <= self.snr_db <= HIGHEST_DB:
             raise ConfigError(f"snr must be from {LOWEST_DB:g} to {HIGHEST_DB:g} dB, got {self.snr_db:g}")
 
-    def hear(self, number: int, symbols: npt.NDArray[np.floating]) -> tuple[Float32Array, float]:
+    def hear(self, number: int, symbols: npt.NDArray[Any]) -> tuple[Float32Array, float]:
         """One block after channel and equaliser.
 
         Args:

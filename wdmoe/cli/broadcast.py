@@ -108,6 +108,8 @@ def broadcast(first: Path, second: Path, as_json: bool, **flags: Any) -> int:
       wdmoe-node broadcast cat.png dog.jpg --bind tcp://*:5555       # then on two devices:
       wdmoe-node device --join @token.txt --save-pictures pictures
     """
+    if not flags["bind"] and (flags["advertise"] or flags["state"]):
+        raise click.UsageError("--advertise and --state are for devices elsewhere: give --bind too, as tcp://*:5555")
     from wdmoe.cli.progress import StageProgress
 
     with needs_extra("broadcast"):

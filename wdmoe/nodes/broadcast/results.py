@@ -39,7 +39,7 @@ class UserResult:
 
     def line(self) -> str:
         """For people."""
-        name = f"user {self.user}: {self.picture}, {self.width}x{self.height} at {self.snr_db:g} dB"
+        name = f"user {self.user}: {Path(self.picture).name}, {self.width}x{self.height} at {self.snr_db:g} dB"
         if self.psnr_db is None:
             return f"{name}: lost; {self.reason}"
         ssim = "" if self.ssim is None else f", SSIM {self.ssim:.3f}"

@@ -20,7 +20,7 @@ from wdmoe.nodes.broadcast.settings import LOCAL_BIND, BroadcastSettings, chosen
 from wdmoe.nodes.broadcast.source import SymbolSource
 from wdmoe.nodes.broadcast.station import BroadcastStation, Job, Progress, Site
 from wdmoe.nodes.child import Child, ChildError, end_all
-from wdmoe.nodes.together import in_thread, run_together
+from wdmoe.nodes.together import in_thread
 
 NAMES = ("user-1", "user-2")  # of the local device processes
 _LOCAL_LEASE_S = 15.0  # both share this machine with the encoder; one that ended is seen at once
@@ -102,12 +102,7 @@ async def broadcast(sending: Sending, progress: Progress, tell_token: Tell) -> t
             children: list[Child] = []
             stack.push_async_callback(_end, children)
             _start(children, folder, station.join_text)
-            watching = asyncio.ensure_future(_watch(children, station.audience))
-            try:
-                await run_together(station.run(progress))
-            finally:
-                watching.cancel()
-                await asyncio.gather(watching, return_exceptions=True)
+            await station.run(progress, _watch(children, station.audience))
         return station.audience, station.bytes_on_air
 
 

@@ -12,12 +12,12 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -130,14 +130,17 @@ class BroadcastStation:
         """A fresh join token."""
         return self._admission.create_token(self._keys, self._endpoints, TOKEN_LIFE_S).text()
 
-    async def run(self, progress: Progress) -> None:
+    async def run(self, progress: Progress, *beside: Coroutine[Any, Any, None]) -> None:
         """Do all of it; `audience` says how it went. A bug in one of the loops comes out here.
 
+        Args:
+            progress: told all the while.
+            beside: runs on meanwhile, without an end of its own.
         Raises:
             TransportError: the devices did not join in time.
             BundleError: the model gives no symbols.
         """
-        loops = [asyncio.ensure_future(work()) for work in (self._receive, self._watch, self._beat)]
+        loops = [asyncio.ensure_future(each) for each in (self._receive(), self._watch(), self._beat(), *beside)]
         work = asyncio.ensure_future(self._steps(progress))
         try:
             await asyncio.wait([work, *loops], return_when=asyncio.FIRST_COMPLETED)
