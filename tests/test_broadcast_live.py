@@ -257,7 +257,8 @@ def test_the_command(tmp_path: Path, model: Path, environment: dict[str, str]) -
         picture, _ = read_picture(tmp_path / "out" / entry["received"])
         is_as_expected(sending, user, picture)
         assert 0 < entry["psnr_db"] < 100
-    assert Image.open(tmp_path / "out" / "sheet.png").format == "PNG"
+    with Image.open(tmp_path / "out" / "sheet.png") as sheet:
+        assert sheet.format == "PNG"
     assert left_behind(environment) == []
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from typing import Any
 
 import onnx
 import torch
@@ -58,7 +59,7 @@ def decoder_graph(codec: BroadcastCodec) -> bytes:
     settings = codec.settings
     tokens = (SIDE // settings.patch) ** 2
     example = (torch.zeros(_TRACED_BLOCKS, tokens, settings.slots, 2), *(torch.ones(_TRACED_BLOCKS) for _ in range(4)))
-    file = io.BytesIO()
+    file: Any = io.BytesIO()  # the older exporter writes to such, which its type does not say any more
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # that the exporter is the older one, and what its tracing fixes

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import __version__ as pillow_version
 
 from wdmoe.broadcast.tiling import Grid, Pixels
 from wdmoe.errors import ConfigError
@@ -35,7 +36,7 @@ def read_picture(file: Path) -> tuple[Pixels, tuple[str, ...]]:
             with Image.open(file) as image:
                 return _taken(file, image)
     except UnidentifiedImageError as error:
-        raise ConfigError(f"{file} is not a picture in a format that Pillow {Image.__version__} reads") from error
+        raise ConfigError(f"{file} is not a picture in a format that Pillow {pillow_version} reads") from error
     except Image.DecompressionBombError as error:
         raise ConfigError(f"{file} is too large: at most 4000x3000 pixels, either way up") from error
     except OSError as error:
