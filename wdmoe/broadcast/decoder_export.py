@@ -30,10 +30,10 @@ OUTPUT = "pictures"
 OPERATORS = frozenset(
     {
         "Abs", "Add", "Cast", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "Cos", "DepthToSpace", "Div",
-        "Equal", "Erf", "Exp", "Expand", "Flatten", "Gather", "Gemm", "Identity", "LayerNormalization", "LeakyRelu",
-        "Log", "MatMul", "Max", "Min", "Mod", "Mul", "Neg", "Pow", "Reciprocal", "ReduceMean", "ReduceSum", "Relu",
-        "Reshape", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Softplus", "Split", "Sqrt", "Squeeze", "Sub",
-        "Tanh", "Transpose", "Unsqueeze", "Where"
+        "Equal", "Erf", "Exp", "Expand", "Flatten", "Floor", "Gather", "GatherElements", "Gemm", "Greater", "Identity",
+        "LayerNormalization", "LeakyRelu", "Less", "Log", "MatMul", "Max", "Min", "Mod", "Mul", "Neg", "Pow",
+        "Reciprocal", "ReduceMean", "ReduceSum", "Relu", "Reshape", "Round", "Shape", "Sigmoid", "Sin", "Slice",
+        "Softmax", "Softplus", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where"
     }
 )  # fmt: skip
 _TRACED_BLOCKS = 3  # any number that no size of the model has

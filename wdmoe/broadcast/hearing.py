@@ -18,7 +18,6 @@ from wdmoe.wireless.broadcast import Received, broadcast_awgn, broadcast_rayleig
 Float32Array = npt.NDArray[np.float32]
 
 LOWEST_DB, HIGHEST_DB = -30.0, 40.0  # that a decoder can be told
-_DEEPEST = 1e-9  # power of a fade, so that its logarithm is finite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +52,11 @@ class Ear:
 
 
 def _equalised(received: Received) -> tuple[Float32Array, float]:
-    """Least mean square error, the amplitude known."""
+    """Without bias, the amplitude known. A fade deeper than a decoder can be told is not divided by."""
     known, noise = complex(received.known_gain[0, 0]), float(received.noise_power[0])
-    power = abs(known) ** 2
-    snr_db = 10 * np.log10(max(power / noise, _DEEPEST))
-    matched = np.conj(known) / (power + noise)
+    power = max(abs(known) ** 2, 10 ** (LOWEST_DB / 10) * noise)
+    snr_db = 10 * np.log10(power / noise)
+    matched = np.conj(known) / power
     return _parts(received.symbols[0, 0] * matched), float(np.clip(snr_db, LOWEST_DB, HIGHEST_DB))
 
 
