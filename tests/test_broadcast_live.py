@@ -187,7 +187,7 @@ def test_a_waveform_that_is_none(tmp_path: Path, model: Path) -> None:
     """A damaged model: devices are not left waiting."""
     sending = prepare(settings(tmp_path, model, ((9, 9), (9, 9))), print)
     with torch.no_grad():
-        sending.job.source.codec.fusion.out[1].weight.fill_(float("nan"))
+        sending.job.source.codec.fusion.out.head[2].weight.fill_(float("nan"))
     with pytest.raises(BundleError, match="symbols are not of mean power 1"):
         run(sending)
 
