@@ -17,8 +17,8 @@ from wdmoe.simulation.quality import measure
 from wdmoe.simulation.scenario import Scenario, parse_scenario
 from wdmoe.simulation.study import run_study
 from wdmoe.solver.analog_downlink import Analog, block_symbols, cast
-from wdmoe.solver.layer_time import Air, Levers
-from wdmoe.solver.plan import Policy, plan_layer
+from wdmoe.solver.layer_time import MULTICASTS, Air, Levers, broadcast_s
+from wdmoe.solver.plan import Policy, carried_out, plan_layer
 from wdmoe.wireless.analog import analog_distortion
 
 ENDLESS = 1e100  # an SNR at which no digit is lost
@@ -89,6 +89,54 @@ def test_it_is_used_where_it_is_faster(policy: str) -> None:
     if policy == "topk":
         assert endless.time.analog is None
         assert endless.time.latency_s == digital.time.latency_s
+
+
+@pytest.mark.parametrize("multicast", MULTICASTS)
+@pytest.mark.parametrize("max_distortion", [0.0, 0.03])
+def test_beside_multicast_the_faster_one_is_used(multicast: str, max_distortion: float) -> None:
+    """Which is not multicast where the analog blocks are short; bits then travel on the way up only."""
+    for ratio, used in ((1.0, True), (64.0, False)):
+        usual = {"bits": 8, "multicast": multicast, "max_distortion": max_distortion}
+        bits, both = (Levers(analog=each, **usual) for each in (None, Analog(ratio=ratio)))
+        plain, plan = (plan_layer(EXPERTS, WEIGHTS, HOLDERS, AIR, Policy(levers=each)) for each in (bits, both))
+        assert (plan.time.analog is not None) == used
+        assert plan.time.latency_s < plain.time.latency_s or not used
+        assert plan.time.up_bits == plan.time.bits.sum()
+        if used:
+            assert plan.time.down_bits == 0
+            assert broadcast_s(AIR, both, plan.device, plan.time.bits) == plan.time.multicast_s
+            assert Order.of(plan).up_bits.tolist() == plan.time.bits.tolist()
+        else:
+            assert plan.time.down_bits > 0
+
+
+def late(**changes: Any) -> tuple[Any, Any]:
+    """A plan for AIR and what becomes of it on another channel."""
+    levers = Levers(bits=8, analog=Analog(floor_db=10 * np.log10(36), share=0.25))
+    plan = plan_layer(EXPERTS, WEIGHTS, HOLDERS, AIR, Policy(levers=levers))
+    air = replace(AIR, **changes)
+    return plan, carried_out(plan, AIR, air, levers)
+
+
+def test_on_another_channel_blocks_go_out_as_often_and_are_heard_as_it_is() -> None:
+    plan, real = late(downlink_snr_hz=np.array([60e6, 600e6, 9e6]), uplink_snr_hz=np.full(3, 40e6))
+    assert real.time.analog.snr.tolist() == [30, 300, 4.5]
+    assert real.time.analog.repeats.tolist() == plan.time.analog.repeats.tolist() == [4, 4, 4]
+    assert real.time.analog.weakest == plan.time.analog.weakest == pytest.approx(9)  # what the sender knows
+    beside = 2 * (16 / np.log2([31, 5.5, 5.5])).sum()
+    assert real.time.multicast_s == real.time.analog.seconds == pytest.approx((8 * 32 + beside) / 2e6)
+    assert real.time.bandwidth_hz.tolist() == plan.time.bandwidth_hz.tolist()
+    assert real.time.device_s.max() < plan.time.device_s.max()  # the way up is at the real rate
+    assert real.time.down_bits == 0
+    same = late(hidden=AIR.hidden)[1]
+    assert same.time.latency_s == pytest.approx(plan.time.latency_s)
+
+
+def test_a_listener_that_fades_away_is_waited_for_in_vain() -> None:
+    _, real = late(downlink_efficiency=np.array([4.0, 1.0, 0.0]), uplink_efficiency=np.full(3, 2.0))
+    assert real.time.latency_s == np.inf
+    _, real = late(downlink_efficiency=np.array([4.0, 1.0, 0.5]), uplink_efficiency=np.full(3, 2.0))
+    assert real.time.latency_s < np.inf
 
 
 def test_more_symbols_take_more_time() -> None:
@@ -279,3 +327,16 @@ def test_quality_meets_the_simulators_devices(scenario: Scenario) -> None:
     assert lost[1] < lost[3] < lost[2]
     with pytest.raises(ConfigError, match="none were given"):
         measure(scenario, scenario.variants, made, None, WINDOWS[:1], [])
+
+
+def test_decided_by_an_old_channel_it_is_heard_worse() -> None:
+    """The distortion follows the channel there is. The band for the way up is of an old one too."""
+    head, plain, analog = SCENARIO.replace("draws = 2", "draws = 3").split("[[variant]]")[:3]
+    once = analog.replace('"analog"', '"once"', 1) + "csi_layers = 0\n"
+    changing = parse_scenario("[[variant]]".join([head, plain, analog, once]))
+    made = tiny_model(tiny_config("mixtral", num_hidden_layers=30, num_experts_per_tok=4))
+    made.set_experts_implementation("eager")
+    fresh, old = measure(changing, changing.variants, made, None, WINDOWS, []).distortion[1:].mean(axis=1)
+    assert 1.5 * fresh < old
+    latency = run_study(changing, workers=1).of("latency_s")
+    assert (latency[:, 2] > latency[:, 1]).all()

@@ -39,6 +39,10 @@ def test_what_is_measured_once_hears_nothing_of_the_snr() -> None:
     assert [hears_no_noise(each) for each in bridge] == [True] * 8 + [False] * 6
     journal = {each.name: hears_no_noise(each) for each in load_scenario("journal").variants}
     assert journal == {name: name in ("top-k, equal bandwidth, 16 bit", "+ bandwidth") for name in journal}
+    light = {"max_distortion": 0.02, "coarse_bits": 4, "partial_sums": True}
+    for lever, value in light.items():
+        levers = replace(bridge[0].policy.levers, **{lever: value})
+        assert not hears_no_noise(replace(bridge[0], policy=replace(bridge[0].policy, levers=levers)))
 
 
 def test_the_tool_from_flags_to_a_folder(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
