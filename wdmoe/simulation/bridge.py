@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _POWER_LINE = re.compile(r'^station_power[ \t]*=[ \t]*"[^"\n]*"', re.MULTILINE)
 _MARKS = "osD^v<>PXph*"
+_TICKS = (-1, 0, 1, 3, 10, 30, 100)  # percent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,13 +92,14 @@ def save_bridge(made: Sequence[Point], title: str, folder: Path) -> None:
 def markdown(made: Sequence[Point], title: str) -> str:
     """A table to be put into a document: a row for each variant, for each SNR three columns."""
     levels = list(dict.fromkeys(each.snr_db for each in made))
-    head = ["variant", *(f"{level:g} dB: median, ms | dB lost | perplexity" for level in levels)]
+    head = ["variant", *(f"{level:g} dB: median, ms | distortion, dB | perplexity" for level in levels)]
     lines = [f"{title}; perplexity in times the baseline's", "", f"| {' | '.join(head)} |"]
     lines.append("| --- " * (1 + 3 * len(levels)) + "|")
     for name in dict.fromkeys(each.variant for each in made):
         cells = [name]
         for each in (each for each in made if each.variant == name):
-            cells += [f"{1e3 * each.median_s:.4g}", f"{each.distortion_db:.1f}", f"{each.perplexity_ratio:.3f}"]
+            median = np.format_float_positional(1e3 * each.median_s, 4, fractional=False, trim="-")
+            cells += [median, f"{each.distortion_db:.1f}", f"{each.perplexity_ratio:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -136,14 +138,27 @@ def _figure(made: Sequence[Point], title: str) -> Figure:
 
 
 def _panel(axes: Any, level: float, made: Sequence[Point]) -> None:
+    colours = mpl.colormaps["tab20"]
     for number, each in enumerate(made):
         above = 100 * (each.perplexity_ratio - 1)
         ends = [each.perplexity_ratio - each.perplexity_ratio_low, each.perplexity_ratio_high - each.perplexity_ratio]
         whiskers = 100 * np.nan_to_num(np.maximum(ends, 0.0))[:, None]
-        shown = {"color": f"C{number % 10}", "marker": _MARKS[number % len(_MARKS)], "linestyle": "none", "capsize": 2}
-        axes.errorbar([100 * (1 - each.saving)], [above], yerr=whiskers, label=each.variant, **shown)
+        colour, mark = colours(number % colours.N), _MARKS[number % len(_MARKS)]
+        axes.errorbar(
+            [100 * (1 - each.saving)],
+            [above],
+            yerr=whiskers,
+            label=each.variant,
+            color=colour,
+            ecolor=(*colour[:3], 0.45),
+            marker=mark,
+            linestyle="none",
+        )
     axes.set_yscale("symlog", linthresh=1.0)
-    axes.set_ylim(-1.5, None)
+    axes.set_ylim(-2.0, None)
+    axes.set_yticks(_TICKS)
+    axes.yaxis.set_major_formatter(lambda percent, _: f"{percent:g}")
+    axes.minorticks_off()
     axes.set_xlabel("latency, % of the baseline's")
     axes.set_title(f"mean SNR {level:g} dB", fontsize=10)
     axes.grid(alpha=0.3)
