@@ -16,7 +16,7 @@ from wdmoe.cli.failures import explain
 from wdmoe.errors import BundleError
 
 MAIN = "from wdmoe.cli.main import main; main()"
-COMMANDS = ["bs", "demo", "device", "export", "place", "split", "status", "token", "trace", "verify"]
+COMMANDS = ["broadcast", "bs", "demo", "device", "export", "place", "split", "status", "token", "trace", "verify"]
 
 
 def run(*words: str, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:

@@ -16,6 +16,7 @@ from wdmoe.config import DeviceSettings, LinkEmulation
 from wdmoe.errors import ConfigError, ProtocolError, TransportError
 from wdmoe.moe.expert import ExpertRunner
 from wdmoe.moe.providers import OnnxExpert, cpu_chain
+from wdmoe.nodes.broadcast.radio import RadioSite
 from wdmoe.nodes.compute_thread import ComputeThread
 from wdmoe.nodes.device_session import DeviceSession, SentAwayError
 from wdmoe.nodes.expert_cache import ExpertCache
@@ -77,8 +78,7 @@ def test_repeats_hello_until_welcome(monkeypatch):
         (Goodbye(reason="starting"), TransportError, "is not ready: starting"),
         (Failure(attempt=0, reason="this side speaks 2"), TransportError, "doesn't welcome .*: this side speaks 2"),
         (Pong(sequence=1), TransportError, "doesn't welcome this device: no answer"),
-        (dataclasses.replace(WELCOME, data_port=0), ProtocolError, "data port 0"),
-        (dataclasses.replace(WELCOME, lease_s=0.0), ProtocolError, r"lease 0\.0 s"),
+        (dataclasses.replace(WELCOME, lease_s=0.0), ProtocolError, r"a lease of 0\.0 s"),
     ],
 )
 def test_says_why_it_is_not_welcome(monkeypatch, answer, error, reason):
@@ -135,7 +135,8 @@ def in_session(script: Script, compute: ComputeThread, folder: Path) -> None:
         station = MemoryControlStation()
         link = station.connect()
         holdings = Holdings(compute._runner, ExpertCache(folder, 1 << 20), 1 << 20)
-        session = DeviceSession(link, WELCOME, holdings, compute, None, lambda place: None)
+        radio = RadioSite(open_tuner=None, cache=holdings._cache, threads=1, save=None)  # never asked to listen
+        session = DeviceSession(link, WELCOME, holdings, compute, None, lambda place: None, radio)
         task = asyncio.ensure_future(session.run())
         script_task = asyncio.ensure_future(script(station, link))
         await asyncio.wait({task, script_task}, return_when=asyncio.FIRST_COMPLETED)

@@ -181,9 +181,10 @@ def test_results_are_whole_and_verify(results: Path) -> None:
     assert (results / "latency.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_shipped_results_verify() -> None:
-    scenario, again = verify_results(ROOT / "docs" / "results" / "journal", 1, draws=2)
-    assert (scenario.draws, again) == (200, 2)
+@pytest.mark.parametrize(("name", "draws"), [("journal", 200), ("bridge/snr_10", 20)])
+def test_shipped_results_verify(name: str, draws: int) -> None:
+    scenario, again = verify_results(ROOT / "docs" / "results" / name, 1, draws=2)
+    assert (scenario.draws, again) == (draws, 2)
 
 
 def test_figures_are_the_same_on_every_run(small: Scenario, results: Path, tmp_path: Path) -> None:

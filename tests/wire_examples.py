@@ -81,6 +81,43 @@ def chunks(draw: st.DrawFn) -> m.Chunk:
     return m.Chunk(layer=draw(_INDEX), expert=draw(_INDEX), offset=offset, total=total, data=data)
 
 
+@st.composite
+def tunes(draw: st.DrawFn) -> m.Tune:
+    blocks = draw(st.integers(1, 2**31 - 1))
+    return a_tune(
+        broadcast=draw(_ID),
+        port=draw(st.integers(1, 65535)),
+        user=draw(st.integers(0, 1)),
+        blocks=blocks,
+        shared=draw(st.integers(1, blocks)),
+        share=draw(st.floats(0, 1)),
+        snr_db=draw(st.floats(-1000, 1000)),
+        fades=draw(st.booleans()),
+        seed=draw(_ID),
+    )
+
+
+def a_tune(**changes: Any) -> m.Tune:
+    """A small correct Tune."""
+    tune = m.Tune(
+        broadcast=9,
+        port=5557,
+        user=1,
+        blocks=6,
+        shared=4,
+        uses=512,
+        height=48,
+        width=64,
+        share=0.5,
+        snr_db=-2.5,
+        fades=True,
+        seed=3,
+        decoder_sha256="0f" * 32,
+        decoder_bytes=100,
+    )
+    return dataclasses.replace(tune, **changes)
+
+
 MESSAGES: dict[type[Any], st.SearchStrategy[Any]] = {
     m.Hello: hellos(),
     m.Welcome: st.builds(
@@ -123,6 +160,26 @@ MESSAGES: dict[type[Any], st.SearchStrategy[Any]] = {
         ),
     ),
     m.Failure: st.builds(m.Failure, attempt=_ID, reason=_LINE),
+    m.Tune: tunes(),
+    m.Tuned: st.builds(m.Tuned, broadcast=_ID),
+    m.Rows: st.builds(
+        m.Rows,
+        broadcast=_ID,
+        first=_INDEX,
+        pixels=hnp.arrays(np.uint8, st.tuples(st.integers(0, 30), st.integers(1, 300), st.just(3))),
+    ),
+    m.Shown: st.builds(m.Shown, broadcast=_ID, heard=_INDEX, lost=_INDEX, decode_s=_SECONDS),
+    m.Pilot: st.builds(m.Pilot, broadcast=_ID, sent=_INDEX),
+    m.Symbols: st.builds(
+        m.Symbols,
+        broadcast=_ID,
+        first=_INDEX,
+        symbols=hnp.arrays(
+            st.sampled_from([np.dtype(np.float32), np.dtype(np.float16)]),
+            st.tuples(st.integers(1, 10), st.integers(1, 300), st.just(2)),
+            elements=_ANY_FLOATS,
+        ),
+    ),
 }
 ANY_MESSAGE = st.one_of(*MESSAGES.values())
 
@@ -187,4 +244,10 @@ def every_kind() -> list[Message]:
         a_run(),
         a_result(a_run()),
         m.Failure(attempt=7, reason="no such expert here"),
+        a_tune(),
+        m.Tuned(broadcast=9),
+        m.Rows(broadcast=9, first=24, pixels=np.arange(72, dtype=np.uint8).reshape(2, 12, 3)),
+        m.Shown(broadcast=9, heard=5, lost=1, decode_s=0.5),
+        m.Pilot(broadcast=9, sent=4),
+        m.Symbols(broadcast=9, first=0, symbols=np.ones((2, 8, 2), np.float16)),
     ]

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from wdmoe.backbone.analog_air import fit_spectra
 from wdmoe.backbone.default_model import default_checkpoint
 from wdmoe.backbone.questions import DELIMITER, Question, read_bigbench, read_questions
 from wdmoe.backbone.split import text as texts
@@ -23,9 +24,11 @@ from wdmoe.cli.progress import CountProgress, StageProgress
 from wdmoe.errors import BundleError, ConfigError
 from wdmoe.simulation.quality import Measured, Quality, measure, qualities
 from wdmoe.simulation.scenario import Scenario, Variant
+from wdmoe.wireless.analog_code import Spectrum
 
 _FEWEST, _MOST = 64, 1024  # tokens that a window may have to be as long as the scenario's pass
 _LONG = 512  # else
+_FITTED_TOKENS = 6144  # of calibration text, for codes that are fitted to hidden vectors
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,16 +59,36 @@ class Subject:
         self._model, self._tokenizer = _loaded(self.folder)
         self.window = flags.window or _window(scenario)
         self._texts = flags.text
+        self._spectra: list[Spectrum] = []
         self.windows = _windows(flags, self._tokenizer, self.window)
         if not len(self.windows) and not self.questions:
             raise ConfigError("nothing to measure: --tokens is 0 and there are no --questions")
 
-    def measure(self, variants: tuple[Variant, ...]) -> Measured:
-        """All of it under each variant."""
+    def measure(self, variants: tuple[Variant, ...], scenario: Scenario | None = None) -> Measured:
+        """All of it under each variant, of another scenario where one is given."""
+        analog = [each.policy.levers.analog for each in variants]
+        if not self._spectra and any(each is not None and each.transform == "klt" for each in analog):
+            self._spectra = self._fitted()
         with CountProgress("quality", "windows and questions") as bar:
             return measure(
-                self._scenario, variants, self._model, self._tokenizer, self.windows, self.questions, bar.reach
+                scenario or self._scenario,
+                variants,
+                self._model,
+                self._tokenizer,
+                self.windows,
+                self.questions,
+                bar.reach,
+                self._spectra,
             )
+
+    def _fitted(self) -> list[Spectrum]:
+        """To the text that the model was calibrated on, never to what it is tested with."""
+        documents = texts.read_documents((), texts.SHIPPED_CALIBRATION)
+        windows = texts.token_windows(documents, self._tokenizer, self.window, _FITTED_TOKENS // self.window)
+        with StageProgress("principal directions") as bar:
+            found = fit_spectra(self._model, windows)
+            bar.reach("done", 1.0)
+        return found
 
     def about(self) -> dict[str, Any]:
         """All that the figures depend on, but for the scenario itself."""

@@ -99,6 +99,7 @@ class DeviceSettings:
     cache_bytes: int = 4 << 30
     state: Path = field(default_factory=lambda: state_home() / "device")
     link: LinkEmulation = field(default_factory=LinkEmulation)
+    save_pictures: Path | None = None  # folder for what a semantic broadcast brings; None: they only go back
     insecure: bool = False
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from wdmoe.backbone.analog_air import Broadcast
 from wdmoe.backbone.families import experts_modules, gate_temperature, on_drop_of, router_of
 from wdmoe.errors import BundleError
 from wdmoe.solver.plan import LayerPlan
@@ -41,13 +42,19 @@ class Order:
     down_bits: Int32Array  # of a value of the hidden state on its way: 4, 8, 16 (float16), or `EXACT`
     up_bits: Int32Array  # of a value of the result
     partial_sums: bool = False  # a device adds up what it computed for a token before it answers
+    analog: tuple[Broadcast, ...] = ()  # what listeners hear, in place of what came with `down_bits`
 
     @staticmethod
     def of(plan: LayerPlan, partial_sums: bool = False) -> Order:
-        """As a plan says. One that is sent to all devices at once has the bits of the most exacting one."""
+        """As a plan says. One that is sent to all devices at once has the bits of the most exacting one.
+
+        What comes as amplitudes is not rounded; what the air makes of it, `analog`, is not known here.
+        """
         bits = plan.time.bits.astype(np.int32)
         down = bits
-        if plan.time.multicast_s > 0 and bits.size:
+        if plan.time.analog is not None:
+            down = np.where(plan.device >= 0, np.int32(EXACT), 0)
+        elif plan.time.multicast_s > 0 and bits.size:
             down = np.where(plan.device >= 0, bits.max(axis=1, keepdims=True), 0)
         return Order(plan.experts, plan.device, down, bits, partial_sums)
 
@@ -94,6 +101,7 @@ class PlannedExperts:
         self.renormalise: bool = (rule or on_drop_of(model, model.config)) == "renormalise"
         self.temperature = gate_temperature(model.config)
         self.rank = "probability"  # what `decide` is given, see `wdmoe.solver.ranking`; may be set anew in between
+        self.distortions: list[float] = []  # one for each layer that ran: of vectors on their way down; may be cleared
         self._hooks: list[Any] = []
         self._before: Any = None
 
@@ -172,7 +180,7 @@ def _experts_forward(
     order = owner.decide(seat.layer, experts, owner.ranks(scores, experts))
     weights = top_k_weights.masked_fill(outside, 0)
     kept = torch.from_numpy(order.experts >= 0).to(hidden.device)
-    return _computed(module, hidden, order, _mixing(weights, kept, owner.renormalise))
+    return _computed(seat, module, hidden, order, _mixing(weights, kept, owner.renormalise))
 
 
 def _mixing(weights: torch.Tensor, kept: torch.Tensor, renormalise: bool) -> torch.Tensor:
@@ -184,7 +192,7 @@ def _mixing(weights: torch.Tensor, kept: torch.Tensor, renormalise: bool) -> tor
     return torch.where(have != 0, left * (weights.sum(1, keepdim=True) / torch.where(have != 0, have, 1)), left)
 
 
-def _computed(module: Any, hidden: torch.Tensor, order: Order, weights: torch.Tensor) -> torch.Tensor:
+def _computed(seat: _Seat, module: Any, hidden: torch.Tensor, order: Order, weights: torch.Tensor) -> torch.Tensor:
     """(tokens, hidden) the weighted sum of what comes back."""
     # By slot, then token: the order in which the library's own loop over experts takes rows.
     slot, token = (torch.from_numpy(each).to(hidden.device) for each in np.nonzero(order.experts.T >= 0))
@@ -194,6 +202,9 @@ def _computed(module: Any, hidden: torch.Tensor, order: Order, weights: torch.Te
     )
     # One row for each assignment, its only expert with weight 1.
     sent = _sent(hidden[token], down)
+    for each in order.analog:
+        each.replace(sent, hidden, token, device)
+    seat.owner.distortions.append(_distortion(sent, hidden[token]))
     alone = inspect.unwrap(type(module).forward)
     outputs = alone(module, sent, experts[:, None], torch.ones_like(sent[:, :1]))
     share = weights[token, slot, None].to(outputs.dtype)
@@ -207,6 +218,12 @@ def _computed(module: Any, hidden: torch.Tensor, order: Order, weights: torch.Te
     back = _sent(outputs, up) * share
     ascending = torch.argsort(experts, stable=True)  # as the library adds them up, to the last digit
     return total.index_add_(0, token[ascending], back[ascending].to(total.dtype))
+
+
+def _distortion(arrived: torch.Tensor, sent: torch.Tensor) -> float:
+    """Square error over squares, of all values together; 0 where nothing was sent."""
+    power = float(sent.double().square().sum())
+    return float((arrived.double() - sent.double()).square().sum()) / power if power else 0.0
 
 
 def _sent(vectors: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:

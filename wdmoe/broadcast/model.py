@@ -141,6 +141,7 @@ class BroadcastCodec(nn.Module):
         Returns:
             (block, 3, side, side), about 0 to 1; not clipped.
         """
+        kept = kept.long()  # a graph of the decoder takes numbers of one kind
         values, noise = from_symbols(heard), 10 ** (-snr_db / 10) / 2
         every = self.layout.dimensions(torch.ones_like(share), kept)
         log_scale, same = self.layout.pilots(every, values, noise)

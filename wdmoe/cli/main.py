@@ -10,6 +10,7 @@ import sys
 
 import click
 
+from wdmoe.cli.broadcast import broadcast
 from wdmoe.cli.demo import demo
 from wdmoe.cli.failures import EXIT_INTERRUPTED, explain
 from wdmoe.cli.logs import configure_logging
@@ -44,7 +45,7 @@ def cli(verbose: int, quiet: bool) -> None:
     configure_logging(verbose=verbose, quiet=quiet)
 
 
-for command in (bs, demo, device, export, place, simulate, split, status, token, trace, verify):
+for command in (broadcast, bs, demo, device, export, place, simulate, split, status, token, trace, verify):
     cli.add_command(command)
 
 

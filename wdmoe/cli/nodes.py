@@ -73,6 +73,11 @@ from wdmoe.config import ALLOCATIONS, POLICIES, PROVIDERS, RANKS, DeviceSettings
     help="Emulate a link of this strength, DOWN[/UP], on whatever part of its --bandwidth the base station gives it: "
     "received power over noise density, a frequency. In a band that wide the SNR is 1 (0 dB), in a tenth of it 10.",
 )
+@click.option(
+    "--save-pictures",
+    type=DIRECTORY,
+    help="Folder for the pictures that a `wdmoe-node broadcast` sends this device.",
+)
 @click.option("--insecure", is_flag=True, help="No encryption; --join is the base station's address then.")
 def device(downlink: float, uplink: float, link_snr: tuple[float, float] | None, **flags: Any) -> None:
     """Compute experts for a base station, until stopped.

@@ -17,6 +17,7 @@ from wdmoe.config import DeviceSettings
 from wdmoe.errors import ProtocolError, RefusedError, TransportError
 from wdmoe.moe.expert import ExpertRunner
 from wdmoe.nodes import hardware
+from wdmoe.nodes.broadcast.radio import RadioSite
 from wdmoe.nodes.compute_thread import ComputeThread
 from wdmoe.nodes.device_rules import retry_delay_s
 from wdmoe.nodes.device_session import DeviceSession, SentAwayError
@@ -60,7 +61,8 @@ async def _run(settings: DeviceSettings, dialer: Dialer, opener: ExpertOpener) -
     cache = await in_thread(lambda: ExpertCache(settings.cache, settings.cache_bytes))
     crash: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     compute = ComputeThread(runner, settings.link, _reporter(crash))
-    member = _Member(dialer, report, Holdings(runner, cache, report.memory_bytes), compute)
+    radio = RadioSite(open_tuner=dialer.tuner, cache=cache, threads=settings.threads, save=settings.save_pictures)
+    member = _Member(dialer, report, Holdings(runner, cache, report.memory_bytes), compute, radio)
     compute.start()
     try:
         await run_together(member.stay_joined(), _watch(crash))
@@ -103,8 +105,11 @@ async def _watch(crash: asyncio.Future[None]) -> None:
 class _Member:
     """Goes from session to session."""
 
-    def __init__(self, dialer: Dialer, report: DeviceReport, holdings: Holdings, compute: ComputeThread) -> None:
+    def __init__(
+        self, dialer: Dialer, report: DeviceReport, holdings: Holdings, compute: ComputeThread, radio: RadioSite
+    ) -> None:
         self._dialer = dialer
+        self._radio = radio
         self._report = report
         self._holdings = holdings
         self._compute = compute
@@ -169,8 +174,9 @@ class _Member:
         if welcome.manifest_sha256 != self._manifest_sha256:
             self._manifest_sha256 = welcome.manifest_sha256
             self._place = None
-        self._compute.connect(self._dialer.data_opener(welcome.data_port), self._session)
-        session = DeviceSession(link, welcome, self._holdings, self._compute, self._place, self._keep)
+        if welcome.data_port:  # a broadcast has no work for experts
+            self._compute.connect(self._dialer.data_opener(welcome.data_port), self._session)
+        session = DeviceSession(link, welcome, self._holdings, self._compute, self._place, self._keep, self._radio)
         await session.run()
 
     def _keep(self, place: Place) -> None:

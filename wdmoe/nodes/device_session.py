@@ -11,12 +11,13 @@ from typing import TypeAlias
 import numpy as np
 
 from wdmoe.errors import ProtocolError, RefusedError, TransportError
+from wdmoe.nodes.broadcast.radio import Radio, RadioSite
 from wdmoe.nodes.compute_thread import ComputeThread
 from wdmoe.nodes.device_rules import wanted_experts
 from wdmoe.nodes.expert_fetch import ExpertFetcher
 from wdmoe.nodes.hardware import resident_bytes
 from wdmoe.nodes.holdings import Holdings
-from wdmoe.nodes.together import run_together
+from wdmoe.nodes.together import run_together, run_unless
 from wdmoe.transport.channel import ControlLink
 from wdmoe.transport.messages import (
     Chunk,
@@ -28,6 +29,7 @@ from wdmoe.transport.messages import (
     Place,
     Pong,
     Ready,
+    Tune,
     Welcome,
 )
 
@@ -44,7 +46,7 @@ class SentAwayError(RefusedError):
 
 
 class DeviceSession:
-    """Listens, beats, follows placements. Use: `await DeviceSession(...).run()`."""
+    """Listens, beats, follows placements, hears broadcasts. Use: `await DeviceSession(...).run()`."""
 
     def __init__(
         self,
@@ -54,12 +56,14 @@ class DeviceSession:
         compute: ComputeThread,
         last_place: Place | None,
         keep_place: KeepPlace,
+        radio: RadioSite,
     ) -> None:
         """Nothing is owned; `link` is used by this session alone while it runs.
 
         Args:
             last_place: of an earlier session with the same bundle. The base station may still count on it.
             keep_place: told every placement that is followed.
+            radio: for semantic broadcasts.
         """
         self._link = link
         self._welcome = welcome
@@ -69,6 +73,7 @@ class DeviceSession:
         self._keep_place = keep_place
         self._generation = -1  # of this session: after a restart the base station may count anew
         self._fetcher = ExpertFetcher(self._ask)
+        self._radio = Radio(radio, self._fetcher.fetch, self._link.send)
         self._placed = asyncio.Event()
         self._news = asyncio.Event()
         self._heard_s = time.monotonic()
@@ -83,7 +88,7 @@ class DeviceSession:
         """
         if self._place is not None:
             self._placed.set()
-        await run_together(self._listen(), self._beat(), self._follow())
+        await run_together(self._listen(), self._beat(), self._follow(), self._radio.run())
 
     async def _listen(self) -> None:
         while True:
@@ -97,6 +102,8 @@ class DeviceSession:
             self._fetcher.accept(message)
         elif isinstance(message, Place):
             self._new_place(message)
+        elif isinstance(message, Tune):
+            self._radio.tune(message)
         elif isinstance(message, Goodbye):
             if not message.retry:
                 raise SentAwayError(f"the base station sent this device away: {message.reason}")
@@ -127,19 +134,8 @@ class DeviceSession:
             await self._placed.wait()
             self._placed.clear()
             if self._place is not None:
-                await self._follow_until_replaced(self._place)
-
-    async def _follow_until_replaced(self, place: Place) -> None:
-        work = asyncio.ensure_future(self._holdings.follow(place, self._fetcher.fetch, self._news.set, self._complain))
-        replaced = asyncio.ensure_future(self._placed.wait())
-        try:
-            await asyncio.wait({work, replaced}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
-        finally:
-            work.cancel()
-            replaced.cancel()
-            await asyncio.gather(work, replaced, return_exceptions=True)
+                follow = self._holdings.follow(self._place, self._fetcher.fetch, self._news.set, self._complain)
+                await run_unless(self._placed, follow)
 
     async def _beat(self) -> None:
         """Ping, and say what is ready: when that changed, and with every ping, in case one was lost."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from wdmoe.config import DeviceSettings
 from wdmoe.errors import ConfigError, ProtocolError, TransportError
 from wdmoe.nodes.device_session import SentAwayError
+from wdmoe.transport.air import Tuner, open_tuner
 from wdmoe.transport.channel import ControlLink, DataLink
 from wdmoe.transport.keys import KeyPair, device_keys
 from wdmoe.transport.messages import Failure, Goodbye, Hello, Message, Welcome
@@ -75,6 +76,10 @@ class Dialer:
         """What opens the data plane (same host, Welcome's port) on the thread that will own it."""
         endpoint = f"{self.endpoint.rpartition(':')[0]}:{port}"
         return lambda: open_data_link(self._context, endpoint, self._security())
+
+    def tuner(self, port: int) -> Tuner:
+        """The broadcast plane, on the same host, for the running event loop."""
+        return open_tuner(self._context, f"{self.endpoint.rpartition(':')[0]}:{port}", self._security())
 
     def close(self) -> None:
         """Call after all links are closed."""
@@ -146,6 +151,6 @@ async def _answer(link: ControlLink, until_s: float) -> Message | None:
 
 
 def _checked(welcome: Welcome) -> Welcome:
-    if not welcome.enrolled and not (welcome.data_port and welcome.lease_s > 0):
-        raise ProtocolError(f"a Welcome with data port {welcome.data_port} and lease {welcome.lease_s} s")
+    if not welcome.enrolled and not welcome.lease_s > 0:
+        raise ProtocolError(f"a Welcome with a lease of {welcome.lease_s} s")
     return welcome

@@ -24,6 +24,24 @@ async def run_together(*parts: Coroutine[Any, Any, None]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def run_unless(replaced: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
+    """Run work to its end, or until `replaced` is set: then it is cancelled and awaited.
+
+    Raises:
+        Exception: what the work raised.
+    """
+    working = asyncio.ensure_future(work)
+    waiting = asyncio.ensure_future(replaced.wait())
+    try:
+        await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+    finally:
+        working.cancel()
+        waiting.cancel()
+        await asyncio.gather(working, waiting, return_exceptions=True)
+
+
 async def in_thread(work: Callable[[], Value]) -> Value:
     """Run blocking work in a worker thread. A cancel waits for the thread: nothing goes on alone."""
     future = asyncio.ensure_future(asyncio.to_thread(work))

@@ -45,7 +45,7 @@ class Outcome:
     replaced_weight: float
     experts_per_token: float  # computed, mean over layers
     link_bits: float  # on the air in both directions, of a pass
-    multicast_share: float  # of the layers that used it
+    multicast_share: float  # of the layers that used it, or the analog downlink
 
 
 OUTCOMES = tuple(field.name for field in fields(Outcome))

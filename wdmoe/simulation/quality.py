@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from wdmoe.backbone.analog_air import Broadcast, Codes
 from wdmoe.backbone.perplexity import window_nats
 from wdmoe.backbone.planned_experts import Order, PlannedExperts
 from wdmoe.backbone.questions import Question, choice_nats, score
@@ -25,10 +26,12 @@ from wdmoe.simulation.placing import Holders, holders_of
 from wdmoe.simulation.scenario import Scenario, Variant
 from wdmoe.simulation.statistics import mean_and_interval
 from wdmoe.simulation.traces import find_trace
-from wdmoe.solver.plan import carried_out, plan_layer
+from wdmoe.solver.plan import LayerPlan, carried_out, plan_layer
+from wdmoe.wireless.analog_code import Spectrum
 
 FloatArray = npt.NDArray[np.float64]
 Progress = Callable[[int, int], None]
+_NOISE = 1  # beside a draw's number: the seed of what devices hear of analog broadcasts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -40,6 +43,7 @@ class Measured:
     nats: FloatArray  # (variants, windows) mean negative log-likelihood of a token
     latency_s: FloatArray  # (variants, windows) of the plans that these windows ran with, through all layers
     dropped: FloatArray  # (variants, windows) share of the gate weight
+    distortion: FloatArray  # (variants, windows) of hidden vectors on their way down: square error over squares
     right: FloatArray  # (variants, questions) 0 or 1
     right_normalised: FloatArray  # (variants, questions) 0 or 1
 
@@ -68,21 +72,24 @@ class Quality:
     normalised_change: float
     normalised_change_ci: float
     dropped_weight: float  # on the text windows
+    distortion: float  # of hidden vectors on their way down, mean over layers and text windows
     text_latency_s: float  # mean over the text windows of what their own plans take
 
 
 class RadioPlans:
     """Decides as the simulator does, for one variant on one draw at a time; a `Decide`."""
 
-    def __init__(self, scenario: Scenario, variant: Variant, replay: Replay) -> None:
-        self._scenario, self._variant, self._replay = scenario, variant, replay
+    def __init__(self, scenario: Scenario, variant: Variant, replay: Replay, codes: Codes) -> None:
+        self._scenario, self._variant, self._replay, self._codes = scenario, variant, replay, codes
         self._draw: Draw | None = None
         self._held: Holders
         self._real: npt.NDArray[np.bool_] | None = None
         self.latency_s = self.dropped = 0.0
 
-    def meet(self, draw: Draw) -> None:
-        """Begin a pass on this draw."""
+    def meet(self, draw: Draw, number: int) -> None:
+        """Begin a pass on this draw, which has that number."""
+        seed = np.random.SeedSequence(self._scenario.seed, spawn_key=(number, _NOISE))
+        self._rng = np.random.default_rng(seed)
         if draw is not self._draw:  # a window and a question share it
             self._held = holders_of(self._variant, self._scenario.devices, draw.mean, self._replay.frequency)
         self._draw = draw
@@ -99,15 +106,17 @@ class RadioPlans:
         at_once = self._scenario.model.tokens
         shape, parts = experts.shape, -(-len(rows) // at_once)
         found = [np.full(shape, fill, np.int32) for fill in (-1, -1, 0, 0)]
-        sums = self._variant.policy.levers.partial_sums
+        sums, analog = self._variant.policy.levers.partial_sums, []
         for part in range(parts):
             chosen = rows[part * at_once : (part + 1) * at_once]
-            order = self._part(layer, part, experts[chosen], ranks[chosen], parts)
+            plan = self._part(layer, part, experts[chosen], ranks[chosen], parts)
+            analog += self._broadcast(layer, plan, chosen)
+            order = Order.of(plan, sums)
             for whole, piece in zip(found, (order.experts, order.device, order.down_bits, order.up_bits), strict=True):
                 whole[chosen] = piece
-        return Order(found[0], found[1], found[2], found[3], sums)
+        return Order(found[0], found[1], found[2], found[3], sums, tuple(analog))
 
-    def _part(self, layer: int, part: int, experts: npt.NDArray[np.int32], ranks: FloatArray, parts: int) -> Order:
+    def _part(self, layer: int, part: int, experts: npt.NDArray[np.int32], ranks: FloatArray, parts: int) -> LayerPlan:
         if self._draw is None:
             raise RuntimeError("no draw was met")
         airs = self._draw.airs[part % len(self._draw.airs)]
@@ -118,7 +127,16 @@ class RadioPlans:
         plan = carried_out(plan, known, airs[layer], policy.levers)
         self.latency_s += plan.time.latency_s
         self.dropped += plan.dropped_weight / len(self._replay.experts) / parts
-        return Order.of(plan, policy.levers.partial_sums)
+        return plan
+
+    def _broadcast(self, layer: int, plan: LayerPlan, tokens: npt.NDArray[np.int64]) -> list[Broadcast]:
+        """What goes out without bits, if anything does; `tokens` are those of the plan."""
+        lever, cast = self._variant.policy.levers.analog, plan.time.analog
+        if lever is None or cast is None or not cast.repeats.any():
+            return []
+        sent = cast.repeats > 0
+        code = self._codes.of(layer, lever, max(lever.floor, cast.weakest))
+        return [Broadcast(tokens[sent], cast.snr, cast.repeats[sent], code, lever.share, self._rng)]
 
 
 def measure(
@@ -129,6 +147,7 @@ def measure(
     windows: torch.Tensor,
     questions: Sequence[Question],
     progress: Progress = lambda done, total: None,
+    spectra: Sequence[Spectrum] = (),
 ) -> Measured:
     """Let the model read windows and answer questions under each variant.
 
@@ -139,13 +158,15 @@ def measure(
         windows: (windows, length) int64 token ids; none is fine.
         questions: none is fine.
         progress: told windows and questions done, and in all.
+        spectra: of the model's hidden vectors, from `fit_spectra`; for variants with a fitted analog downlink.
     Raises:
         BundleError: the model has no experts, or its router gives no scores.
-        ConfigError: the scenario's trace is of another model, or its devices cannot hold it.
+        ConfigError: the scenario's trace is of another model, its devices cannot hold it, or spectra are missing.
     """
     replay = Replay.of(GateTrace.load(find_trace(scenario.model.trace)))
-    plans = [RadioPlans(scenario, variant, replay) for variant in variants]
-    read = np.zeros((3, len(variants), len(windows)))
+    codes = Codes(int(model.config.get_text_config().hidden_size), spectra)
+    plans = [RadioPlans(scenario, variant, replay, codes) for variant in variants]
+    read = np.zeros((4, len(variants), len(windows)))
     answered = np.zeros((2, len(variants), len(questions)))
     total = len(variants) * (len(windows) + len(questions))
     with PlannedExperts(model, plans[0]) as planned:
@@ -155,11 +176,13 @@ def measure(
             for place, plan in enumerate(plans):
                 planned.decide, planned.rank = plan, variants[place].rank
                 if number < len(windows):
-                    plan.meet(draw)
+                    plan.meet(draw, number)
+                    planned.distortions.clear()
                     nats = float(window_nats(model, windows[number : number + 1]).double().mean())
-                    read[:, place, number] = nats, plan.latency_s, plan.dropped
+                    lost = float(np.mean(planned.distortions))
+                    read[:, place, number] = nats, plan.latency_s, plan.dropped, lost
                 if number < len(questions):
-                    plan.meet(draw)
+                    plan.meet(draw, number)
                     marks = score(questions[number], choice_nats(model, tokenizer, questions[number], plan.only))
                     answered[:, place, number] = marks.right, marks.right_normalised
                 progress(_done(number, place + 1, len(variants), len(windows), len(questions)), total)
@@ -169,6 +192,7 @@ def measure(
         nats=read[0],
         latency_s=read[1],
         dropped=read[2],
+        distortion=read[3],
         right=answered[0],
         right_normalised=answered[1],
     )
@@ -220,6 +244,7 @@ def _quality(measured: Measured, index: int) -> Quality:
         normalised_change=by_byte_change,
         normalised_change_ci=by_byte_change_ci,
         dropped_weight=float(measured.dropped[index].mean()) if any_window else float("nan"),
+        distortion=float(measured.distortion[index].mean()) if any_window else float("nan"),
         text_latency_s=float(measured.latency_s[index].mean()) if any_window else float("nan"),
     )
 

@@ -47,11 +47,12 @@ def is_results(folder: Path) -> bool:
     return json_kind(folder / MANIFEST) == RESULTS_KIND
 
 
-def save_results(study: Study, folder: Path, beside: Beside | None = None) -> list[Summary]:
+def save_results(study: Study, folder: Path, beside: Beside | None = None, figures: bool = True) -> list[Summary]:
     """Write everything; the manifest comes last, so a folder without one is not finished.
 
     Args:
         beside: writes more, before the manifest; the hashes of its files are checked with the others.
+        figures: draw them too.
     Raises:
         ConfigError: the folder holds something else, or cannot be written.
     """
@@ -63,8 +64,8 @@ def save_results(study: Study, folder: Path, beside: Beside | None = None) -> li
     (folder / "scenario.toml").write_text(study.scenario.source, encoding="utf-8")
     (folder / "draws.csv").write_text(draws_text(study), encoding="utf-8")
     (folder / "summary.csv").write_text(records_text(Summary, summaries), encoding="utf-8")
-    figures = draw_figures(study, summaries, folder)
-    names = ["scenario.toml", "draws.csv", "summary.csv", *(figure.name for figure in figures)]
+    drawn = draw_figures(study, summaries, folder) if figures else []
+    names = ["scenario.toml", "draws.csv", "summary.csv", *(figure.name for figure in drawn)]
     more, about = beside(folder, summaries) if beside is not None else ([], {})
     manifest = about | _manifest(study.scenario, {name: _sha256(folder / name) for name in (*names, *more)})
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")

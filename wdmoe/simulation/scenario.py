@@ -10,6 +10,7 @@ from typing import Any
 from wdmoe.config import RANKS
 from wdmoe.errors import ConfigError
 from wdmoe.simulation.reading import Table
+from wdmoe.solver.analog_downlink import TRANSFORMS, Analog
 from wdmoe.solver.layer_time import MULTICASTS, Levers
 from wdmoe.solver.plan import Policy
 from wdmoe.solver.selection import POLICIES
@@ -22,7 +23,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-SHIPPED = ("journal", "wifi-room", "decode", "prefill", "multicast", "moving")
+SHIPPED = ("journal", "wifi-room", "decode", "prefill", "multicast", "moving", "bridge")
 PATH_LOSSES = ("free-space", "log-distance", *SCENARIOS)
 CHANGES = ("pass", "layer", "doppler")
 FADINGS = ("rayleigh", "rician", "none")
@@ -31,6 +32,7 @@ PLACEMENTS = ("spread", "greedy", "exact")
 MOST_DRAWS = 1_000_000
 _MOST_BYTES = 1 << 20
 _USUAL = Policy()
+_ANALOG = Analog()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,6 +324,7 @@ def _variant(table: Table) -> Variant:
         "micro_batches": table.integer("micro_batches", 1, 1, 1024),
         "equal_bandwidth": table.text("bandwidth", "optimal", ("optimal", "equal")) == "equal",
     }
+    analog = _analog(table)
     placement = table.text("placement", "spread", PLACEMENTS)
     replicas = table.integer("replicas", 1, 1, 4096)
     rank = table.text("rank", "probability", RANKS)
@@ -329,7 +332,8 @@ def _variant(table: Table) -> Variant:
     csi_layers, csi_delay = table.integer("csi_layers", 1, 0, 4096), table.integer("csi_delay", 0, 0, 4096)
     table.done()
     try:
-        made = Policy(levers=Levers(**levers), **policy)
+        lever = None if analog is None else Analog(**analog)
+        made = Policy(levers=Levers(analog=lever, **levers), **policy)
     except ValueError as error:
         raise ConfigError(f"[[variant]] {name!r}: {error}") from error
     return Variant(
@@ -342,6 +346,18 @@ def _variant(table: Table) -> Variant:
         csi_layers=csi_layers,
         csi_delay=csi_delay,
     )
+
+
+def _analog(table: Table) -> dict[str, Any] | None:
+    """How a variant broadcasts hidden vectors without bits; None: it does not, and has no key of it."""
+    if table.text("downlink", "digital", ("digital", "analog")) == "digital":
+        return None
+    return {
+        "ratio": table.number("analog_ratio", _ANALOG.ratio),
+        "floor_db": table.number("analog_floor_db", _ANALOG.floor_db),
+        "transform": table.text("analog_transform", _ANALOG.transform, TRANSFORMS),
+        "share": table.number("analog_share", _ANALOG.share),
+    }
 
 
 def _positive(table: Table, key: str, dimension: Any, default: str) -> float:

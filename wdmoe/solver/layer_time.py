@@ -12,6 +12,8 @@ Levers change its terms [D]:
 - multicast: each token is sent once over the whole band, before the devices share the band for the way up. M is what
   that takes, and down_k is 0. It is used where it pays. "weakest": one token after the other, each at the rate of the
   weakest of its devices. "superposition": all at once, see `wdmoe.solver.superposition`; never slower than that;
+- analog: as multicast, but without bits, so at no device's rate: see `wdmoe.solver.analog_downlink`. Where both are
+  asked for, the faster one is used;
 - micro-batches: in m parts, link and compute overlap: with air a and compute c, max(a + c / m, a / m + c).
 
 M is 0 without multicast. Compute is `max(tokens x token_s, expert_s)` for each expert: a roofline, or FLOP alone where
@@ -20,11 +22,12 @@ expert_s is 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.solver.analog_downlink import Analog, Cast, cast, cast_again
 from wdmoe.solver.bandwidth import Links, allocate_bandwidth
 from wdmoe.solver.bandwidth_reference import seconds_per_token
 from wdmoe.solver.rounding import BITS, as_widest_of_device, distortion, round_within, vector_bits
@@ -99,6 +102,12 @@ class Levers:
     multicast: str | bool = "none"  # or "weakest", which True means, or "superposition"
     micro_batches: int = 1
     equal_bandwidth: bool = False  # every device gets the same, whatever it needs
+    analog: Analog | None = None  # broadcast hidden vectors without bits, where that is faster
+
+    @property
+    def broadcasts(self) -> bool:
+        """Whether a vector may go to all of its devices at once."""
+        return self.multicast != "none" or self.analog is not None
 
     def __post_init__(self) -> None:
         if isinstance(self.multicast, bool):
@@ -129,8 +138,9 @@ class LayerTime:
     multicast_s: float  # 0 where none was sent
     bits: FloatArray  # (tokens, top_k) of a value, 0 where nothing is computed
     vectors: FloatArray  # (devices,) activations up; also down, unless multicast
-    down_bits: float  # bits of a value, summed over the vectors that are sent down
+    down_bits: float  # bits of a value, summed over the vectors that are sent down; amplitudes are none
     up_bits: float
+    analog: Cast | None = None  # how vectors went down without bits; None: they went as bits
 
 
 def layer_time(air: Air, levers: Levers, experts: IntArray, device: IntArray, bits: FloatArray) -> LayerTime:
@@ -142,6 +152,10 @@ def layer_time(air: Air, levers: Levers, experts: IntArray, device: IntArray, bi
         bits: (tokens, top_k) from `bits_of_assignments`.
     """
     work = _Work(air, levers, experts, device, bits)
+    if levers.analog is not None:
+        digital = layer_time(air, replace(levers, analog=None), experts, device, bits)
+        analog = _after(work, cast(air, levers.analog, device), None)
+        return analog if analog.latency_s < digital.latency_s else digital
     unicast = work.timed(0.0)
     if levers.multicast == "none":
         return unicast
@@ -156,7 +170,8 @@ def time_spent(
     """What a layer takes where the channel is another than the one that it was decided for.
 
     Bands, bits, multicast or not, and the powers of a superposition stay as decided; rates are the real ones, so codes
-    are ideally rateless: nothing is sent twice, and nobody sends faster than the channel lets through.
+    are ideally rateless: nothing is sent twice, and nobody sends faster than the channel lets through. Amplitudes are
+    sent as often as decided, whatever the channel; it is their distortion that follows the real one.
 
     Args:
         air: what there is.
@@ -164,6 +179,8 @@ def time_spent(
         experts, device: as in `layer_time`.
     """
     work = _Work(air, levers, experts, device, decided.bits)
+    if levers.analog is not None and decided.analog is not None:
+        return _after(work, cast_again(air, levers.analog, device, decided.analog), decided.bandwidth_hz)
     if not decided.multicast_s:
         return work.with_band(0.0, decided.bandwidth_hz)
     if levers.multicast == "superposition":
@@ -190,6 +207,13 @@ def multicast_s(air: Air, levers: Levers, device: IntArray, bits: FloatArray) ->
         return float(np.where(vector > 0, vector / (air.total_hz * slowest), 0.0).sum())
 
 
+def broadcast_s(air: Air, levers: Levers, device: IntArray, bits: FloatArray) -> float:
+    """Seconds before the way up, where all of a token's devices are sent to at once: analog, else `multicast_s`."""
+    if levers.analog is not None:
+        return cast(air, levers.analog, device).seconds
+    return multicast_s(air, levers, device, bits)
+
+
 def _token_bits(air: Air, device: IntArray, bits: FloatArray) -> FloatArray:
     """(tokens,) bits of a hidden vector that goes to all its devices at once, as the most exacting wants it."""
     return vector_bits(air.hidden, np.where(device >= 0, bits, 0.0).max(axis=1, initial=0.0))
@@ -204,7 +228,7 @@ def bits_of_assignments(air: Air, levers: Levers, weights: FloatArray, device: I
     if not levers.max_distortion:
         return np.where(device >= 0, _bits_of_devices(air, levers, weights, device)[device], 0.0)
     each = np.full(air.devices, air.total_hz / air.devices)
-    price = air_s(air.links(np.ones(air.devices), downlink=levers.multicast == "none"), each)
+    price = air_s(air.links(np.ones(air.devices), downlink=not levers.broadcasts), each)
     bits = round_within(weights, device, price, levers.bits, levers.max_distortion)
     return as_widest_of_device(bits, device) if levers.partial_sums else bits
 
@@ -233,6 +257,12 @@ def _bits_of_devices(air: Air, levers: Levers, weights: FloatArray, device: IntA
     within = np.cumsum(carried[dearest]) <= levers.coarse_share * carried.sum()
     bits[dearest[np.logical_and.accumulate(within)]] = levers.coarse_bits
     return bits
+
+
+def _after(work: _Work, sent: Cast, band: FloatArray | None) -> LayerTime:
+    """The layer after vectors went down without bits, with a band that was decided or the best one."""
+    time = work.timed(sent.seconds) if band is None else work.with_band(sent.seconds, band)
+    return replace(time, analog=sent, down_bits=0.0)
 
 
 def air_s(links: Links, band_hz: FloatArray) -> FloatArray:

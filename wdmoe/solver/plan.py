@@ -18,9 +18,9 @@ from wdmoe.solver.layer_time import (
     LayerTime,
     Levers,
     bits_of_assignments,
+    broadcast_s,
     layer_time,
     mean_vector_bits,
-    multicast_s,
     time_spent,
 )
 from wdmoe.solver.replacing import replace_far
@@ -155,9 +155,9 @@ def _kept_by_budget(
     levers = policy.levers
     bits = bits_of_assignments(air, levers, weights, device)
     vector = mean_vector_bits(air, levers, device, bits)
-    links = air.links(vector, downlink=levers.multicast == "none", compute_s=air.token_s)
+    links = air.links(vector, downlink=not levers.broadcasts, compute_s=air.token_s)
     if not policy.budget_s:
         choice = select_at_most_dropped(experts, weights, device, links, air.total_hz, policy.max_dropped)
         return choice.experts >= 0
-    left_s = max(policy.budget_s - multicast_s(air, levers, device, bits), 1e-9)
+    left_s = max(policy.budget_s - broadcast_s(air, levers, device, bits), 1e-9)
     return select_within_budget(experts, weights, device, links, air.total_hz, left_s).experts >= 0

@@ -77,7 +77,11 @@ class Int:
 
 
 class Number:
-    """A finite float, zero or more."""
+    """A finite float: zero or more, or within other bounds."""
+
+    def __init__(self, least: float = 0.0, most: float = math.inf) -> None:
+        self._least, self._most = least, most
+        self._what = "zero or more" if (least, most) == (0.0, math.inf) else f"from {least:g} to {most:g}"
 
     def pack(self, value: Any) -> float:
         """See `Field`."""
@@ -85,9 +89,9 @@ class Number:
 
     def unpack(self, wire: Any) -> float:
         """See `Field`."""
-        if type(wire) is float and 0.0 <= wire < math.inf:  # also refuses NaN
+        if type(wire) is float and self._least <= wire <= self._most and wire < math.inf:  # also refuses NaN
             return wire
-        raise ValueError(f"must be a finite float, zero or more, got {shown(wire)}")
+        raise ValueError(f"must be a finite float, {self._what}, got {shown(wire)}")
 
 
 class Flag:

@@ -5,6 +5,9 @@ Two planes, so that a bulk download of experts never stands in the way of a toke
 - control: Hello, Welcome, Place, Fetch, Chunk, Ready, Ping, Pong, Goodbye (asyncio on both ends);
 - data: Attach, Attached, Run, Result, Failure (blocking sockets, one thread on both ends).
 
+A semantic broadcast (`wdmoe.nodes.broadcast`) has Tune, Tuned, Rows and Shown on the control plane, and a plane of its
+own where the base station alone speaks: Pilot, Symbols.
+
 Arrays are C-contiguous little-endian and travel raw, behind the header.
 """
 
@@ -43,7 +46,7 @@ class Welcome:
     session: int
     enrolled: bool = False
     device_id: str = ""  # fingerprint of the device's key
-    data_port: int = 0
+    data_port: int = 0  # 0: there is no work for experts here, only a broadcast
     lease_s: float = 3.0  # silence after which either side gives the other up
     max_message_bytes: int = 0
     model: str = ""  # for people
@@ -164,12 +167,94 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Failure:
-    """Either way: a request was understood and refused. `attempt` is 0 where it answers no Run."""
+    """Either way: a request was understood and refused. `attempt` is 0 where it answers no Run and no Tune."""
 
-    attempt: int
+    attempt: int  # of a Run, or the number of a broadcast
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tune:
+    """BS to device: hear this broadcast as one of its two users. Repeated until Tuned; a newer one ends an older."""
+
+    broadcast: int  # uint64, random
+    port: int  # of the broadcast plane, on the host of the control plane
+    user: int  # 0 or 1
+    blocks: int  # of symbols, altogether
+    shared: int  # the first so many carry both pictures, the rest the one that has more tiles
+    uses: int  # complex channel uses of a block
+    height: int  # of this user's picture, pixels
+    width: int
+    share: float  # of this user in a shared block: alpha, or 1 - alpha
+    snr_db: float  # of the channel to be emulated
+    fades: bool  # flat Rayleigh fading of each block, known to the receiver; else the channel is steady
+    seed: int  # of that channel, uint64
+    decoder_sha256: str  # of the ONNX file; fetched as expert (0, 0)
+    decoder_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tuned:
+    """Device to BS: the decoder is open, and a Pilot was heard. Repeated with every Pilot that has nothing sent."""
+
+    broadcast: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rows:
+    """Device to BS: some rows of its picture as it was shown. They come in order, each once."""
+
+    broadcast: int
+    first: int
+    pixels: UInt8Array  # (rows, width, 3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Shown:
+    """Device to BS: all rows were sent; this is what they came from."""
+
+    broadcast: int
+    heard: int  # blocks that this user's picture needed, and those of them that never came
+    lost: int
+    decode_s: float  # in the decoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pilot:
+    """BS to everybody on the broadcast plane, all the time: what has been sent so far, so that a gap is seen."""
+
+    broadcast: int
+    sent: int  # blocks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Symbols:
+    """BS to everybody on the broadcast plane, once: some blocks of the waveform."""
+
+    broadcast: int
+    first: int  # number of the first block
+    symbols: Activations  # (blocks, uses, 2) float32 or float16: real and imaginary part; mean power 1 in a block
+
+
 Message: TypeAlias = (
-    Hello | Welcome | Place | Fetch | Chunk | Ready | Ping | Pong | Goodbye | Attach | Attached | Run | Result | Failure
+    Hello
+    | Welcome
+    | Place
+    | Fetch
+    | Chunk
+    | Ready
+    | Ping
+    | Pong
+    | Goodbye
+    | Tune
+    | Tuned
+    | Rows
+    | Shown
+    | Attach
+    | Attached
+    | Run
+    | Result
+    | Failure
+    | Pilot
+    | Symbols
 )

@@ -170,7 +170,15 @@ def _agree_chunk(chunk: m.Chunk) -> None:
         raise ValueError(f"ends at byte {chunk.offset + len(chunk.data)} of a file of {chunk.total}")
 
 
+def _agree_tune(tune: m.Tune) -> None:
+    if tune.shared > tune.blocks:
+        raise ValueError(f"shares {tune.shared} of {tune.blocks} blocks")
+    if not tune.decoder_sha256:
+        raise ValueError("names no decoder")
+
+
 _INDEX = Int(INT32_MAX)
+_SOME = Int(INT32_MAX, least=1)
 _COUNT = Int()
 _ID = Int(UINT64_MAX)
 _SECONDS = Number()
@@ -235,6 +243,29 @@ _TABLE = (
     Schema(7, m.Ping, sequence=_COUNT, done=_COUNT, queued=_COUNT, rss_bytes=_BYTES),
     Schema(8, m.Pong, sequence=_COUNT),
     Schema(9, m.Goodbye, reason=_REASON, retry=Flag()),
+    # Control plane of a semantic broadcast.
+    Schema(
+        10,
+        m.Tune,
+        _agree_tune,
+        broadcast=_ID,
+        port=Int(65535, least=1),
+        user=Int(1),
+        blocks=_SOME,
+        shared=_SOME,
+        uses=_SOME,
+        height=_SOME,
+        width=_SOME,
+        share=Number(0.0, 1.0),
+        snr_db=Number(-1000.0, 1000.0),
+        fades=Flag(),
+        seed=_ID,
+        decoder_sha256=_SHA256,
+        decoder_bytes=_SOME,
+    ),
+    Schema(11, m.Tuned, broadcast=_ID),
+    Schema(12, m.Rows, broadcast=_ID, first=_INDEX, pixels=Tensor(("u8",), ("rows", "width", 3))),
+    Schema(13, m.Shown, broadcast=_ID, heard=_INDEX, lost=_INDEX, decode_s=_SECONDS),
     # Data plane: blocking sockets, one owner thread on both ends.
     Schema(16, m.Attach, session=_ID),
     Schema(17, m.Attached, session=_ID),
@@ -264,6 +295,9 @@ _TABLE = (
         partial=_ACTIVATIONS,
     ),
     Schema(31, m.Failure, attempt=_ID, reason=_REASON),
+    # Broadcast plane: the base station speaks, devices listen.
+    Schema(32, m.Pilot, broadcast=_ID, sent=_INDEX),
+    Schema(33, m.Symbols, broadcast=_ID, first=_INDEX, symbols=Tensor(("f32", "f16"), ("blocks", "uses", 2))),
 )
 
 BY_NUMBER: Mapping[int, Schema] = {schema.number: schema for schema in _TABLE}

@@ -69,9 +69,27 @@ def bind_router(
     _require_tcp(bind)
     _hide_routing_ids()
     socket: Socket = context.socket(zmq.ROUTER)
+    socket.set(zmq.ROUTER_MANDATORY, 1)
+    return _bound(socket, bind, domain, security, options)
+
+
+def bind_publisher(
+    context: Context, bind: str, domain: bytes, security: StationSecurity | None, options: SocketOptions
+) -> Socket:
+    """An open PUB. What peers may send, subscriptions, is bounded; it never waits for them: a full queue drops.
+
+    Raises:
+        TransportError: the address cannot be bound, or the door is not open.
+    """
+    _require_tcp(bind)
+    return _bound(context.socket(zmq.PUB), bind, domain, security, options)
+
+
+def _bound(
+    socket: Socket, bind: str, domain: bytes, security: StationSecurity | None, options: SocketOptions
+) -> Socket:
     try:
         _common(socket, options)
-        socket.set(zmq.ROUTER_MANDATORY, 1)
         socket.set(zmq.BACKLOG, 128)
         socket.set(zmq.IPV6, int("[" in bind))
         if security is not None:
@@ -90,16 +108,21 @@ def bind_router(
     return socket
 
 
-def new_dealer(context: Context, security: LinkSecurity | None, options: SocketOptions) -> Socket:
-    """A DEALER that is not connected yet. No routing id: the station numbers its connections itself.
+def new_client(context: Context, kind: int, security: LinkSecurity | None, options: SocketOptions) -> Socket:
+    """A DEALER or SUB that is not connected yet; a SUB wants all there is.
+
+    No routing id: the station numbers its connections itself.
 
     Raises:
         TransportError: a key cannot be used.
     """
-    socket: Socket = context.socket(zmq.DEALER)
+    socket: Socket = context.socket(kind)
     try:
         _common(socket, options)
-        socket.set(zmq.IMMEDIATE, 1)
+        if kind == zmq.SUB:
+            socket.set(zmq.SUBSCRIBE, b"")
+        else:
+            socket.set(zmq.IMMEDIATE, 1)
         socket.set(zmq.RECONNECT_IVL, options.reconnect_ms)
         socket.set(zmq.RECONNECT_IVL_MAX, options.reconnect_most_ms)
         socket.set(zmq.CONNECT_TIMEOUT, options.connect_timeout_ms)

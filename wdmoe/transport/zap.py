@@ -20,16 +20,17 @@ from wdmoe.transport.refusals import Refusals
 
 CONTROL_DOMAIN = b"wdmoe-control"
 DATA_DOMAIN = b"wdmoe-data"
+BROADCAST_DOMAIN = b"wdmoe-broadcast"
 
 _LOG = logging.getLogger(__name__)
 _ENDPOINT = "inproc://zeromq.zap.01"  # fixed by the RFC
 _VERSION = b"1.0"
-_ADMITS = {CONTROL_DOMAIN: ("device", "enrolment"), DATA_DOMAIN: ("device",)}
+_ADMITS = {CONTROL_DOMAIN: ("device", "enrolment"), DATA_DOMAIN: ("device",), BROADCAST_DOMAIN: ("device",)}
 _JOIN_S = 5.0
 
 
 class Door:
-    """Lets admitted keys through to both planes, live enrolment keys to the control plane, and nobody else.
+    """Lets admitted keys through to all planes, live enrolment keys to the control plane, and nobody else.
 
     Start it before any station binds, close it after they are closed.
     """

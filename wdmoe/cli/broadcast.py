@@ -1,0 +1,152 @@
+"""`broadcast`: two pictures in one waveform to two devices."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from wdmoe.cli.failures import needs_extra
+from wdmoe.cli.params import DIRECTORY, FILE, TIME
+from wdmoe.cli.running import run_until_stopped
+
+if TYPE_CHECKING:
+    from wdmoe.nodes.broadcast.audience import Audience
+
+
+class Decibels(click.ParamType):  # type: ignore[type-arg]
+    """`FIRST,SECOND` in dB, one for each user; one alone stands for both."""
+
+    name = "dB,dB"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        """Read both."""
+        try:
+            first, *rest = (float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r}: give two numbers in dB, as in 10,5", param, ctx)
+        if len(rest) > 1:
+            self.fail(f"{value!r}: there are two users, so two numbers in dB, as in 10,5", param, ctx)
+        return first, rest[0] if rest else first
+
+
+class Alpha(click.ParamType):  # type: ignore[type-arg]
+    """`auto`, handed on as None, or a number."""
+
+    name = "auto|number"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
+        """Read it."""
+        if value == "auto":
+            return None
+        try:
+            return float(str(value))
+        except ValueError:
+            self.fail(f"{value!r}: give auto, or a number from 0 to 1", param, ctx)
+
+
+class Fraction(click.ParamType):  # type: ignore[type-arg]
+    """A number, or `A/B`."""
+
+    name = "fraction"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read it."""
+        above, slash, below = str(value).partition("/")
+        try:
+            return float(above) / float(below) if slash else float(above)
+        except (ValueError, ZeroDivisionError):
+            self.fail(f"{value!r}: give a fraction, as in 1/6 or 0.25", param, ctx)
+
+
+@click.command()
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+@click.option("--out", type=DIRECTORY, default="broadcast", show_default=True, help="Folder for pictures and figures.")
+@click.option("--snr", "snr_db", type=Decibels(), default="10,5", show_default=True, help="Of both emulated channels.")
+@click.option(
+    "--alpha",
+    type=Alpha(),
+    default="auto",
+    show_default=True,
+    help="How much of the waveform is the first user's, from 0 to 1.",
+)
+@click.option(
+    "--cbr",
+    type=Fraction(),
+    default="1/6",
+    show_default=True,
+    help="Complex symbols of a block of 32x32 pixels, over its 3072 values.",
+)
+@click.option("--fading", type=click.Choice(("awgn", "rayleigh")), default="awgn", show_default=True, help="Channels.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of both channels.")
+@click.option("--model", type=FILE, help="Weights of another model.  [default: the one that is shipped]")
+@click.option("--bind", default="", help="Where real devices dial in, as in tcp://*:5555, in place of two local ones.")
+@click.option("--advertise", default="", help="Host name or address that devices shall dial, with --bind.")
+@click.option(
+    "--wait-for-devices", "wait_s", type=TIME, default="2min", show_default=True, help="Longest wait for two devices."
+)
+@click.option("--state", type=DIRECTORY, help="Folder of the station's key and the admitted devices, with --bind.")
+@click.option("--json", "as_json", is_flag=True, help="All figures as one JSON document, and nothing else.")
+def broadcast(first: Path, second: Path, as_json: bool, **flags: Any) -> int:
+    """Send two pictures at once to two devices whose channels differ.
+
+    The pictures FIRST and SECOND become one waveform, sent once. Each device passes it through its own emulated
+    channel, decodes its own picture and gives it back. OUT gets both pictures, a sheet that shows them beside what
+    was sent, and the figures. Pictures may have any size up to 4000x3000, also different ones. Without --bind two
+    device processes on this machine are used, over encrypted connections.
+
+    Exit code 1 if a picture did not come back.
+
+    \b
+    Examples:
+      wdmoe-node broadcast cat.png dog.jpg
+      wdmoe-node broadcast cat.png dog.jpg --snr 15,0 --alpha 0.3 --cbr 1/3 --fading rayleigh
+      wdmoe-node broadcast cat.png dog.jpg --bind tcp://*:5555       # then on two devices:
+      wdmoe-node device --join @token.txt --save-pictures pictures
+    """
+    if not flags["bind"] and (flags["advertise"] or flags["state"]):
+        raise click.UsageError("--advertise and --state are for devices elsewhere: give --bind too, as tcp://*:5555")
+    from wdmoe.cli.progress import StageProgress
+
+    with needs_extra("broadcast"):
+        from wdmoe.nodes.broadcast.results import SHEET, prepare_folder, write_results
+        from wdmoe.nodes.broadcast.run import broadcast as send
+        from wdmoe.nodes.broadcast.run import prepare
+        from wdmoe.nodes.broadcast.settings import BroadcastSettings
+
+    stated = {name: value for name, value in flags.items() if value is not None}
+    settings = BroadcastSettings(pictures=(first, second), **stated)
+    sending = prepare(settings, _note)
+    prepare_folder(settings.out)
+    ended: list[tuple[Audience, int]] = []
+    with StageProgress("broadcast") as bar:
+
+        async def work() -> None:
+            ended.append(await send(sending, bar.reach, _tell_token))
+
+        run_until_stopped(work())
+    if not ended:
+        raise click.Abort
+    document, users = write_results(sending, *ended[0])
+    if as_json:
+        click.echo(json.dumps(document, indent=2))
+    else:
+        for user in users:
+            click.echo(user.line())
+        click.echo(f"{document['complex_symbols']} complex symbols, once for both; see {settings.out / SHEET}")
+    lost = [user for user in users if user.received is None]
+    for user in lost if as_json else ():
+        _note(user.line())
+    return int(bool(lost))
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _tell_token(text: str) -> None:
+    _note(f"Join token (a secret): {text}\nOn two devices: wdmoe-node device --join TOKEN")
