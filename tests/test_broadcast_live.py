@@ -23,15 +23,17 @@ from PIL import Image
 from tests.fleet import Device, two_free_ports
 from tests.test_broadcast_decoder import SMALL, shaken
 from tests.test_broadcast_radio import REPORT
+from wdmoe.broadcast.aims import choose_alpha
 from wdmoe.broadcast.experiment import save_model
 from wdmoe.broadcast.hearing import Ear
+from wdmoe.broadcast.law import LAW_FILE, load_law
 from wdmoe.broadcast.reading import read_picture
 from wdmoe.broadcast.tiling import Blender
 from wdmoe.errors import BundleError, ConfigError, TransportError, WdmoeError
 from wdmoe.nodes.broadcast.audience import Audience
 from wdmoe.nodes.broadcast.results import prepare_folder, write_results
 from wdmoe.nodes.broadcast.run import Sending, broadcast, prepare
-from wdmoe.nodes.broadcast.settings import BroadcastSettings
+from wdmoe.nodes.broadcast.settings import SHIPPED_MODEL, BroadcastSettings
 from wdmoe.nodes.broadcast.station import BroadcastStation, Progress, Site
 from wdmoe.nodes.joining import introduce
 from wdmoe.transport.keys import new_key_pair
@@ -183,6 +185,23 @@ def test_devices_that_never_come(tmp_path: Path, model: Path) -> None:
         run(prepare(plan, print))
 
 
+def test_alpha_is_chosen_by_the_law_of_the_shipped_model_only(tmp_path: Path, model: Path) -> None:
+    sizes, law = ((32, 32), (32, 32)), load_law(LAW_FILE)
+
+    def alpha(aim: str, **changes: object) -> float:
+        chosen = dataclasses.replace(settings(tmp_path, SHIPPED_MODEL, sizes), alpha=None, aim=aim, **changes)
+        return prepare(chosen, print).job.source.alpha
+
+    assert alpha("") == choose_alpha("max-min", (10.0, 5.0), 1 / 12, law).alpha
+    assert alpha("target:24dB@1") != alpha("")
+    with pytest.raises(ConfigError, match="cannot have 60 dB"):
+        alpha("target:60dB@1")
+    with pytest.raises(ConfigError, match="aim must be"):
+        alpha("best")
+    with pytest.raises(ConfigError, match="give --alpha a number"):
+        prepare(dataclasses.replace(settings(tmp_path, model, sizes), alpha=None), print)
+
+
 def test_a_waveform_that_is_none(tmp_path: Path, model: Path) -> None:
     """A damaged model: devices are not left waiting."""
     sending = prepare(settings(tmp_path, model, ((9, 9), (9, 9))), print)
@@ -197,6 +216,7 @@ def test_a_waveform_that_is_none(tmp_path: Path, model: Path) -> None:
     [
         ({"snr_db": (10.0, 50.0)}, "snr must be from -30 to 40 dB, got 50"),
         ({"snr_db": (float("nan"), 5.0)}, "snr must be from -30 to 40 dB, got nan"),
+        ({"alpha": 0.5, "aim": "fair"}, "leave out one of them"),
         ({"alpha": 1.5}, "alpha must be from 0 to 1 or auto"),
         ({"alpha": float("nan")}, "alpha must be from 0 to 1 or auto"),
         ({"cbr": 0.0}, "cbr must be above 0"),
@@ -219,7 +239,7 @@ def test_what_cannot_be_done_is_said_before_anything_starts(
 
 def test_without_a_model_it_says_how_to_get_one(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wdmoe.nodes.broadcast.settings.SHIPPED_MODEL", tmp_path / "codec.safetensors")
-    plan = dataclasses.replace(settings(tmp_path, model, ((9, 9), (9, 9))), model=None)
+    plan = dataclasses.dataclasses.replace(settings(tmp_path, model, ((9, 9), (9, 9))), model=None)
     with pytest.raises(BundleError, match="--model FILE"):
         prepare(plan, print)
     save_model(shaken(SMALL), tmp_path / "codec.safetensors")

@@ -72,7 +72,13 @@ class Fraction(click.ParamType):  # type: ignore[type-arg]
     type=Alpha(),
     default="auto",
     show_default=True,
-    help="How much of the waveform is the first user's, from 0 to 1.",
+    help="How much of the waveform is the first user's, from 0 to 1; auto: as --aim wants it.",
+)
+@click.option(
+    "--aim",
+    default="",
+    help="What --alpha auto is chosen for: the worse user (max-min), both alike (equal), proportional fairness (fair), "
+    "or a PSNR of one user, as in target:25dB@1.  [default: max-min]",
 )
 @click.option(
     "--cbr",
@@ -105,6 +111,7 @@ def broadcast(first: Path, second: Path, as_json: bool, **flags: Any) -> int:
     Examples:
       wdmoe-node broadcast cat.png dog.jpg
       wdmoe-node broadcast cat.png dog.jpg --snr 15,0 --alpha 0.3 --cbr 1/3 --fading rayleigh
+      wdmoe-node broadcast cat.png dog.jpg --snr 15,0 --aim target:24dB@2
       wdmoe-node broadcast cat.png dog.jpg --bind tcp://*:5555       # then on two devices:
       wdmoe-node device --join @token.txt --save-pictures pictures
     """

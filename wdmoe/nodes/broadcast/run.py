@@ -10,13 +10,15 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from wdmoe.broadcast.aims import choose_alpha
 from wdmoe.broadcast.decoder_export import decoder_graph
 from wdmoe.broadcast.experiment import load_model
+from wdmoe.broadcast.law import LAW_FILE, load_law
 from wdmoe.broadcast.reading import read_picture
 from wdmoe.broadcast.tiling import Pixels
-from wdmoe.errors import BundleError
+from wdmoe.errors import ConfigError
 from wdmoe.nodes.broadcast.audience import Audience
-from wdmoe.nodes.broadcast.settings import LOCAL_BIND, BroadcastSettings, chosen_alpha
+from wdmoe.nodes.broadcast.settings import LOCAL_BIND, BroadcastSettings
 from wdmoe.nodes.broadcast.source import SymbolSource
 from wdmoe.nodes.broadcast.station import BroadcastStation, Job, Progress, Site
 from wdmoe.nodes.child import Child, ChildError, end_all
@@ -61,7 +63,8 @@ def prepare(settings: BroadcastSettings, note: Tell) -> Sending:
             note(line)
     file = settings.model_file
     codec = load_model(file)
-    alpha = chosen_alpha(settings.alpha, settings.snr_db, settings.cbr)
+    weights_sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    alpha = _chosen_alpha(settings, weights_sha256)
     source = SymbolSource(codec, (pair[0], pair[1]), settings.snr_db, alpha, settings.cbr)
     decoder = decoder_graph(codec)
     job = Job(
@@ -71,10 +74,20 @@ def prepare(settings: BroadcastSettings, note: Tell) -> Sending:
         fades=settings.fading == "rayleigh",
         seed=settings.seed,
     )
-    try:
-        return Sending(settings, job, hashlib.sha256(file.read_bytes()).hexdigest())
-    except OSError as error:
-        raise BundleError(f"cannot read {file}: {error.strerror or error}") from error
+    return Sending(settings, job, weights_sha256)
+
+
+def _chosen_alpha(settings: BroadcastSettings, weights_sha256: str) -> float:
+    """The first user's part of the waveform: as given, or as the model's quality law says for the aim."""
+    if settings.alpha is not None:
+        return settings.alpha
+    law = load_law(LAW_FILE) if LAW_FILE.is_file() else None
+    if law is None or law.weights_sha256 != weights_sha256:
+        raise ConfigError(
+            f"{settings.model_file}: alpha is chosen by a law of the model's quality, and there is none of this model; "
+            "give --alpha a number"
+        )
+    return choose_alpha(settings.aim or "max-min", settings.snr_db, settings.cbr, law).alpha
 
 
 async def broadcast(sending: Sending, progress: Progress, tell_token: Tell) -> tuple[Audience, int]:

@@ -22,7 +22,8 @@ class BroadcastSettings:
     pictures: tuple[Path, Path]
     out: Path  # folder for what comes back
     snr_db: tuple[float, float] = (10.0, 5.0)
-    alpha: float | None = None  # None: chosen
+    alpha: float | None = None  # None: chosen for the aim
+    aim: str = ""  # of the choice, see `wdmoe.broadcast.aims`; "": max-min
     cbr: float = 1 / 6  # complex channel uses of a block, over the values of one tile
     fading: str = "awgn"
     seed: int = 0  # of the emulated channels
@@ -38,6 +39,8 @@ class BroadcastSettings:
                 raise ConfigError(f"snr must be from {LOWEST_DB:g} to {HIGHEST_DB:g} dB, got {snr_db:g}")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise ConfigError(f"alpha must be from 0 to 1 or auto, got {self.alpha:g}")
+        if self.aim and self.alpha is not None:
+            raise ConfigError(f"an aim chooses alpha, which is given as {self.alpha:g}: leave out one of them")
         if not 0 < self.cbr <= 1:
             raise ConfigError(f"cbr must be above 0 and at most 1, as in 1/6, got {self.cbr:g}")
         if self.fading not in FADINGS:
@@ -56,8 +59,3 @@ class BroadcastSettings:
                 "(tools/train_broadcast writes model.safetensors)"
             )
         return self.model or SHIPPED_MODEL
-
-
-def chosen_alpha(alpha: float | None, snr_db: tuple[float, float], cbr: float) -> float:
-    """The first user's part of the waveform; None: an even one, until there is something that chooses."""
-    return 0.5 if alpha is None else alpha
