@@ -1,7 +1,7 @@
 """Baselines of the broadcast codec that are learned too: a codec for one user, used by turns, in layers, or for both.
 
-The single-user codec serves the first user at alpha 1, whose share is all: there the joint codec is the best linear code
-for one picture, so it is its own single-user codec unless another one is given. Two users then get
+The single-user codec serves the first user at alpha 1, whose share is all. There the joint codec is the best linear
+code for one picture, so it is its own single-user codec unless another one is given. Two users then get
 
 time division
     each of them some of a block's slots, at full power. How many slots one block uses is chosen on the pictures to
