@@ -95,6 +95,9 @@ def test_a_copy_takes_over_at_once_and_the_homes_are_shared_out() -> None:
     held = holdings(hosts, Arrangement(targets=targets, copies=pinned_copies(hosts, pinned)))
     assert layer <= set(held["id-a"]) & set(held["id-b"])
     assert choose_targets(catalogue(), hosts, targets, pinned)[0] == targets  # nothing moves without need
+    alone, _ = choose_targets(catalogue(), hosts[:1], {}, pinned)  # the other one comes later, and gets its part
+    homes = [choose_targets(catalogue(), hosts, alone, pinned)[0][expert] for expert in sorted(layer)]
+    assert homes.count("id-a") == homes.count("id-b") == EXPERTS // 2
     left = routing(catalogue(), hosts[1:], targets)  # before new homes are chosen
     assert 0 in left.complete
     assert {targets[e] for e in choose_targets(catalogue(), hosts[1:], targets, pinned)[0]} <= {"id-a", "id-b"}

@@ -20,6 +20,7 @@ from wdmoe.transport.messages import Place
 log = logging.getLogger(__name__)
 
 AT_ONCE = 3  # experts on their way from disk or air into memory
+DRAIN_S = 1.0  # before experts go: orders that left before the base station's new table came still want them
 RETRY_S = 5.0  # before what couldn't be loaded is tried again, doubling
 LONGEST_RETRY_S = 60.0
 
@@ -63,9 +64,11 @@ class Holdings:
         delay_s = RETRY_S
         while True:
             todo = changes(wanted_experts(place), self._runner.loaded(), self._memory_bytes)
+            progress()
+            if todo.unload:
+                await asyncio.sleep(DRAIN_S)
             for expert in todo.unload:
                 self._runner.unload(expert)
-            progress()
             tally = await self._load(todo, place, fetch, progress)
             self._report(place, todo, tally)
             if todo.too_much:

@@ -203,7 +203,10 @@ def pinned_copies(hosts: Sequence[Host], pinned: Mapping[str, frozenset[ExpertId
 
 
 def _pinned_homes(copies: Mapping[str, frozenset[ExpertId]], before: Mapping[ExpertId, str]) -> Targets:
-    """One home for each pinned expert: where it was, else the device that is home to fewest of the layer so far."""
+    """One home for each pinned expert: the device that is home to fewest of the layer so far; of such, where it was.
+
+    A home moves between copies for nothing: until the new one is ready, the old one serves.
+    """
     places: dict[ExpertId, list[str]] = {}
     for device_id, experts in copies.items():
         for expert in experts:
@@ -212,7 +215,7 @@ def _pinned_homes(copies: Mapping[str, frozenset[ExpertId]], before: Mapping[Exp
     count: Counter[tuple[int, str]] = Counter()
     for expert in sorted(places, key=lambda e: (len(places[e]), e)):  # those that have a choice come last
         kept = before.get(expert, "")
-        home = kept if kept in places[expert] else min(places[expert], key=lambda d: count[expert.layer, d])
+        home = min(places[expert], key=lambda d: (count[expert.layer, d], d != kept))
         homes[expert] = home
         count[expert.layer, home] += 1
     return homes
