@@ -239,7 +239,7 @@ def test_what_cannot_be_done_is_said_before_anything_starts(
 
 def test_without_a_model_it_says_how_to_get_one(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wdmoe.nodes.broadcast.settings.SHIPPED_MODEL", tmp_path / "codec.safetensors")
-    plan = dataclasses.dataclasses.replace(settings(tmp_path, model, ((9, 9), (9, 9))), model=None)
+    plan = dataclasses.replace(settings(tmp_path, model, ((9, 9), (9, 9))), model=None)
     with pytest.raises(BundleError, match="--model FILE"):
         prepare(plan, print)
     save_model(shaken(SMALL), tmp_path / "codec.safetensors")
@@ -303,7 +303,19 @@ def test_a_signal_in_the_middle_leaves_nothing(
     tmp_path: Path, model: Path, environment: dict[str, str], number: signal.Signals
 ) -> None:
     picture = str(a_picture(tmp_path / "one.png", 900, 900))
-    words = [*COMMAND, picture, picture, "--model", str(model), "--out", str(tmp_path / "out"), "--cbr", "1/12"]
+    words = [
+        *COMMAND,
+        picture,
+        picture,
+        "--model",
+        str(model),
+        "--out",
+        str(tmp_path / "out"),
+        "--cbr",
+        "1/12",
+        "--alpha",
+        "0.5",
+    ]
     process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         limit_s = time.monotonic() + PATIENCE_S
@@ -381,7 +393,19 @@ def test_real_devices_join_by_token_and_stay_for_the_next_one(
     tmp_path: Path, model: Path, devices: list[Device]
 ) -> None:
     picture = str(a_picture(tmp_path / "one.png", 60, 60))
-    words = [*COMMAND, picture, picture, "--model", str(model), "--cbr", "1/12", "--state", str(tmp_path / "bs")]
+    words = [
+        *COMMAND,
+        picture,
+        picture,
+        "--model",
+        str(model),
+        "--cbr",
+        "1/12",
+        "--alpha",
+        "0.5",
+        "--state",
+        str(tmp_path / "bs"),
+    ]
     words += ["--bind", f"tcp://127.0.0.1:{two_free_ports()}", "--out", str(tmp_path / "out")]
     for turn in (1, 2):
         with (tmp_path / f"{turn}.log").open("w") as log:
