@@ -30,6 +30,7 @@ from wdmoe.solver.bandwidth import Links, with_compute
 from wdmoe.solver.layer_time import Air
 from wdmoe.solver.plan import Policy, plan_layer
 from wdmoe.solver.ranking import rank_weights
+from wdmoe.solver.rounding import vector_bits
 from wdmoe.transport.messages import Message, Run
 from wdmoe.transport.routing import DeviceRoute
 
@@ -189,9 +190,8 @@ def test_the_live_node_keeps_what_the_simulators_plan_keeps(policy: str, rank: s
     scores = (rng.normal(1.0, 1.0, (tokens, count)) * rng.uniform(0.3, 3.0, (tokens, 1))).astype(np.float32)
     experts = np.argsort(-scores, axis=1)[:, :top_k].astype(np.int32)
     bits = np.full(count, 16.0)
-    known = Costs(
-        np.arange(count, dtype=np.int32), air.assignment_s(bits), air.links(bits, compute_s=air.token_s), 20e6
-    )
+    links = air.links(vector_bits(air.hidden, bits), compute_s=air.token_s)
+    known = Costs(np.arange(count, dtype=np.int32), air.assignment_s(bits), links, 20e6)
     near_uniform = np.full((tokens, top_k), 1 / top_k, np.float32)  # as a split model mixes: nothing to rank by
     holders = np.eye(count, dtype=bool)
     ranks = {each: rank_weights(scores, experts, temperature, each) for each in RANKS}
