@@ -70,35 +70,34 @@ def assumed_principal(side: int, components: int) -> Principal:
     return Principal(mean, np.ascontiguousarray(basis[:, order], np.float32), spread[order].astype(np.float32))
 
 
-def divisions(spread: npt.ArrayLike, dimensions: int, tail: float = 0.0) -> tuple[FloatArray, FloatArray]:
+def divisions(spread: npt.ArrayLike, dimensions: int) -> tuple[FloatArray, FloatArray]:
     """The first user's part of a block's dimensions and of its power, for each alpha of an even grid from 0 to 1.
 
     Args:
         spread: (component,) standard deviations, falling.
         dimensions: real ones that both users share, 2 to the number of components.
-        tail: power of what is in no component.
     Returns:
         (ALPHAS,) twice: 0 at alpha 0, 1 at alpha 1, never falling; the users are treated alike.
     """
     own = np.asarray(spread, np.float64)
     part = np.arange(1, _TRIED) / _TRIED
     count = np.rint(part * dimensions).astype(int)
-    after = own[::-1].__pow__(2).cumsum()[::-1]
-    missed = np.append(after, 0.0)[count] + tail
+    after = np.cumsum(own[::-1] ** 2)[::-1]
+    missed = np.append(after, 0.0)[count]
     noise = 10 ** (-REFERENCE_SNR_DB / 10) / dimensions * np.cumsum(own)[count - 1] ** 2
     error = np.log(missed[:, None] + noise[:, None] / part[None, :])  # (dimensions' part, power's part)
     alpha = np.linspace(0, 1, ALPHAS)[:, None, None]
     both = alpha * error + (1 - alpha) * error[::-1, ::-1]
     best = both.reshape(ALPHAS, -1).argmin(axis=1)
     dims, power = part[best // part.size], part[best % part.size]
-    alone = np.log(np.append(after, 0.0)[dimensions] + tail + noise_of_all(own, dimensions))
-    single = alpha[:, 0, 0] * alone + (1 - alpha[:, 0, 0]) * np.log(after[0] + tail)
+    alone = np.log(np.append(after, 0.0)[dimensions] + _noise_of_all(own, dimensions))
+    single = alpha[:, 0, 0] * alone + (1 - alpha[:, 0, 0]) * np.log(after[0])
     gone = single < both.reshape(ALPHAS, -1).min(axis=1)  # the second user is better left out
     dims, power = np.where(gone, 1.0, dims), np.where(gone, 1.0, power)
     return _balanced(dims), _balanced(power)
 
 
-def noise_of_all(spread: FloatArray, dimensions: int) -> float:
+def _noise_of_all(spread: FloatArray, dimensions: int) -> float:
     """Error by noise of a user who has every dimension and all power."""
     return float(10 ** (-REFERENCE_SNR_DB / 10) / dimensions * spread[:dimensions].sum() ** 2)
 

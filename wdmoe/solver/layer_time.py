@@ -95,9 +95,7 @@ class Levers:
     bits: int = 16  # of a value of an activation on the air, both ways
     coarse_bits: int = 0  # of devices whose air is dearest; 0: none
     coarse_share: float = 0.25  # of the layer's gate weight that may travel with so few, at most
-    max_distortion: float = (
-        0.0  # of a token by fewer bits for its light assignments, see `rounding`; 0: all have `bits`
-    )
+    max_distortion: float = 0.0  # of a token, by fewer bits where its weight is light (`rounding`); 0: all have `bits`
     partial_sums: bool = False
     multicast: str | bool = "none"  # or "weakest", which True means, or "superposition"
     micro_batches: int = 1
