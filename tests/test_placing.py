@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -18,6 +20,7 @@ from wdmoe.nodes.placing import (
     pinned_copies,
     routing,
     span,
+    wanted,
 )
 from wdmoe.records import DeviceReport, ExpertId
 
@@ -152,8 +155,28 @@ def test_every_expert_has_a_standby_elsewhere_and_a_layer_keeps_together() -> No
     assert set(standby_of) == set(targets)
     assert all(standby_of[expert] != targets[expert] for expert in targets)
     assert {len({standby_of[e] for e in targets if e.layer == layer}) for layer in range(LAYERS)} == {1}
-    again = choose_standbys(catalogue(), [*hosts, host("e")], targets, {}, copies)
-    assert again == copies  # a newcomer moves no copy
+    assert choose_standbys(catalogue(), hosts, targets, {}, copies) == copies
+
+
+def test_a_newcomer_takes_one_part_and_no_more() -> None:
+    hosts = [host(name) for name in "abcd"]
+    targets, _ = choose_targets(catalogue(), hosts, {}, {}, least_span=1)
+    copies = choose_standbys(catalogue(), hosts, targets, {}, {})
+    more = choose_standbys(catalogue(), [*hosts, host("e")], targets, {}, copies)
+    assert len(more.pop("id-e")) == EXPERTS
+    assert all(experts <= copies[device] for device, experts in more.items())
+
+
+@pytest.mark.parametrize("flops", [(18e9, 11.2e9, 16.6e9), (30e9, 1e9, 30e9)])
+@pytest.mark.parametrize("joining", [("abc",), ("ac", "abc"), ("a", "ac", "abc")])
+def test_nobody_who_joined_idles(joining: tuple[str, ...], flops: tuple[float, ...]) -> None:
+    """Two devices once held both copies of all experts of a small model, and the third, a slower one, none."""
+    small = replace(catalogue(), experts=tuple(e for e in catalogue().experts if e.layer < 3))
+    hosts = {name: host(name, flops=speed) for name, speed in zip("abc", flops, strict=True)}
+    arrangement = Arrangement()
+    for names in joining:
+        arrangement = arrange(small, [hosts[name] for name in names], arrangement, Wishes(copies=2))
+    assert all(wanted(list(hosts.values()), arrangement).values())
 
 
 def test_the_copies_of_a_lost_home_move_up_and_nothing_else_moves() -> None:

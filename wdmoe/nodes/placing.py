@@ -148,7 +148,7 @@ def choose_standbys(
     """A second device for each expert that the user's placement file does not place, as far as memory goes.
 
     Experts of a layer with one home go to one standby together, so that its loss costs one message elsewhere, not
-    several.
+    several. A device that would hold nothing takes the first of these that there is room for: nobody who joined idles.
 
     Args:
         targets: expert -> home.
@@ -163,17 +163,35 @@ def choose_standbys(
     for device_id in order:
         mine = {e for e, home in targets.items() if home == device_id} | hold[device_id]
         room[device_id] -= sum(catalogue.weight_bytes[e] for e in mine)
-    pinned = {expert for experts in held.values() for expert in experts}
     last = {expert: device_id for device_id, experts in before.items() for expert in experts}
-    for expert in sorted(e for e, home in targets.items() if e not in pinned and home in hold):
-        home, size = targets[expert], catalogue.weight_bytes[expert]
-        others = [d for d in order if d != home and room[d] >= size]
-        if others:
-            kept = last.get(expert, "")
-            standby = kept if kept in others else others[expert.layer % len(others)]
-            hold[standby].add(expert)
-            room[standby] -= size
+    busy = set(targets.values())
+    for home, experts in _unpinned(targets, held, order):
+        idle = [d for d in order if d not in busy and not hold[d]]
+        others = _rotated([d for d in order if d != home], experts[0].layer)
+        for expert in experts:
+            size = catalogue.weight_bytes[expert]
+            choice = (d for d in (*idle, last.get(expert, home), *others) if d != home and room.get(d, -1) >= size)
+            if standby := next(choice, None):
+                hold[standby].add(expert)
+                room[standby] -= size
     return {device_id: frozenset(experts) for device_id, experts in hold.items() if experts}
+
+
+def _unpinned(
+    targets: Mapping[ExpertId, str], held: Mapping[str, frozenset[ExpertId]], live: Sequence[str]
+) -> list[tuple[str, list[ExpertId]]]:
+    """Home and experts of each layer's part on one device, without those that the user placed, by layer."""
+    pinned = frozenset[ExpertId]().union(*held.values())
+    groups: dict[tuple[int, str], list[ExpertId]] = {}
+    for expert in sorted(targets):
+        if expert not in pinned and targets[expert] in live:
+            groups.setdefault((expert.layer, targets[expert]), []).append(expert)
+    return [(home, experts) for (_, home), experts in groups.items()]
+
+
+def _rotated(devices: list[str], by: int) -> list[str]:
+    first = by % max(len(devices), 1)
+    return devices[first:] + devices[:first]
 
 
 def _parcels(catalogue: Catalogue, experts: Sequence[ExpertId], per_layer: int) -> tuple[tuple[ExpertId, ...], ...]:
