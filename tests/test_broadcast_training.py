@@ -99,7 +99,7 @@ def test_batches_hold_what_was_asked_for(pixels):
     for end in (0, 1):
         assert 0.05 < (batch.alpha == end).float().mean() < 0.15
     same = (batch.pictures[:, 0] == batch.pictures[:, 1]).flatten(1).all(dim=1).float().mean()
-    assert 0.4 < same < 0.7
+    assert 0.45 < same < 0.65  # that was asked for, and by chance of one class
 
 
 def test_pixels_survive_the_way_to_a_tensor_and_back(pixels):

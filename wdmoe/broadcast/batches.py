@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from wdmoe.broadcast.crops import Crops
 from wdmoe.broadcast.fading import Heard, awgn, draw_unit, rayleigh
 from wdmoe.errors import ConfigError
 
@@ -35,6 +36,7 @@ class Draws:
     kept: tuple[int, ...] = (4, 8, 16)  # rates, symbols of a token; one for each block
     same_picture: float = 0.1  # of the blocks
     same_class: float = 0.4
+    photographs: float = 0.0  # of the blocks, with crops of photographs; two of one photograph count as of one class
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -50,6 +52,8 @@ class Draws:
         parts = (self.same_picture, self.same_class)
         if not all(math.isfinite(part) and part >= 0 for part in parts) or sum(parts) > 1:
             raise ConfigError(f"same_picture and same_class must be fractions that sum to at most 1, got {parts}")
+        if not 0 <= self.photographs <= 1:
+            raise ConfigError(f"photographs must be a fraction of the blocks, 0 to 1, got {self.photographs}")
         if not 0 <= self.seed < 1 << 63:
             raise ConfigError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
 
@@ -78,16 +82,26 @@ class Batch:
 class BatchSource:
     """Batches by number of the step."""
 
-    def __init__(self, pixels: npt.ArrayLike, labels: npt.ArrayLike, draws: Draws, tokens: int, slots: int) -> None:
+    def __init__(
+        self,
+        pixels: npt.ArrayLike,
+        labels: npt.ArrayLike,
+        draws: Draws,
+        tokens: int,
+        slots: int,
+        crops: Crops | None = None,
+    ) -> None:
         """Pictures (picture, side, side, 3) uint8 and their classes (picture,); sizes of a block of symbols.
 
         Raises:
-            ConfigError: no pictures, or shapes are not as above.
+            ConfigError: no pictures, shapes are not as above, or crops are to be drawn and there are none.
         """
         self._pixels, self._labels = np.asarray(pixels), np.asarray(labels)
         if self._pixels.ndim != 4 or self._pixels.shape[3] != 3 or not 0 < len(self._pixels) == len(self._labels):
             raise ConfigError(f"need pictures and their classes, got {self._pixels.shape} and {self._labels.shape}")
-        self._draws, self._tokens, self._slots = draws, tokens, slots
+        if draws.photographs and crops is None:
+            raise ConfigError("a share of the blocks is to have crops of photographs; give photographs")
+        self._draws, self._tokens, self._slots, self._crops = draws, tokens, slots, crops
         self._members = {label: np.flatnonzero(self._labels == label) for label in np.unique(self._labels)}
 
     def batch(self, step: int, rank: int, world: int, device: torch.device) -> Batch:
@@ -106,7 +120,9 @@ class BatchSource:
         noise = draw_unit(generator, how.batch, 2, self._tokens, self._slots)
         known, error = (draw_unit(generator, how.batch, 2) for _ in range(2))
         own = slice(rank, None, world)
-        pictures = as_pictures(self._pixels[numbers[own]], flips[own])
+        pixels = self._with_crops(self._pixels[numbers[own]], step, own)
+        same = (pixels[:, 0] == pixels[:, 1]).all(axis=(1, 2, 3))
+        pictures = as_pictures(pixels, np.where(same[:, None], flips[own, :1], flips[own]))
         return Batch(
             pictures.to(device),
             torch.from_numpy(snr_db[own]).to(device),
@@ -130,6 +146,25 @@ class BatchSource:
         same = kind < how.same_picture
         second[same] = first[same]
         return np.stack([first, second], axis=1)
+
+    def _with_crops(self, pixels: npt.NDArray[np.uint8], step: int, own: slice) -> npt.NDArray[np.uint8]:
+        """This process's blocks (block, 2, side, side, 3), some of them with crops of photographs instead.
+
+        Their draws have a stream of their own: without photographs all else stays as it is.
+        """
+        how, crops = self._draws, self._crops
+        if crops is None or not how.photographs:
+            return pixels
+        rng = np.random.default_rng([how.seed, step, 1])
+        chosen, kind = rng.random(how.batch) < how.photographs, rng.random(how.batch)
+        places = crops.draw(rng, (how.batch, 2))
+        alike, same = kind < how.same_picture + how.same_class, kind < how.same_picture
+        places.photograph[alike, 1] = places.photograph[alike, 0]
+        for field in (places.zoom, places.down, places.right):
+            field[same, 1] = field[same, 0]
+        mine = np.flatnonzero(chosen[own])
+        pixels[mine] = crops.cut(places.at(own).at(mine))
+        return pixels
 
 
 def as_pictures(pixels: npt.NDArray[np.uint8], flips: npt.NDArray[np.bool_] | None = None) -> Tensor:
