@@ -1,9 +1,10 @@
 """Classical codecs where each user's channel fades from block to block: two links, which differ in what is told whom.
 
 told mean SNR
-    The transmitter knows what that of the learned codecs knows: mean SNRs, the estimate's variance, the pictures. It
-    chooses a rung of each picture's ladder, and with it a rate, by the picture's mean PSNR over Rayleigh fading [D].
-    A block whose channel does not carry the rate is lost (outage): the user sees the mean training picture.
+    The transmitter knows what that of the learned codecs knows, mean SNRs and the pictures, and besides that channels
+    fade and what the CSI error is. It chooses a rung of each picture's ladder, and with it a rate, by the picture's
+    mean PSNR over Rayleigh fading [D]. A block whose channel does not carry the rate is lost (outage): the user sees
+    the mean training picture.
 told each block's SNR
     The transmitter knows the effective SNR of every block beforehand and sends at its capacity, so nothing is lost. No
     learned codec here is told that. It is generous, not a bound on all: shares are the same in every block [D].

@@ -89,8 +89,8 @@ _LEGEND = (
     "users where it is the same. Lead: of the joint codec at equal quality, dB; negative is behind. Ahead: over how "
     "much of the first user's qualities the joint codec gives the second one more; at worst: its smallest lead there, "
     "and the first user's PSNR at that point. Where channels fade, classical codecs "
-    f"{TOLD_MEAN} know what the learned ones know and lose blocks; those {TOLD_BLOCKS} send at its capacity, which "
-    "is more than any other system is told."
+    f"{TOLD_MEAN} know what the learned ones know, and the CSI error, and lose blocks; those {TOLD_BLOCKS} send at its "
+    "capacity, which is more than any other system is told."
 )
 
 
