@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,6 +13,9 @@ from click.testing import CliRunner
 from tests.made_up_pictures import made_up, made_up_material
 from tests.one_thread import one_thread
 from wdmoe.broadcast import ladders as ladders_module
+from wdmoe.broadcast import study as study_module
+from wdmoe.broadcast.classical import SCHEMES
+from wdmoe.broadcast.classical_fading import TOLD_BLOCKS, TOLD_MEAN
 from wdmoe.broadcast.codecs import Jpeg2000
 from wdmoe.broadcast.compare import equal_quality, lead_along, leads, standings
 from wdmoe.broadcast.evaluation import alpha_sweep
@@ -24,7 +29,7 @@ from wdmoe.broadcast.photographs import HEIGHT, SOURCES, WHOLE, WIDTH, load_phot
 from wdmoe.broadcast.radio import Radio
 from wdmoe.broadcast.results import ARRAYS, MANIFEST, Plan, fronts_of, save_results, start_folder
 from wdmoe.broadcast.single_user import Scrambler, sent_alone, sent_once, superposition, time_division
-from wdmoe.broadcast.study import JOINT, Study, all_settings
+from wdmoe.broadcast.study import JOINT, ONCE, Setting, Study, all_settings
 from wdmoe.broadcast.tables import texts_of
 from wdmoe.broadcast.verify import verify_results
 from wdmoe.cli.models import verify
@@ -207,7 +212,23 @@ def test_the_settings_are_those_that_were_asked_for():
     assert {each.csi_error for each in settings} == {None, 0.0, 0.05, 0.1, 0.2}
 
 
-PLAN = Plan(pictures=4, few=4, points=3, classical=("jpeg2000",), sweeps=False, photographs=False)
+PLAN = Plan(pictures=4, few=4, points=3, classical=("jpeg2000",), photographs=False)
+FADED = "different class, 4 pictures, 10/5 dB, CBR 1/6, Rayleigh, CSI error 0.1"
+
+
+@contextmanager
+def short_sweeps():
+    """Of all sweeps only CSI errors, two of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"SNR_PAIRS_DB": (), "CBRS": (), "GAPS_DB": (), "CSI_ERRORS": (0.0, 0.1)}.items():
+            patch.setattr(study_module, name, value)
+        yield
+
+
+@pytest.fixture
+def short():
+    with short_sweeps():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +238,11 @@ def material():
 
 @pytest.fixture(scope="module")
 def folder(codec, material, tmp_path_factory):
-    made = tmp_path_factory.mktemp("results")
+    with short_sweeps():
+        return results_folder(codec, material, tmp_path_factory.mktemp("results"))
+
+
+def results_folder(codec, material, made):
     weights = made / "weights.safetensors"
     save_model(codec, weights)
     stored = load_model(weights)
@@ -249,10 +274,12 @@ def rewritten(folder, name, data):
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
-def test_a_results_folder_verifies(folder, material):
+def test_a_results_folder_verifies(short, folder, material):
     checked = verify_results(folder, 2, material=material)
-    assert (checked.settings, checked.pairs, checked.photographs) == (3, 2, False)
-    assert {"regions-psnr.png", "regions-psnr.svg", "hypervolumes.png"} <= {file.name for file in folder.iterdir()}
+    assert (checked.settings, checked.pairs, checked.photographs) == (5, 2, False)
+    assert {"regions-psnr.png", "regions-psnr.svg", "hypervolumes.png", "sweep-csi.svg"} <= {
+        file.name for file in folder.iterdir()
+    }
 
 
 def test_a_changed_file_is_named(folder, tmp_path):
@@ -263,7 +290,7 @@ def test_a_changed_file_is_named(folder, tmp_path):
     assert "fronts.csv was changed" in str(result.exception)
 
 
-def test_figures_that_do_not_come_out_again_are_named(folder, material, tmp_path):
+def test_figures_that_do_not_come_out_again_are_named(short, folder, material, tmp_path):
     changed = copied(folder, tmp_path)
     page = (changed / "results.md").read_text()
     rewritten(changed, "results.md", page.replace("joint", "magic").encode())
@@ -278,16 +305,41 @@ def test_figures_that_do_not_come_out_again_are_named(folder, material, tmp_path
         verify_results(changed, 1, material=material)
 
 
-def test_better_figures_everywhere_are_found_by_running_again(folder, material, tmp_path):
+@pytest.mark.parametrize("chosen", [JOINT, f"{FADED}|JPEG 2000, {TOLD_MEAN}, superposition"])
+def test_better_figures_everywhere_are_found_by_running_again(short, folder, material, tmp_path, chosen):
     changed = copied(folder, tmp_path)
     with np.load(changed / ARRAYS) as arrays:
-        better = {key: value + 0.5 if "quality" in key and JOINT in key else value for key, value in arrays.items()}
+        better = {key: value + 0.5 if "quality" in key and chosen in key else value for key, value in arrays.items()}
     np.savez_compressed(changed / ARRAYS, **better)
     rewritten(changed, ARRAYS, (changed / ARRAYS).read_bytes())
     for name, text in texts_of(fronts_of(changed / ARRAYS), PLAN.main()).items():
         rewritten(changed, name, text.encode())
-    with pytest.raises(ConfigError, match="running it again gives"):
+    with pytest.raises(ConfigError, match=f"{re.escape(chosen.replace('|', ', '))}.*running it again gives"):
         verify_results(changed, 1, material=material)
+
+
+def test_fading_settings_have_classical_systems_of_both_kinds(folder):
+    systems = fronts_of(folder / ARRAYS)[FADED]
+    classical = {f"JPEG 2000, {told}, {scheme}" for told in (TOLD_MEAN, TOLD_BLOCKS) for scheme in SCHEMES}
+    assert {name for name in systems if name.startswith("JPEG")} == classical
+    assert all(each.psnr_db.shape == systems[JOINT].psnr_db.shape for each in systems.values())
+    row = next(line for line in (folder / "results.md").read_text().splitlines() if FADED in line)
+    assert re.search(rf"JPEG 2000, {TOLD_MEAN}, [^|]*<br>JPEG 2000, {TOLD_BLOCKS}, ", row)
+
+
+def test_one_picture_for_both_fades_too(codec, material, tmp_path):
+    study = Study(material=material, joint=codec, single=codec, classical=("jpeg2000",), cache=tmp_path)
+    fronts = study.run(Setting(kind="same picture", pictures=4, csi_error=0.1, points=2), 2)
+    assert {f"JPEG 2000, {told}, {ONCE}" for told in (TOLD_MEAN, TOLD_BLOCKS)} < set(fronts)
+    assert all(each.psnr_db.shape[1:] == (2, 2) for each in fronts.values())
+
+
+def test_results_of_an_older_program_are_refused(folder, tmp_path):
+    older = copied(folder, tmp_path)
+    manifest = json.loads((older / MANIFEST).read_text())
+    (older / MANIFEST).write_text(json.dumps(manifest | {"format": 1}))
+    with pytest.raises(ConfigError, match="format 2"):
+        verify_results(older)
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):

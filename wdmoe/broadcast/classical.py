@@ -109,7 +109,7 @@ def sweep(
     if scheme not in SCHEMES:
         raise ConfigError(f"scheme must be one of {', '.join(SCHEMES)}; got {scheme!r}")
     share = np.asarray(shares, dtype=np.float64)
-    return _front(ladders, pairs, share, uses * SCHEMES[scheme](snr_db, share))
+    return front_of_bits(ladders, pairs, share, uses * SCHEMES[scheme](snr_db, share)[:, None])
 
 
 def same_to_both(
@@ -121,8 +121,8 @@ def same_to_both(
         numbers: (picture,) numbers; the rest as in `sweep`.
     """
     wanted = np.asarray(numbers)
-    bits = np.full((1, 2), uses * capacity_bits(snr_db).min())
-    return _front(ladders, np.stack([wanted, wanted], axis=1), np.ones(1), bits)
+    bits = np.full((1, 1, 1), uses * capacity_bits(snr_db).min())
+    return front_of_bits(ladders, np.stack([wanted, wanted], axis=1), np.ones(1), bits)
 
 
 def even_shares(snr_db: tuple[float, float], scheme: str, points: int) -> FloatArray:
@@ -140,15 +140,29 @@ def even_shares(snr_db: tuple[float, float], scheme: str, points: int) -> FloatA
     return part if snr_db[0] >= snr_db[1] else 1 - part[::-1]
 
 
-def _front(ladders: Mapping[int, Ladder], pairs: npt.ArrayLike, share: FloatArray, bits: FloatArray) -> Front:
-    """`bits`: (point, 2), rounded down to whole ones."""
+def front_of_bits(ladders: Mapping[int, Ladder], pairs: npt.ArrayLike, share: FloatArray, bits: FloatArray) -> Front:
+    """What users see whose links carry so many bits.
+
+    Args:
+        bits: (point, pair, 2), or 1 where all are alike; rounded down to whole ones.
+        ladders, pairs, share: as in `sweep`.
+    """
     numbers = np.asarray(pairs)
-    budget = np.floor(bits + 1e-9).astype(np.int64)
-    quality = np.empty((share.size, len(numbers), 2, len(QUALITIES)))
-    for place, pair in enumerate(numbers):
-        for user, number in enumerate(pair):
-            ladder = ladders[int(number)]
-            rung = ladder.best(budget[:, user])
-            for place_of, name in enumerate(QUALITIES):
-                quality[:, place, user, place_of] = getattr(ladder, name)[rung]
+    budget = np.floor(np.broadcast_to(bits, (share.size, *numbers.shape)) + 1e-9).astype(np.int64)
+    rungs = np.empty_like(budget)
+    for place in np.ndindex(numbers.shape):
+        rungs[(slice(None), *place)] = ladders[int(numbers[place])].best(budget[(slice(None), *place)])
+    return front_of_rungs(ladders, numbers, share, rungs)
+
+
+def front_of_rungs(
+    ladders: Mapping[int, Ladder], pairs: npt.ArrayLike, share: FloatArray, rungs: npt.NDArray[np.int64]
+) -> Front:
+    """What users see who get these rungs (point, pair, 2); the rest as in `sweep`."""
+    numbers = np.asarray(pairs)
+    quality = np.empty((*rungs.shape, len(QUALITIES)))
+    for place in np.ndindex(numbers.shape):
+        ladder = ladders[int(numbers[place])]
+        for place_of, name in enumerate(QUALITIES):
+            quality[(slice(None), *place, place_of)] = getattr(ladder, name)[rungs[(slice(None), *place)]]
     return front_of(share, quality)

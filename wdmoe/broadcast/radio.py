@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from wdmoe.broadcast.fading import Heard, awgn, rayleigh
+from wdmoe.broadcast.metrics import FloatArray
 from wdmoe.errors import ConfigError
+from wdmoe.wireless.broadcast import effective_snr_db
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,24 @@ class Radio:
             found[block, user] = rng.standard_normal(size + 4, dtype=np.float32)
         unit = torch.from_numpy(found * np.float32(0.5**0.5))
         return Draws(unit[..., 4:].reshape(*wanted.shape, tokens, slots, 2), unit[..., :2], unit[..., 2:4])
+
+    def effective_snr_db(self, pairs: npt.ArrayLike) -> FloatArray:
+        """(block, user) dB: what receivers of `heard` know their SNR to be; see `wdmoe.wireless.broadcast`.
+
+        Args:
+            pairs: (block, user) as in `draws`, and it is the same draws.
+        """
+        wanted = np.asarray(pairs)
+        if self.csi_error is None:
+            return np.broadcast_to(np.asarray(self.snr_db, dtype=np.float64), wanted.shape)
+        known = self.draws(wanted, 0, 0).known.square().sum(-1).double().numpy() * (1 - self.csi_error)
+        return effective_snr_db(self.snr_db, known, self.csi_error)
+
+    def mean_effective_snr_db(self) -> FloatArray:
+        """(user,) dB: the mean ratio over fading, which is all that a transmitter knows."""
+        if self.csi_error is None:
+            return np.asarray(self.snr_db, dtype=np.float64)
+        return effective_snr_db(self.snr_db, 1 - self.csi_error, self.csi_error)
 
     def heard(self, symbols: Tensor, snr_db: Tensor, draws: Draws) -> Heard:
         """What users of these SNRs (block, user) make of symbols (block, token, slot, 2)."""

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from wdmoe.broadcast.classical_fading import TOLD_BLOCKS
 from wdmoe.broadcast.compare import FLOOR_DB, Standing, standings
 from wdmoe.broadcast.front import Front
 from wdmoe.broadcast.study import JOINT, MAIN_CBR, SINGLE, SNR_PAIRS_DB, Fronts, Setting, main_settings
@@ -132,6 +133,8 @@ def _colour(system: str) -> str:
 
 
 def _line(system: str) -> str:
+    if TOLD_BLOCKS in system:
+        return ":" if system.endswith("time division") else "-."
     if system.endswith("time division"):
         return "--"
     return ":" if "subtracting" in system else "-"

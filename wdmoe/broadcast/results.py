@@ -34,7 +34,7 @@ from wdmoe.broadcast.study import Fronts, Setting, all_settings, main_settings
 from wdmoe.broadcast.tables import FRONTS, LEADS, PAGE, STANDINGS, texts_of
 from wdmoe.errors import ConfigError
 
-FORMAT = 1
+FORMAT = 2  # 2: classical codecs on fading channels too
 MANIFEST, JOINT_FILE, SINGLE_FILE, ARRAYS = "manifest.json", "codec.safetensors", "single.safetensors", "qualities.npz"
 NEEDED = (ARRAYS, FRONTS, STANDINGS, LEADS, PAGE, SETS, FOUR_PAGE)
 DATA = Path(__file__).resolve().parent / "data"  # where the shipped weights lie
@@ -96,7 +96,7 @@ class Parts:
 
     def __init__(self, folder: Path, plan: Plan, models: Mapping[str, Path]) -> None:
         self._folder = folder
-        told = [repr(plan), *(sha256_of(models[name]) for name in sorted(models))]
+        told = [f"format {FORMAT}", repr(plan), *(sha256_of(models[name]) for name in sorted(models))]
         self._key = hashlib.sha256(_SEPARATOR.join(told).encode()).hexdigest()
 
     def measured(self, name: str, measure: Callable[[], Mapping[str, Fronts]]) -> dict[str, Fronts]:

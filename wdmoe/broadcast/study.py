@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wdmoe.broadcast.classical import SCHEMES, Ladder, channel_uses, even_shares, most_bits, same_to_both, sweep
+from wdmoe.broadcast.classical_fading import fading_bits, fading_fronts, same_fading_fronts
 from wdmoe.broadcast.codecs import CODECS
 from wdmoe.broadcast.evaluation import alpha_sweep
 from wdmoe.broadcast.front import Front
@@ -155,9 +156,8 @@ class Study:
         alphas = ONE_ALPHA if setting.kind == "same picture" else shares
         found = {JOINT: alpha_sweep(self.joint, self.material.pixels, pairs, alphas, setting.radio, kept)}
         found |= self._learned(setting, pairs, shares, kept)
-        if setting.csi_error is None:
-            for name in self.classical:
-                found |= self._classical(name, setting, pairs)
+        for name in self.classical:
+            found |= self._classical(name, setting, pairs)
         return found
 
     def _learned(self, setting: Setting, pairs: Numbers, shares: FloatArray, kept: int) -> Fronts:
@@ -187,6 +187,8 @@ class Study:
 
     def _classical(self, name: str, setting: Setting, pairs: Numbers) -> Fronts:
         codec, uses = CODECS[name](), channel_uses(setting.cbr, self.material.pixels.shape[1:])
+        if setting.csi_error is not None:
+            return self._classical_fading(name, setting, pairs, uses)
         ladders = self.ladders_of(name, np.unique(pairs), most_bits(setting.snr_db, uses))
         if setting.kind == "same picture":
             once = same_to_both(ladders, pairs[:, 0], setting.snr_db, uses)
@@ -197,6 +199,13 @@ class Study:
             )
             for scheme in SCHEMES
         }
+
+    def _classical_fading(self, name: str, setting: Setting, pairs: Numbers, uses: int) -> Fronts:
+        title, radio = CODECS[name]().name, setting.radio
+        ladders = self.ladders_of(name, np.unique(pairs), fading_bits(radio, uses))
+        if setting.kind == "same picture":
+            return same_fading_fronts(title, ladders, pairs[:, 0], radio, uses, ONCE)
+        return fading_fronts(title, ladders, pairs, radio, uses, setting.points)
 
     def ladders_of(self, name: str, numbers: Numbers, need_bits: int) -> Mapping[int, Ladder]:
         """Ladders of pictures up to at least these bits."""

@@ -7,10 +7,11 @@ import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 
+from wdmoe.broadcast.classical_fading import TOLD_BLOCKS, TOLD_MEAN
 from wdmoe.broadcast.compare import Lead, Standing, leads, standings
 from wdmoe.broadcast.front import QUALITIES, Front
 from wdmoe.broadcast.metrics import Interval
-from wdmoe.broadcast.study import JOINT, Fronts
+from wdmoe.broadcast.study import JOINT, SINGLE, Fronts
 
 Results = Mapping[str, Fronts]  # by name of the setting
 
@@ -87,7 +88,9 @@ _LEGEND = (
     "Hypervolume in dB^2 above 12 dB with its 95 % interval (bootstrap over pairs). Equal: the PSNR of both "
     "users where it is the same. Lead: of the joint codec at equal quality, dB; negative is behind. Ahead: over how "
     "much of the first user's qualities the joint codec gives the second one more; at worst: its smallest lead there, "
-    "and the first user's PSNR at that point."
+    "and the first user's PSNR at that point. Where channels fade, classical codecs "
+    f"{TOLD_MEAN} know what the learned ones know, and the CSI error, and lose blocks; those {TOLD_BLOCKS} send at its "
+    "capacity, which is more than any other system is told."
 )
 
 
@@ -109,20 +112,26 @@ def _lead_cells(lead: Lead | None) -> list[str]:
 
 
 def _short(found: Mapping[str, tuple[Mapping[str, Standing], Mapping[str, Lead]]]) -> str:
-    """The joint codec, and the best of the learned and of the classical systems by hypervolume."""
+    """The joint codec, and the best of the learned and of the classical systems by hypervolume.
+
+    Classical systems that are told each block's SNR, as no other is, have a line of their own in these cells.
+    """
     head = ["setting", "joint: hypervolume", "best learned baseline", "lead, dB", "best classical", "lead, dB"]
     rows = []
     for name, (stood, led) in found.items():
-        row = [name, _spread(stood[JOINT].area, 1)]
-        for learned in (True, False):
-            names = [each for each in led if each.startswith("single") == learned]
-            if not names:
-                row += ["", ""]
-                continue
-            best = max(names, key=lambda each: stood[each].area.value)
-            row += [f"{best}: {_spread(stood[best].area, 1)}", _spread(led[best].equal_db, 2, "+")]
-        rows.append(row)
+        learned = [each for each in led if each.startswith(SINGLE)]
+        told = [each for each in led if TOLD_BLOCKS in each]
+        classical = [each for each in led if each not in (*learned, *told)]
+        cells = _best_cells([learned], stood, led) + _best_cells([classical, told], stood, led)
+        rows.append([name, _spread(stood[JOINT].area, 1), *cells])
     return _markdown(head, rows)
+
+
+def _best_cells(groups: Sequence[Sequence[str]], stood: Mapping[str, Standing], led: Mapping[str, Lead]) -> list[str]:
+    """Hypervolume of the best system of each group that is not empty, and the joint codec's lead over it."""
+    best = [max(names, key=lambda each: stood[each].area.value) for names in groups if names]
+    areas = (f"{each}: {_spread(stood[each].area, 1)}" for each in best)
+    return ["<br>".join(areas), "<br>".join(_spread(led[each].equal_db, 2, "+") for each in best)]
 
 
 def _spread(value: Interval, digits: int, sign: str = "") -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wdmoe.errors import ConfigError
-from wdmoe.wireless.checks import FloatArray, broadcast, decibels, finite, within
+from wdmoe.wireless.checks import MOST_DB, FloatArray, broadcast, decibels, finite, not_negative, within
 from wdmoe.wireless.fading import ComplexArray, draw_rayleigh
 
 POWER_TOLERANCE = 1e-3  # relative: what float32 arithmetic and the sum over a long block may leave
@@ -95,6 +95,30 @@ def capacity_bits(snr_db: npt.ArrayLike) -> FloatArray:
     Source: Shannon 1948; Cover and Thomas, 2nd ed., section 9.1 (twice its formula: a complex use is two real ones).
     """
     return np.asarray(np.log1p(10 ** (decibels("snr_db", snr_db) / 10)) / math.log(2))
+
+
+def effective_snr_db(snr_db: npt.ArrayLike, known_power: npt.ArrayLike, csi_error: float) -> FloatArray:
+    """SNR of a block whose receiver knows an estimate of its gain only: `|h_est|^2 P / (e P + s)` [D].
+
+    The error is independent of the estimate and counts as noise as strong as all that is sent, whatever layer of it a
+    receiver cancels first. `capacity_bits` and `superposition_bits` of this SNR can be reached: a lower bound of the
+    capacity.
+
+    Args:
+        snr_db: (...,) mean SNR `P / s`, dB within -1000 to 1000.
+        known_power: (...,) `|h_est|^2`, >= 0; its mean over fading is 1 - `csi_error`.
+        csi_error: variance `e` of the estimation error, 0 to 1.
+    Returns:
+        (...,) dB within -1000 to 1000.
+    Raises:
+        ConfigError: a value is not as above, or shapes do not fit.
+    Source: Medard, IEEE Trans. Inf. Theory 46(3), 2000; Hassibi and Hochwald, 49(4), 2003.
+    """
+    noise, power = noise_power(snr_db), not_negative("known_power", known_power)
+    error = float(within("csi_error", csi_error, 0, 1))
+    broadcast(snr_db=noise, known_power=power)
+    ratio = np.clip(power / (error + noise), 10 ** (-MOST_DB / 10), 10 ** (MOST_DB / 10))
+    return np.asarray(np.clip(10 * np.log10(ratio), -MOST_DB, MOST_DB))
 
 
 def time_division_bits(snr_db: npt.ArrayLike, share: npt.ArrayLike) -> FloatArray:
