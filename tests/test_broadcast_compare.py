@@ -22,12 +22,13 @@ from wdmoe.broadcast.evaluation import alpha_sweep
 from wdmoe.broadcast.experiment import load_model, save_model
 from wdmoe.broadcast.four_users import ALONE, run_four
 from wdmoe.broadcast.front import Front, front_of
+from wdmoe.broadcast.jobs import measure_all
 from wdmoe.broadcast.ladders import kept_ladders
 from wdmoe.broadcast.metrics import psnr_db
 from wdmoe.broadcast.model import BroadcastCodec, ModelSettings
 from wdmoe.broadcast.photographs import HEIGHT, SOURCES, WHOLE, WIDTH, load_photographs, tile_pairs, tiled, untiled
 from wdmoe.broadcast.radio import Radio
-from wdmoe.broadcast.results import ARRAYS, MANIFEST, Plan, fronts_of, save_results, start_folder
+from wdmoe.broadcast.results import ARRAYS, MANIFEST, Parts, Plan, fronts_of, save_results, start_folder
 from wdmoe.broadcast.single_user import Scrambler, sent_alone, sent_once, superposition, time_division
 from wdmoe.broadcast.study import JOINT, ONCE, Setting, Study, all_settings
 from wdmoe.broadcast.tables import texts_of
@@ -356,3 +357,22 @@ def test_front_of_keeps_its_axes():
     assert isinstance(made, Front)
     assert made.ssim[1, 2, 0] == values[1, 2, 0, 1]
     assert made.of([2]).psnr_db.shape == (2, 1, 2)
+
+
+def test_several_processes_measure_what_one_does(codec, material, tmp_path):
+    study = Study(material=material, joint=codec, single=codec, classical=("jpeg2000",), cache=tmp_path / "ladders")
+    settings = [Setting(kind="different class", pictures=4, points=2), Setting(kind="same picture", pictures=4)]
+    study.prepare(settings)
+    found = []
+    for jobs in (1, 2):
+        folder, told = tmp_path / str(jobs), []
+        folder.mkdir()
+        parts = Parts(folder, PLAN, {})
+        found.append(measure_all(study, parts, settings, jobs, lambda what, _done, told=told: told.append(what)))
+        assert set(told) == {each.name for each in settings}
+        assert all(parts.holds(each.name) for each in settings)
+    one, other = found
+    assert list(one) == list(other) == [each.name for each in settings]
+    for name, fronts in one.items():
+        for system, front in fronts.items():
+            np.testing.assert_allclose(other[name][system].psnr_db, front.psnr_db, atol=1e-3, err_msg=system)

@@ -99,16 +99,23 @@ class Parts:
         told = [f"format {FORMAT}", repr(plan), *(sha256_of(models[name]) for name in sorted(models))]
         self._key = hashlib.sha256(_SEPARATOR.join(told).encode()).hexdigest()
 
+    def holds(self, name: str) -> bool:
+        """Whether it was measured."""
+        return self._file(name).exists()
+
     def measured(self, name: str, measure: Callable[[], Mapping[str, Fronts]]) -> dict[str, Fronts]:
         """What `measure` gives, or gave before."""
-        mark = hashlib.sha256(f"{self._key}{name}".encode()).hexdigest()[:16]
-        file = self._folder / f"{_PART}{mark}.npz"
+        file = self._file(name)
         if not file.exists():
             part = file.with_suffix(".new")
             with part.open("wb") as opened:
                 np.savez_compressed(opened, **arrays_of(measure()))
             part.replace(file)
         return fronts_of(file)
+
+    def _file(self, name: str) -> Path:
+        mark = hashlib.sha256(f"{self._key}{name}".encode()).hexdigest()[:16]
+        return self._folder / f"{_PART}{mark}.npz"
 
     def clear(self) -> None:
         """Delete them."""

@@ -160,6 +160,13 @@ class Study:
             found |= self._classical(name, setting, pairs)
         return found
 
+    def prepare(self, settings: Sequence[Setting]) -> None:
+        """Build the classical ladders that settings need and the cache lacks, on all cores."""
+        for name in self.classical:
+            for setting in settings:
+                numbers = np.unique(self.material.pairs(setting.kind, setting.pictures))
+                self.ladders_of(name, numbers, self._most_bits(setting))
+
     def _learned(self, setting: Setting, pairs: Numbers, shares: FloatArray, kept: int) -> Fronts:
         pixels, radio, blank = self.material.pixels, setting.radio, self.material.blank
         if setting.kind == "same picture":
@@ -186,26 +193,29 @@ class Study:
         return self._alone[key]
 
     def _classical(self, name: str, setting: Setting, pairs: Numbers) -> Fronts:
-        codec, uses = CODECS[name](), channel_uses(setting.cbr, self.material.pixels.shape[1:])
+        title, radio, uses = CODECS[name]().name, setting.radio, self._uses(setting)
+        ladders = self.ladders_of(name, np.unique(pairs), self._most_bits(setting))
+        same = setting.kind == "same picture"
         if setting.csi_error is not None:
-            return self._classical_fading(name, setting, pairs, uses)
-        ladders = self.ladders_of(name, np.unique(pairs), most_bits(setting.snr_db, uses))
-        if setting.kind == "same picture":
-            once = same_to_both(ladders, pairs[:, 0], setting.snr_db, uses)
-            return {f"{codec.name}, {ONCE}": once}
+            if same:
+                return same_fading_fronts(title, ladders, pairs[:, 0], radio, uses, ONCE)
+            return fading_fronts(title, ladders, pairs, radio, uses, setting.points)
+        if same:
+            return {f"{title}, {ONCE}": same_to_both(ladders, pairs[:, 0], setting.snr_db, uses)}
         return {
-            f"{codec.name}, {scheme}": sweep(
+            f"{title}, {scheme}": sweep(
                 ladders, pairs, setting.snr_db, uses, scheme, even_shares(setting.snr_db, scheme, setting.points)
             )
             for scheme in SCHEMES
         }
 
-    def _classical_fading(self, name: str, setting: Setting, pairs: Numbers, uses: int) -> Fronts:
-        title, radio = CODECS[name]().name, setting.radio
-        ladders = self.ladders_of(name, np.unique(pairs), fading_bits(radio, uses))
-        if setting.kind == "same picture":
-            return same_fading_fronts(title, ladders, pairs[:, 0], radio, uses, ONCE)
-        return fading_fronts(title, ladders, pairs, radio, uses, setting.points)
+    def _uses(self, setting: Setting) -> int:
+        return channel_uses(setting.cbr, self.material.pixels.shape[1:])
+
+    def _most_bits(self, setting: Setting) -> int:
+        """Up to where ladders must go."""
+        uses = self._uses(setting)
+        return most_bits(setting.snr_db, uses) if setting.csi_error is None else fading_bits(setting.radio, uses)
 
     def ladders_of(self, name: str, numbers: Numbers, need_bits: int) -> Mapping[int, Ladder]:
         """Ladders of pictures up to at least these bits."""
