@@ -22,16 +22,16 @@ from wdmoe.broadcast.results import (
     ARRAYS,
     FORMAT,
     JOINT_FILE,
+    NEEDED,
     SINGLE_FILE,
-    check_files,
     fronts_of,
     plan_of,
-    read_manifest,
     weights_of,
 )
 from wdmoe.broadcast.study import Fronts, Material, Progress, Study, known_material
 from wdmoe.broadcast.tables import texts_of
 from wdmoe.errors import ConfigError
+from wdmoe.results_folder import check_files, read_manifest
 
 # A sum in another order may move a few pixels by one level: far below what the tables show.
 _CLOSE = {"psnr_db": 0.02, "ssim": 2e-3, "ms_ssim": 2e-3}
@@ -61,7 +61,7 @@ def verify_results(
     manifest = read_manifest(folder)
     if manifest.get("kind") != RESULTS_KIND or manifest.get("format") != FORMAT:
         raise ConfigError(f"{folder}: not broadcast results of this program's format {FORMAT}")
-    check_files(folder, manifest)
+    check_files(folder, manifest, NEEDED)
     if (manifest.get("pictures_sha256"), manifest.get("split_sha256")) != (PICTURES_SHA256, SPLIT_SHA256):
         raise ConfigError(f"{folder}: made from other pictures, or another division of them")
     plan = plan_of(folder, manifest)
