@@ -31,6 +31,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def kind_of(folder: Path) -> str:
+    """What a folder's manifest says that it is of; empty where it says nothing or cannot be read."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    kind = found.get("kind", "") if isinstance(found, dict) else ""
+    return kind if isinstance(kind, str) else ""
+
+
 def check_files(folder: Path, manifest: Mapping[str, Any], needed: Collection[str]) -> None:
     """ConfigError if a file is not the one that the manifest lists, or one that is needed is not listed."""
     files = manifest.get("files")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +32,7 @@ from wdmoe.broadcast.region_figures import draw_all
 from wdmoe.broadcast.study import Fronts, Setting, all_settings, main_settings
 from wdmoe.broadcast.tables import FRONTS, LEADS, PAGE, STANDINGS, texts_of
 from wdmoe.errors import ConfigError
-from wdmoe.results_folder import MANIFEST, read_manifest, sha256_of, write_manifest
+from wdmoe.results_folder import MANIFEST, kind_of, sha256_of, write_manifest
 
 FORMAT = 1
 JOINT_FILE, SINGLE_FILE, ARRAYS = "codec.safetensors", "single.safetensors", "qualities.npz"
@@ -71,29 +71,28 @@ class Plan:
         return [each.name for each in main_settings(self.pictures)]
 
 
-def start_folder(folder: Path) -> None:
-    """Make the folder; ConfigError if it holds something else or cannot be written."""
+def start_folder(folder: Path, kind: str = RESULTS_KIND, begun: Collection[str] = ()) -> None:
+    """Make the folder; ConfigError if it holds something else or cannot be written.
+
+    Args:
+        folder: of results.
+        kind: of them.
+        begun: names that an interrupted run leaves there, besides parts.
+    """
     try:
-        other = folder.exists() and any(not file.name.startswith(_PART) for file in folder.iterdir())
-        if other and not is_results(folder):
+        names = [file.name for file in folder.iterdir()] if folder.exists() else []
+        other = any(not name.startswith(_PART) and name not in begun for name in names)
+        if other and kind_of(folder) != kind:
             raise ConfigError(f"{folder} holds other files; name an empty or a new folder")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
-def is_results(folder: Path) -> bool:
-    """Whether the folder says that it holds results of this kind."""
-    try:
-        return read_manifest(folder).get("kind") == RESULTS_KIND
-    except ConfigError:
-        return False
-
-
 class Parts:
     """Settings that were measured already, in the folder, so that an interrupted run goes on."""
 
-    def __init__(self, folder: Path, plan: Plan, models: Mapping[str, Path]) -> None:
+    def __init__(self, folder: Path, plan: object, models: Mapping[str, Path]) -> None:
         self._folder = folder
         told = [repr(plan), *(sha256_of(models[name]) for name in sorted(models))]
         self._key = hashlib.sha256(_SEPARATOR.join(told).encode()).hexdigest()

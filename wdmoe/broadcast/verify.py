@@ -101,13 +101,13 @@ def _run_again(
         )
         settings = plan.settings()
         for place, setting in enumerate(settings):
-            _compare(folder, setting.name, kept[setting.name], study.run(setting, pairs))
+            compare_fronts(folder, setting.name, kept[setting.name], study.run(setting, pairs))
             if progress is not None:
                 progress(setting.name, (place + 1) / (len(settings) + 1))
         if plan.photographs:
             classical = plan.classical if pairs is None else ()
             for name, fronts in run_photographs(study, classical, pairs).items():
-                _compare(folder, name, kept[name], fronts, all_systems=pairs is None)
+                compare_fronts(folder, name, kept[name], fronts, all_systems=pairs is None)
         _four_again(folder, study, plan.few, pairs)
 
 
@@ -118,7 +118,8 @@ def _four_again(folder: Path, study: Study, pictures: int, sets: int | None) -> 
             raise ConfigError(f"{folder / SETS}: running {system} again gives other figures")
 
 
-def _compare(folder: Path, setting: str, kept: Fronts, again: Fronts, all_systems: bool = True) -> None:
+def compare_fronts(folder: Path, setting: str, kept: Fronts, again: Fronts, all_systems: bool = True) -> None:
+    """ConfigError where `again`, of the first pairs, has other figures; or other systems, unless some are enough."""
     if all_systems and set(kept) != set(again):
         raise ConfigError(f"{folder}: {setting} was measured with other systems")
     for system, now in again.items():

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from wdmoe.errors import ConfigError
-from wdmoe.results_folder import MANIFEST, check_files, read_manifest, sha256_of, write_manifest
+from wdmoe.results_folder import MANIFEST, check_files, kind_of, read_manifest, sha256_of, write_manifest
 from wdmoe.simulation.figures import draw_figures
-from wdmoe.simulation.kind import RESULTS_KIND, json_kind
+from wdmoe.simulation.kind import RESULTS_KIND
 from wdmoe.simulation.passing import OUTCOMES
 from wdmoe.simulation.scenario import Scenario, parse_scenario
 from wdmoe.simulation.statistics import Summary, records_text, summarise
@@ -42,7 +42,7 @@ _CLOSE = 1e-9  # relative: what another processor's logarithms may change
 
 def is_results(folder: Path) -> bool:
     """Whether the folder says that it holds results."""
-    return json_kind(folder / MANIFEST) == RESULTS_KIND
+    return kind_of(folder) == RESULTS_KIND
 
 
 def save_results(study: Study, folder: Path, beside: Beside | None = None, figures: bool = True) -> list[Summary]:
