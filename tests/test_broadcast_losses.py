@@ -216,6 +216,15 @@ def test_without_a_model_to_begin_with_it_is_the_linear_code_of_the_pictures(poo
     assert study.plan.command().endswith("--seed 0 --begin none")
 
 
+@pytest.mark.parametrize("flags", [("--seed", "1"), ("--steps", "3")])
+def test_a_folder_of_other_settings_is_left_alone(tool, folder, model, flags):
+    before = (folder / MANIFEST).read_bytes()
+    with pytest.raises(ConfigError, match="other settings"):
+        tool([str(folder), *TINY, "--begin", str(model), *flags])
+    assert (folder / MANIFEST).read_bytes() == before
+    assert (folder / "start" / "model.safetensors").read_bytes() == model.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [

@@ -25,6 +25,7 @@ from wdmoe.broadcast.pictures import PICTURES_SHA256, SPLIT_SHA256
 from wdmoe.broadcast.results import Parts
 from wdmoe.broadcast.study import Fronts, Progress, Setting
 from wdmoe.broadcast.training import Row, Team, Trainer, fingerprint_of
+from wdmoe.errors import ConfigError
 from wdmoe.results_folder import MANIFEST, check_files, read_manifest, sha256_of
 
 
@@ -75,17 +76,19 @@ class LossStudy:
         return {**rows, START: [{"step": 0.0, **start}]}
 
     def _beginning(self) -> Path:
-        """The model file that every loss begins with."""
+        """The model file that every loss begins with; ConfigError if another run's lies there."""
         folder = self.folder / START
         mark = json.dumps([asdict(self.plan.model), self.plan.draws.seed, self.plan.begin, SPLIT_SHA256])
         note, file = folder / "settings.json", folder / MODEL
-        if not (file.is_file() and note.is_file() and note.read_text(encoding="utf-8") == mark):
-            self.progress("principal components", 0.0)
-            train = self.pool.pixels[self.pool.train]
-            folder.mkdir(exist_ok=True)
-            note.unlink(missing_ok=True)
-            save_model(self.begin or untrained(self.plan.model, train, self.plan.draws.seed), file)
-            note.write_text(mark, encoding="utf-8")
+        if note.is_file():  # written last
+            if note.read_text(encoding="utf-8") != mark:
+                raise ConfigError(f"{self.folder} is of a run with other settings or pictures; name another folder")
+            return file
+        self.progress("principal components", 0.0)
+        folder.mkdir(exist_ok=True)
+        train = self.pool.pixels[self.pool.train]
+        save_model(self.begin or untrained(self.plan.model, train, self.plan.draws.seed), file)
+        note.write_text(mark, encoding="utf-8")
         return file
 
     def _trained(self, loss: str, start: Path) -> Path:
