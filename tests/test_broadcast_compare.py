@@ -28,13 +28,14 @@ from wdmoe.broadcast.metrics import psnr_db
 from wdmoe.broadcast.model import BroadcastCodec, ModelSettings
 from wdmoe.broadcast.photographs import HEIGHT, SOURCES, WHOLE, WIDTH, load_photographs, tile_pairs, tiled, untiled
 from wdmoe.broadcast.radio import Radio
-from wdmoe.broadcast.results import ARRAYS, MANIFEST, Parts, Plan, fronts_of, save_results, start_folder
+from wdmoe.broadcast.results import ARRAYS, Parts, Plan, fronts_of, save_results, start_folder
 from wdmoe.broadcast.single_user import Scrambler, sent_alone, sent_once, superposition, time_division
 from wdmoe.broadcast.study import JOINT, ONCE, Setting, Study, all_settings
 from wdmoe.broadcast.tables import texts_of
 from wdmoe.broadcast.verify import verify_results
 from wdmoe.cli.models import verify
 from wdmoe.errors import ConfigError, MissingExtraError
+from wdmoe.results_folder import MANIFEST
 
 __all__ = ["one_thread"]
 SMALL = ModelSettings(width=16, heads=2, encoder_depth=1, decoder_depth=1, condition=8)

@@ -17,6 +17,7 @@ LAYERS = {
     "gate_trace": 1,
     "ledger": 1,
     "records": 1,
+    "results_folder": 1,
     "solver": 2,
     "transport": 2,
     "wireless": 2,

@@ -77,6 +77,16 @@ def write_results(folder: Path, codec: BroadcastCodec, curve: Sequence[Row], fac
         raise ConfigError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
+def read_curve(folder: Path) -> list[Row]:
+    """The learning curve of a finished run; ConfigError if it cannot be read."""
+    file = folder / "curve.csv"
+    try:
+        with file.open(newline="", encoding="utf-8") as rows:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(rows)]
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{file} is not a learning curve that can be read: {error}") from error
+
+
 def save_model(codec: BroadcastCodec, file: Path) -> None:
     """Write the weights with their settings; the same weights give the same bytes."""
     weights = {name: weight.detach().cpu().contiguous() for name, weight in codec.state_dict().items()}

@@ -36,22 +36,22 @@ def draw_all(folder: Path, settings: Sequence[Setting], results: Mapping[str, Fr
     made: list[str] = []
     with mpl.rc_context(STYLE):
         for quality in ("psnr_db", "ssim"):
-            made += _saved(regions(main, quality), folder / f"regions-{_short(quality)}")
+            made += save_figure(regions(main, quality), folder / f"regions-{_short(quality)}")
         for kind in dict.fromkeys(each.kind for each in swept):
             panels = {
                 f"{each.snr_db[0]:g} and {each.snr_db[1]:g} dB": results[each.name]
                 for each in swept
                 if each.kind == kind and each.cbr == MAIN_CBR and each.csi_error is None and each.snr_db in SNR_PAIRS_DB
             }
-            made += _saved(regions(panels, "psnr_db"), folder / f"snr-pairs-{kind.replace(' ', '-')}")
-        made += _saved(areas({kind: standings(fronts) for kind, fronts in main.items()}), folder / "hypervolumes")
+            made += save_figure(regions(panels, "psnr_db"), folder / f"snr-pairs-{kind.replace(' ', '-')}")
+        made += save_figure(areas({kind: standings(fronts) for kind, fronts in main.items()}), folder / "hypervolumes")
         for name, about, place in _SWEEPS:
             chosen = [each for each in swept if about(each)]
             if len({place(each) for each in chosen}) > 1:
-                made += _saved(sweep_of(name, chosen, results, place), folder / f"sweep-{name}")
+                made += save_figure(sweep_of(name, chosen, results, place), folder / f"sweep-{name}")
         for quality in ("psnr_db", "ssim", "ms_ssim"):
             if photos:
-                made += _saved(regions(photos, quality), folder / f"photographs-{_short(quality)}")
+                made += save_figure(regions(photos, quality), folder / f"photographs-{_short(quality)}")
     return made
 
 
@@ -154,7 +154,8 @@ def _legend(figure: Figure, grid: Sequence[Axes]) -> None:
     figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=3, fontsize=8)
 
 
-def _saved(figure: Figure, stem: Path) -> list[str]:
+def save_figure(figure: Figure, stem: Path) -> list[str]:
+    """As `stem`.png and `stem`.svg. Returns the names of the files."""
     FigureCanvasAgg(figure)
     png, svg = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
     figure.savefig(png, metadata={"Software": None})

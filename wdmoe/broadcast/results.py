@@ -12,9 +12,8 @@ manifest.json                           versions, data, SHA-256 of every file; w
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -33,13 +32,13 @@ from wdmoe.broadcast.region_figures import draw_all
 from wdmoe.broadcast.study import Fronts, Setting, all_settings, main_settings
 from wdmoe.broadcast.tables import FRONTS, LEADS, PAGE, STANDINGS, texts_of
 from wdmoe.errors import ConfigError
+from wdmoe.results_folder import MANIFEST, kind_of, sha256_of, write_manifest
 
 FORMAT = 2  # 2: classical codecs on fading channels too
-MANIFEST, JOINT_FILE, SINGLE_FILE, ARRAYS = "manifest.json", "codec.safetensors", "single.safetensors", "qualities.npz"
+JOINT_FILE, SINGLE_FILE, ARRAYS = "codec.safetensors", "single.safetensors", "qualities.npz"
 NEEDED = (ARRAYS, FRONTS, STANDINGS, LEADS, PAGE, SETS, FOUR_PAGE)
 DATA = Path(__file__).resolve().parent / "data"  # where the shipped weights lie
 _PACKAGES = ("wdmoe", "torch", "numpy", "pillow", "pillow-heif", "pytorch-msssim", "matplotlib", "safetensors")
-_MOST_BYTES = 1 << 30
 _SEPARATOR = "|"
 _PART = "part-"
 
@@ -72,29 +71,28 @@ class Plan:
         return [each.name for each in main_settings(self.pictures)]
 
 
-def start_folder(folder: Path) -> None:
-    """Make the folder; ConfigError if it holds something else or cannot be written."""
+def start_folder(folder: Path, kind: str = RESULTS_KIND, begun: Collection[str] = ()) -> None:
+    """Make the folder; ConfigError if it holds something else or cannot be written.
+
+    Args:
+        folder: of results.
+        kind: of them.
+        begun: names that an interrupted run leaves there, besides parts.
+    """
     try:
-        other = folder.exists() and any(not file.name.startswith(_PART) for file in folder.iterdir())
-        if other and not is_results(folder):
+        names = [file.name for file in folder.iterdir()] if folder.exists() else []
+        other = any(not name.startswith(_PART) and name not in begun for name in names)
+        if other and kind_of(folder) != kind:
             raise ConfigError(f"{folder} holds other files; name an empty or a new folder")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
-def is_results(folder: Path) -> bool:
-    """Whether the folder says that it holds results of this kind."""
-    try:
-        return read_manifest(folder).get("kind") == RESULTS_KIND
-    except ConfigError:
-        return False
-
-
 class Parts:
     """Settings that were measured already, in the folder, so that an interrupted run goes on."""
 
-    def __init__(self, folder: Path, plan: Plan, models: Mapping[str, Path]) -> None:
+    def __init__(self, folder: Path, plan: object, models: Mapping[str, Path]) -> None:
         self._folder = folder
         told = [f"format {FORMAT}", repr(plan), *(sha256_of(models[name]) for name in sorted(models))]
         self._key = hashlib.sha256(_SEPARATOR.join(told).encode()).hexdigest()
@@ -157,7 +155,7 @@ def save_results(
     figures = draw_all(folder, plan.settings(), kept, {name: kept[name] for name in photographs})
     names = [*copied, ARRAYS, *texts, *figures]
     manifest = {**facts, "weights": weights, **_manifest(plan, {name: sha256_of(folder / name) for name in names})}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_manifest(folder, manifest)
     return f"{texts[PAGE]}\n{texts[FOUR_PAGE]}"
 
 
@@ -212,18 +210,6 @@ def fronts_of(file: Path) -> dict[str, Fronts]:
     return found
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest; ConfigError if there is none that can be read."""
-    file = folder / MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
-    if not isinstance(manifest, dict):
-        raise ConfigError(f"{file} is not a manifest")
-    return manifest
-
-
 def plan_of(folder: Path, manifest: Mapping[str, Any]) -> Plan:
     """What was asked for; ConfigError if the manifest does not say it."""
     try:
@@ -238,28 +224,6 @@ def plan_of(folder: Path, manifest: Mapping[str, Any]) -> Plan:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder}: the manifest lacks a sound plan: {error}") from error
-
-
-def check_files(folder: Path, manifest: Mapping[str, Any], needed: Sequence[str] = NEEDED) -> None:
-    """ConfigError if a file is not the one that the manifest lists."""
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not set(needed) <= set(files):
-        raise ConfigError(f"{folder}: the manifest does not list the files")
-    for name, expected in files.items():
-        if Path(name).name != name:
-            raise ConfigError(f"{folder}: {name!r} is not the name of a file in this folder")
-        if sha256_of(folder / name) != expected:
-            raise ConfigError(f"{folder / name} was changed: its SHA-256 is not the manifest's")
-
-
-def sha256_of(file: Path) -> str:
-    """Of a file of at most 1 GiB; ConfigError if it cannot be read."""
-    try:
-        if file.stat().st_size > _MOST_BYTES:
-            raise ConfigError(f"{file} is larger than 1 GiB")
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
 
 
 def _manifest(plan: Plan, files: dict[str, str]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
+from typing import Any
 
 from wdmoe.broadcast.classical_fading import TOLD_BLOCKS, TOLD_MEAN
 from wdmoe.broadcast.compare import Lead, Standing, leads, standings
@@ -27,14 +28,15 @@ def texts_of(results: Results, main: Sequence[str]) -> dict[str, str]:
     stood = {name: standings(fronts) for name, fronts in results.items()}
     led = {name: leads(fronts, JOINT) for name, fronts in results.items()}
     return {
-        FRONTS: _csv(_front_rows(results)),
-        STANDINGS: _csv(_record_rows(Standing, stood)),
-        LEADS: _csv(_record_rows(Lead, led)),
+        FRONTS: csv_text(front_rows(results)),
+        STANDINGS: csv_text(_record_rows(Standing, stood)),
+        LEADS: csv_text(_record_rows(Lead, led)),
         PAGE: _page(stood, led, main),
     }
 
 
-def _front_rows(results: Results) -> Iterator[list[str]]:
+def front_rows(results: Results) -> Iterator[list[str]]:
+    """The header, then the mean qualities at every point of every front."""
     yield ["setting", "system", "share", *(f"{name}_{user}" for name in QUALITIES for user in (1, 2))]
     for setting, fronts in results.items():
         for system, front in fronts.items():
@@ -47,27 +49,34 @@ def _means(front: Front) -> Iterator[list[str]]:
         yield [f"{share:.6g}", *(f"{value:.5f}" for column in columns for value in column[point])]
 
 
+def columns_of(field: Field[Any]) -> list[str]:
+    """Of a figure: one, or with its interval three."""
+    name = field.name
+    return [name, f"{name}_low", f"{name}_high"] if "Interval" in str(field.type) else [name]
+
+
 def _record_rows(
     kind: type[Standing] | type[Lead], found: Mapping[str, Mapping[str, Standing] | Mapping[str, Lead]]
 ) -> Iterator[list[str]]:
     header: list[str] = []
     for field in fields(kind):
-        spread = "Interval" in str(field.type)
-        header += [field.name, f"{field.name}_low", f"{field.name}_high"] if spread else [field.name]
+        header += columns_of(field)
     yield ["setting", "system", *header]
     for setting, systems in found.items():
         for system, record in systems.items():
-            cells = [cell for field in fields(kind) for cell in _cells(getattr(record, field.name))]
+            cells = [cell for field in fields(kind) for cell in cells_of(getattr(record, field.name))]
             yield [setting, system, *cells]
 
 
-def _cells(value: Interval | float | bool) -> list[str]:
+def cells_of(value: Interval | float | bool) -> list[str]:
+    """The cells of `columns_of`."""
     if isinstance(value, Interval):
         return [f"{each:.5f}" for each in (value.value, value.low, value.high)]
     return [str(value)] if isinstance(value, bool) else [f"{value:.5f}"]
 
 
-def _csv(rows: Iterable[Sequence[str]]) -> str:
+def csv_text(rows: Iterable[Sequence[str]]) -> str:
+    """Rows as CSV, the header first."""
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue()
@@ -97,10 +106,10 @@ _LEGEND = (
 def _full(name: str, stood: Mapping[str, Standing], led: Mapping[str, Lead]) -> str:
     head = ["system", "hypervolume", "equal, dB", "lead, dB", "intervals apart", "ahead", "at worst"]
     rows = [
-        [system, _spread(each.area, 1), f"{each.equal_db.value:.2f}", *_lead_cells(led.get(system))]
+        [system, spread(each.area, 1), f"{each.equal_db.value:.2f}", *_lead_cells(led.get(system))]
         for system, each in stood.items()
     ]
-    return f"## {name[0].upper()}{name[1:]}\n\n{_markdown(head, rows)}"
+    return f"## {name[0].upper()}{name[1:]}\n\n{markdown(head, rows)}"
 
 
 def _lead_cells(lead: Lead | None) -> list[str]:
@@ -108,7 +117,7 @@ def _lead_cells(lead: Lead | None) -> list[str]:
         return ["", "", "", ""]
     ahead = f"{100 * lead.ahead:.0f} %"
     worst = f"{lead.least_db:+.2f} dB at {lead.least_at_db:.1f} dB"
-    return [_spread(lead.equal_db, 2, "+"), "yes" if lead.apart else "no", ahead, worst]
+    return [spread(lead.equal_db, 2, "+"), "yes" if lead.apart else "no", ahead, worst]
 
 
 def _short(found: Mapping[str, tuple[Mapping[str, Standing], Mapping[str, Lead]]]) -> str:
@@ -123,21 +132,23 @@ def _short(found: Mapping[str, tuple[Mapping[str, Standing], Mapping[str, Lead]]
         told = [each for each in led if TOLD_BLOCKS in each]
         classical = [each for each in led if each not in (*learned, *told)]
         cells = _best_cells([learned], stood, led) + _best_cells([classical, told], stood, led)
-        rows.append([name, _spread(stood[JOINT].area, 1), *cells])
-    return _markdown(head, rows)
+        rows.append([name, spread(stood[JOINT].area, 1), *cells])
+    return markdown(head, rows)
 
 
 def _best_cells(groups: Sequence[Sequence[str]], stood: Mapping[str, Standing], led: Mapping[str, Lead]) -> list[str]:
     """Hypervolume of the best system of each group that is not empty, and the joint codec's lead over it."""
     best = [max(names, key=lambda each: stood[each].area.value) for names in groups if names]
-    areas = (f"{each}: {_spread(stood[each].area, 1)}" for each in best)
-    return ["<br>".join(areas), "<br>".join(_spread(led[each].equal_db, 2, "+") for each in best)]
+    areas = (f"{each}: {spread(stood[each].area, 1)}" for each in best)
+    return ["<br>".join(areas), "<br>".join(spread(led[each].equal_db, 2, "+") for each in best)]
 
 
-def _spread(value: Interval, digits: int, sign: str = "") -> str:
+def spread(value: Interval, digits: int, sign: str = "") -> str:
+    """A figure and, in brackets, its interval."""
     return f"{value.value:{sign}.{digits}f} ({value.low:{sign}.{digits}f} to {value.high:{sign}.{digits}f})"
 
 
-def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table, without a newline at its end."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -22,16 +22,16 @@ from wdmoe.broadcast.results import (
     ARRAYS,
     FORMAT,
     JOINT_FILE,
+    NEEDED,
     SINGLE_FILE,
-    check_files,
     fronts_of,
     plan_of,
-    read_manifest,
     weights_of,
 )
 from wdmoe.broadcast.study import Fronts, Material, Progress, Study, known_material
 from wdmoe.broadcast.tables import texts_of
 from wdmoe.errors import ConfigError
+from wdmoe.results_folder import check_files, read_manifest
 
 # A sum in another order may move a few pixels by one level: far below what the tables show.
 _CLOSE = {"psnr_db": 0.02, "ssim": 2e-3, "ms_ssim": 2e-3}
@@ -61,7 +61,7 @@ def verify_results(
     manifest = read_manifest(folder)
     if manifest.get("kind") != RESULTS_KIND or manifest.get("format") != FORMAT:
         raise ConfigError(f"{folder}: not broadcast results of this program's format {FORMAT}")
-    check_files(folder, manifest)
+    check_files(folder, manifest, NEEDED)
     if (manifest.get("pictures_sha256"), manifest.get("split_sha256")) != (PICTURES_SHA256, SPLIT_SHA256):
         raise ConfigError(f"{folder}: made from other pictures, or another division of them")
     plan = plan_of(folder, manifest)
@@ -101,13 +101,13 @@ def _run_again(
         )
         settings = plan.settings()
         for place, setting in enumerate(settings):
-            _compare(folder, setting.name, kept[setting.name], study.run(setting, pairs))
+            compare_fronts(folder, setting.name, kept[setting.name], study.run(setting, pairs))
             if progress is not None:
                 progress(setting.name, (place + 1) / (len(settings) + 1))
         if plan.photographs:
             classical = plan.classical if pairs is None else ()
             for name, fronts in run_photographs(study, classical, pairs).items():
-                _compare(folder, name, kept[name], fronts, all_systems=pairs is None)
+                compare_fronts(folder, name, kept[name], fronts, all_systems=pairs is None)
         _four_again(folder, study, plan.few, pairs)
 
 
@@ -118,7 +118,8 @@ def _four_again(folder: Path, study: Study, pictures: int, sets: int | None) -> 
             raise ConfigError(f"{folder / SETS}: running {system} again gives other figures")
 
 
-def _compare(folder: Path, setting: str, kept: Fronts, again: Fronts, all_systems: bool = True) -> None:
+def compare_fronts(folder: Path, setting: str, kept: Fronts, again: Fronts, all_systems: bool = True) -> None:
+    """ConfigError where `again`, of the first pairs, has other figures; or other systems, unless some are enough."""
     if all_systems and set(kept) != set(again):
         raise ConfigError(f"{folder}: {setting} was measured with other systems")
     for system, now in again.items():

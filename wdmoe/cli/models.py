@@ -7,11 +7,13 @@ from typing import Any
 
 import click
 
+from wdmoe.broadcast.kind import LOSSES_KIND
 from wdmoe.broadcast.kind import RESULTS_KIND as BROADCAST_KIND
 from wdmoe.cli.failures import needs_extra
 from wdmoe.cli.params import DIRECTORY, FILE
 from wdmoe.config import PRECISIONS
-from wdmoe.simulation.kind import RESULTS_KIND, json_kind
+from wdmoe.results_folder import kind_of
+from wdmoe.simulation.kind import RESULTS_KIND
 from wdmoe.units import format_quantity
 
 
@@ -114,18 +116,21 @@ def verify(folder: Path, draws: int | None) -> None:
 
     Of a bundle every file must be what its manifest says, and every expert's graph must be sound. Results of
     wdmoe-node simulate must have unchanged files, and running the scenario again must give the same figures;
-    so must those of tools/broadcast_region, for as many pairs of pictures as --draws says.
+    so must those of tools/broadcast_region and tools/broadcast_losses, for as many pairs of pictures as --draws
+    says.
 
     \b
     Examples:
       wdmoe-node verify ./mixtral-bundle
       wdmoe-node verify ./journal-results --draws 10     # a sample; without it every draw
     """
-    kind = json_kind(folder / "manifest.json")
+    kind = kind_of(folder)
     if kind == RESULTS_KIND:
         _verify_results(folder, draws)
     elif kind == BROADCAST_KIND:
         _verify_broadcast(folder, draws)
+    elif kind == LOSSES_KIND:
+        _verify_losses(folder, draws)
     else:
         _verify_bundle(folder)
 
@@ -153,6 +158,20 @@ def _verify_broadcast(folder: Path, pairs: int | None) -> None:
         f"{folder} holds what its codecs give: {again.pairs} pairs of each of {again.settings} settings{photographs} "
         "run again"
     )
+
+
+def _verify_losses(folder: Path, pairs: int | None) -> None:
+    with needs_extra("broadcast"):
+        from wdmoe.broadcast.loss_results import verify_losses
+    from wdmoe.cli.progress import StageProgress
+
+    with StageProgress(f"verify {folder.name}") as progress:
+        again = verify_losses(folder, pairs, progress.reach)
+    if again.systems:
+        ran = f"{', '.join(again.systems)} run again on {again.pairs} pairs of each of {again.settings} settings"
+    else:
+        ran = "the weights are not in the folder, so nothing was run again"
+    click.echo(f"{folder} holds what its figures of every pair give; {ran}")
 
 
 def _verify_bundle(folder: Path) -> None:

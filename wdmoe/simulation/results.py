@@ -10,9 +10,7 @@ manifest.json   versions, seed, draws, SHA-256 of the trace and of every file ab
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
-import json
 import math
 import platform
 from collections.abc import Callable, Sequence
@@ -24,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from wdmoe.errors import ConfigError
+from wdmoe.results_folder import MANIFEST, check_files, kind_of, read_manifest, sha256_of, write_manifest
 from wdmoe.simulation.figures import draw_figures
-from wdmoe.simulation.kind import RESULTS_KIND, json_kind
+from wdmoe.simulation.kind import RESULTS_KIND
 from wdmoe.simulation.passing import OUTCOMES
 from wdmoe.simulation.scenario import Scenario, parse_scenario
 from wdmoe.simulation.statistics import Summary, records_text, summarise
@@ -36,15 +35,14 @@ from wdmoe.simulation.traces import find_trace
 Beside = Callable[[Path, Sequence[Summary]], tuple[list[str], dict[str, Any]]]
 
 FORMAT = 1
-MANIFEST = "manifest.json"
+_NEEDED = ("scenario.toml", "draws.csv", "summary.csv")
 _PACKAGES = ("wdmoe", "numpy", "scipy", "joblib", "matplotlib")
 _CLOSE = 1e-9  # relative: what another processor's logarithms may change
-_MOST_BYTES = 1 << 30
 
 
 def is_results(folder: Path) -> bool:
     """Whether the folder says that it holds results."""
-    return json_kind(folder / MANIFEST) == RESULTS_KIND
+    return kind_of(folder) == RESULTS_KIND
 
 
 def save_results(study: Study, folder: Path, beside: Beside | None = None, figures: bool = True) -> list[Summary]:
@@ -67,8 +65,8 @@ def save_results(study: Study, folder: Path, beside: Beside | None = None, figur
     drawn = draw_figures(study, summaries, folder) if figures else []
     names = ["scenario.toml", "draws.csv", "summary.csv", *(figure.name for figure in drawn)]
     more, about = beside(folder, summaries) if beside is not None else ([], {})
-    manifest = about | _manifest(study.scenario, {name: _sha256(folder / name) for name in (*names, *more)})
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    manifest = about | _manifest(study.scenario, {name: sha256_of(folder / name) for name in (*names, *more)})
+    write_manifest(folder, manifest)
     return summaries
 
 
@@ -84,17 +82,17 @@ def verify_results(
     Raises:
         ConfigError: a file was changed, the trace is another one, or a figure differs; one line says which.
     """
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest.get("kind") != RESULTS_KIND or manifest.get("format") != FORMAT:
         raise ConfigError(f"{folder}: not results of this program's format {FORMAT}")
-    _check_hashes(folder, manifest)
+    check_files(folder, manifest, _NEEDED)
     scenario = parse_scenario((folder / "scenario.toml").read_text(encoding="utf-8"))
     try:
         scenario = replace(scenario, seed=int(manifest["seed"]), draws=int(manifest["draws"]))
         trace = str(manifest["trace"])
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder}: the manifest lacks a sound {error}") from error
-    if _sha256(find_trace(scenario.model.trace)) != trace:
+    if sha256_of(find_trace(scenario.model.trace)) != trace:
         raise ConfigError(f"{folder}: trace {scenario.model.trace} is not the one that was used")
     count = scenario.draws if draws is None else min(draws, scenario.draws)
     again = run_study(replace(scenario, draws=count), workers, progress)
@@ -123,42 +121,11 @@ def _manifest(scenario: Scenario, files: dict[str, str]) -> dict[str, Any]:
         "scenario": scenario.name,
         "seed": scenario.seed,
         "draws": scenario.draws,
-        "trace": _sha256(find_trace(scenario.model.trace)),
+        "trace": sha256_of(find_trace(scenario.model.trace)),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
         "machine": platform.machine(),
         "files": files,
     }
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    file = folder / MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
-    if not isinstance(manifest, dict):
-        raise ConfigError(f"{file} is not a manifest")
-    return manifest
-
-
-def _check_hashes(folder: Path, manifest: dict[str, Any]) -> None:
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not {"scenario.toml", "draws.csv", "summary.csv"} <= set(files):
-        raise ConfigError(f"{folder}: the manifest does not list the files")
-    for name, expected in files.items():
-        if Path(name).name != name:
-            raise ConfigError(f"{folder}: {name!r} is not the name of a file in this folder")
-        if _sha256(folder / name) != expected:
-            raise ConfigError(f"{folder / name} was changed: its SHA-256 is not the manifest's")
-
-
-def _sha256(file: Path) -> str:
-    try:
-        if file.stat().st_size > _MOST_BYTES:
-            raise ConfigError(f"{file} is larger than 1 GiB")
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
 
 
 def _read_draws(file: Path, scenario: Scenario) -> Study:
