@@ -132,9 +132,9 @@ def test_ends_of_a_front_serve_one_user_and_exchanging_users_exchanges_them(pair
     assert means[-1, 0] > means[0, 1] > PSNR[0] + 3  # 10 dB and 5 dB, alone
     assert means[2].min() > PSNR[0] + 1
     other = Radio(snr_db=SNR_DB[::-1], csi_error=0.1)
-    turned = at_chosen_rates(ladders, pairs[:1500], other, USES, scheme, 5)  # other draws: alike on average only
-    plain = at_chosen_rates(ladders, pairs[:1500], FADING, USES, scheme, 5)
-    np.testing.assert_allclose(turned.psnr_db.mean(1)[::-1, ::-1], plain.psnr_db.mean(1), atol=0.8)
+    turned = at_chosen_rates(ladders, pairs[:600], other, USES, scheme, 5)  # other draws: alike on average only
+    plain = at_chosen_rates(ladders, pairs[:600], FADING, USES, scheme, 5)
+    np.testing.assert_allclose(turned.psnr_db.mean(1)[::-1, ::-1], plain.psnr_db.mean(1), atol=1.2)
     np.testing.assert_allclose(turned.share, 1 - plain.share[::-1])
 
 
