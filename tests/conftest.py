@@ -36,7 +36,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Files whose tests start base stations and devices as processes: one after the other, whatever else runs beside them.
 WITH_FLEETS = (
-    "alive broadcast_live cli_nodes demo device_node live_radio placement_live right right_default station_load zmq_traps"
+    "alive broadcast_live cli_nodes demo device_node live_radio placement_live right right_default station_load"
 )
 
 

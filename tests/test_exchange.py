@@ -165,6 +165,40 @@ def test_a_peer_that_is_gone_is_reported_at_once(station: MemoryDataStation) -> 
     assert gone == [b"nobody"]
 
 
+def test_a_peer_that_goes_before_it_answers_is_not_waited_for(station: MemoryDataStation) -> None:
+    """The others are: their answers stay good, and what finds out who is gone disturbs nobody."""
+    gone: list[bytes] = []
+    going, staying = (Peer(station, lambda run: []), Peer(station, lambda run: [double(run)]))
+    try:
+        routes = [route_of(station, peer) for peer in (going, staying)]
+        exchange = Exchange(station, lambda envelope: None, gone.append)
+        closing = threading.Timer(0.2, going.link.close)
+        closing.start()
+        replies = exchange.call([order(routes[0]), order(routes[1], 3.0)], 250.0)  # the test would end before
+        closing.join()
+        assert replies[0].result is None
+        assert not replies[0].timed_out
+        assert "no connection" in replies[0].reason
+        assert value(replies[1]) == 6.0
+        assert gone == [routes[0]]
+        assert value(exchange.call([order(routes[1], 4.0)], 5.0)[0]) == 8.0
+        assert (exchange.counters.failures, exchange.counters.timeouts) == (1, 0)
+    finally:
+        going.close()
+        staying.close()
+
+
+def test_an_end_that_concerns_no_order_costs_none(station: MemoryDataStation) -> None:
+    slow = Peer(station, lambda run: [double(run)] if bystander.link.close() is None and not time.sleep(0.1) else [])
+    bystander = Peer(station, lambda run: [])
+    try:
+        exchange = exchange_on(station)
+        assert value(exchange.call([order(route_of(station, slow))], 250.0)[0]) == 2.0
+    finally:
+        slow.close()
+        bystander.close()
+
+
 def test_greenlets_overlap_their_waits(station: MemoryDataStation) -> None:
     """Two requests wait at the same time: the second is sent before the first is answered."""
     seen: list[float] = []

@@ -18,10 +18,12 @@ import pytest
 import zmq
 
 from tests.tcp_relay import Relay
+from tests.test_exchange import order
 from tests.wire_examples import a_run, same
 from tests.zmq_lab import WAIT_S, Lab, ask, hear, lab, until
 from wdmoe.errors import PeerBusyError, PeerGoneError, RefusedError, TransportError
 from wdmoe.transport.channel import Envelope
+from wdmoe.transport.exchange import Exchange
 from wdmoe.transport.framing import join
 from wdmoe.transport.keys import new_key_pair
 from wdmoe.transport.messages import Attach, Attached
@@ -191,6 +193,33 @@ def test_z7_a_stopped_process_is_noticed(lab: Lab) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_z7_an_order_to_a_peer_that_ends_is_given_up(
+    lab: Lab, relayed: tuple[ZmqDataStation, Relay], silent: bool
+) -> None:
+    """A socket tells its owner nothing of this. A closed connection shows at once, a silent one after a heartbeat."""
+    station, relay = relayed
+    link = lab.link(relay.endpoint, options=FAST)
+    route = ask(link, station).route
+    gone_routes: list[bytes] = []
+    exchange = Exchange(station, lambda envelope: None, gone_routes.append)
+
+    def end() -> None:
+        time.sleep(0.2)
+        if silent:
+            relay.cut = True
+        else:
+            link.close()
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    reply = exchange.call([order(route)], 250.0)[0]  # the test would end before
+    ending.join()
+    assert reply.result is None
+    assert not reply.timed_out
+    assert gone_routes == [route]
 
 
 def test_z8_after_a_partition_both_sides_find_each_other(lab: Lab, relayed: tuple[ZmqDataStation, Relay]) -> None:

@@ -25,6 +25,11 @@ class Envelope:
 class DataStation(Protocol):
     """The BS end of the data plane. One thread owns it; only `wake` may be called from others."""
 
+    @property
+    def ended(self) -> int:
+        """Connections that have ended so far; which they were, a `send` finds out. `receive` returns when it grows."""
+        ...
+
     def send(self, route: bytes, message: Message) -> int:
         """Hand a message over without waiting.
 
@@ -38,8 +43,8 @@ class DataStation(Protocol):
         ...
 
     def receive(self, timeout_s: float) -> Envelope | None:
-        """Next message, or None after `timeout_s` seconds or when woken. Frames that are not valid are logged,
-        counted and skipped, never raised."""
+        """Next message, or None after `timeout_s` seconds, when woken or when a connection ended. Frames that are not
+        valid are logged, counted and skipped, never raised."""
         ...
 
     def wake(self) -> None:

@@ -24,6 +24,12 @@ log = logging.getLogger(__name__)
 
 MAX_ORDER_S = 600.0  # no wait is longer, whatever a caller asks
 
+# Once a connection ended, whose it was shows when something is sent to it: the first try may come before ZeroMQ has let
+# go of it, hence some more. A device that is there notes a Failure of no attempt, and goes on.
+_PROBE = Failure(attempt=0, reason="another connection ended; is this one there?")
+_PROBE_EVERY_S = 0.005
+_PROBE_FOR_S = 0.05
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Order:
@@ -100,6 +106,8 @@ class Exchange:
         self._batches: set[_Batch] = set()
         self._ready: deque[greenlet] = deque()
         self._posted: deque[Callable[[], None]] = deque()
+        self._ended = station.ended
+        self._probe_until_s = 0.0  # 0: nothing to find out
         self.counters = ExchangeCounters()
 
     # ---- from any thread ----
@@ -154,10 +162,14 @@ class Exchange:
     def pump(self, longest_s: float) -> None:
         """Take in what has arrived; wait up to `longest_s` for it when there is nothing else to do."""
         timeout_s = 0.0 if self._ready or self._posted else self._until_deadline(longest_s)
+        if self._probe_until_s:
+            timeout_s = min(timeout_s, _PROBE_EVERY_S)
         envelope = self._station.receive(timeout_s)
         while envelope is not None:
             self._take(envelope)
             envelope = self._station.receive(0.0) if self._pending else None
+        if self._probe_until_s or self._station.ended != self._ended:
+            self._find_gone()
         self._expire()
 
     def _start(self, order: Order, batch: _Batch, wait_s: float) -> Reply:
@@ -233,6 +245,33 @@ class Exchange:
             reply.result = message
         if reply.result is None:
             self.counters.failures += 1
+        self._finish_one(batch)
+
+    def _find_gone(self) -> None:
+        """Give up at once on what devices owe whose connection has ended, not at the deadline."""
+        now_s = time.monotonic()
+        if self._station.ended != self._ended:
+            self._ended = self._station.ended
+            self._probe_until_s = now_s + _PROBE_FOR_S
+        for route in {pending.order.route for pending in self._pending.values()}:
+            try:
+                self._station.send(route, _PROBE)
+            except PeerGoneError as error:
+                self._give_up(route, str(error))
+            except (PeerBusyError, ProtocolError):
+                continue
+        if not self._pending or now_s > self._probe_until_s:
+            self._probe_until_s = 0.0
+
+    def _give_up(self, route: bytes, reason: str) -> None:
+        for attempt in [a for a, p in self._pending.items() if p.order.route == route]:
+            pending = self._pending.pop(attempt)
+            pending.reply.reason = reason
+            self.counters.failures += 1
+            self._finish_one(pending.batch)
+        self._on_gone(route)
+
+    def _finish_one(self, batch: _Batch) -> None:
         batch.open -= 1
         if not batch.open and batch.waiter is not None:
             self._resume(batch)

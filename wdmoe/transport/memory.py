@@ -159,6 +159,12 @@ class MemoryDataStation(_Station):
         super().__init__(faults=faults, rng=rng, limits=limits)
         self._inbox = _ThreadInbox(_STATION_QUEUE)
         self._links: dict[bytes, MemoryDataLink] = {}
+        self._ended = 0
+
+    @property
+    def ended(self) -> int:
+        """See `DataStation.ended`."""
+        return self._ended
 
     def connect(self, key: str = "") -> MemoryDataLink:
         """A new device end. `key` is what the station sees as the proven key."""
@@ -197,7 +203,9 @@ class MemoryDataStation(_Station):
 
     def forget(self, route: bytes) -> None:
         """Drop a connection, as a heartbeat that stays away would."""
-        self._links.pop(route, None)
+        if self._links.pop(route, None) is not None:
+            self._ended += 1
+            self._inbox.wake()
 
 
 class MemoryDataLink:

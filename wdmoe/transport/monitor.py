@@ -1,4 +1,4 @@
-"""Watches a device's connection attempts: ZeroMQ gives up, or tries for ever, and tells the owner neither."""
+"""What ZeroMQ's sockets do not tell their owners: that an attempt to connect is hopeless, that a connection ended."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class HandshakeWatch:
         self._failing_since = 0.0
         self._refusal: str | None = None
 
-    def check(self) -> None:
-        """Read the news.
+    def check(self) -> bool:
+        """Read the news. False: they concern nobody but this object.
 
         Raises:
             RefusedError: the station does not want this key, or is not the station that was expected. The
@@ -49,6 +49,7 @@ class HandshakeWatch:
         while int(self.socket.get(zmq.EVENTS)) & zmq.POLLIN:
             self._note(parse_monitor_message(self.socket.recv_multipart(zmq.NOBLOCK))["event"])
         self.raise_verdict()
+        return False
 
     def raise_verdict(self) -> None:
         """As `check`, from what was read before: costs nothing."""
@@ -81,3 +82,29 @@ class HandshakeWatch:
                 f"{self._endpoint} broke off {self._failures} handshakes in a row: it has another server key "
                 "than this node expects, or it lets nobody in"
             )
+
+
+class EndWatch:
+    """Counts the connections of a station that ended: by the peer's kernel at once, by silence after a heartbeat."""
+
+    def __init__(self, socket: zmq.Socket[Any]) -> None:
+        """Start watching a socket that was not bound long ago."""
+        self._watched = socket
+        self.socket: zmq.Socket[bytes] = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self.ended = 0
+
+    def check(self) -> bool:
+        """Read the news. True: a connection ended."""
+        before = self.ended
+        while int(self.socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            self.socket.recv_multipart(zmq.NOBLOCK)
+            self.ended += 1
+        return self.ended > before
+
+    def raise_verdict(self) -> None:
+        """Nothing that ends here is an error."""
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._watched.disable_monitor()
+        self.socket.close(0)

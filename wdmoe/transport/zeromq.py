@@ -14,14 +14,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import zmq
 
 from wdmoe.transport.channel import Envelope
 from wdmoe.transport.messages import Message
 from wdmoe.transport.messaging import AsyncEnd, SocketMessages, open_link
-from wdmoe.transport.monitor import HandshakeWatch
+from wdmoe.transport.monitor import EndWatch, HandshakeWatch
 from wdmoe.transport.sockets import (
     Context,
     LinkSecurity,
@@ -34,12 +34,13 @@ from wdmoe.transport.sockets import (
 from wdmoe.transport.zap import CONTROL_DOMAIN, DATA_DOMAIN
 
 _DEFAULTS = SocketOptions()
+Watch: TypeAlias = HandshakeWatch | EndWatch
 
 
 class _Blocking:
     """The waiting of a data plane end: a message, a wake, or what the monitor says."""
 
-    def __init__(self, messages: SocketMessages, options: SocketOptions, watch: HandshakeWatch | None = None) -> None:
+    def __init__(self, messages: SocketMessages, options: SocketOptions, watch: Watch | None = None) -> None:
         self._messages = messages
         self._spin_s = options.spin_s
         self._watch = watch
@@ -73,8 +74,8 @@ class _Blocking:
                 elif source == self._wake_fd:
                     os.eventfd_read(self._wake_fd)
                     return None
-                elif self._watch is not None:
-                    self._watch.check()
+                elif self._watch is not None and self._watch.check():
+                    return None
             left_s = until - time.monotonic()
             if left_s <= 0:
                 return None
@@ -107,6 +108,15 @@ class _Blocking:
 
 class ZmqDataStation(_Blocking):
     """See `DataStation`. Made by `open_data_station`."""
+
+    def __init__(self, messages: SocketMessages, options: SocketOptions) -> None:
+        self._ends = EndWatch(messages.socket)
+        super().__init__(messages, options, self._ends)
+
+    @property
+    def ended(self) -> int:
+        """See `DataStation.ended`."""
+        return self._ends.ended
 
     @property
     def endpoint(self) -> str:
