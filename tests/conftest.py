@@ -34,19 +34,27 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Files whose tests start base stations and devices as processes: one after the other, whatever else runs beside them.
-WITH_FLEETS = (
-    "alive broadcast_live cli_nodes demo device_node live_radio placement_live right right_default station_load"
-)
+# Their tests start base stations and devices as processes: one after the other, whatever else runs beside them.
+WITH_FLEETS = {
+    "test_alive",
+    "test_broadcast_live",
+    "test_cli_nodes",
+    "test_demo",
+    "test_device_node",
+    "test_live_radio",
+    "test_placement_live",
+    "test_right",
+    "test_right_default",
+    "test_station_load",
+}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Each file runs in one worker of `pytest -n`, since its tests share what its fixtures made."""
-    fleets = {f"test_{name}" for name in WITH_FLEETS.split()}
     for item in items:
         file = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("fleets" if file in fleets else file))
+        item.add_marker(pytest.mark.xdist_group("fleets" if file in WITH_FLEETS else file))
 
 
 @pytest.fixture
