@@ -26,8 +26,8 @@ from wdmoe.moe.select import Costs, Demand, choose
 from wdmoe.nodes.layer_rules import layer_rules
 from wdmoe.records import GenerationRequest, Receipt, Sampling, TextDelta
 from wdmoe.solver import select_experts, shed_bottleneck
+from wdmoe.solver.air import Air
 from wdmoe.solver.bandwidth import Links, with_compute
-from wdmoe.solver.layer_time import Air
 from wdmoe.solver.plan import Policy, plan_layer
 from wdmoe.solver.ranking import rank_weights
 from wdmoe.solver.rounding import vector_bits

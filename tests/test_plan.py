@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wdmoe.solver.layer_time import Air, Levers
+from wdmoe.solver.air import Air
+from wdmoe.solver.layer_time import Levers
 from wdmoe.solver.plan import Policy, plan_layer
 from wdmoe.solver.selection import POLICIES
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wdmoe.backbone.planned_experts import Order, travelled
-from wdmoe.solver.layer_time import Air, Levers
+from wdmoe.solver.air import Air
+from wdmoe.solver.layer_time import Levers
 from wdmoe.solver.plan import LayerPlan, Policy, plan_layer
 from wdmoe.solver.rounding import BITS, as_widest_of_device, distortion, round_within, vector_bits
 

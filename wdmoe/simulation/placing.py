@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from wdmoe.errors import ConfigError
 from wdmoe.simulation.scenario import DeviceSetup, Variant
-from wdmoe.solver.layer_time import Air
+from wdmoe.solver.air import Air
 from wdmoe.solver.placing.exact import place_exactly
 from wdmoe.solver.placing.greedy import place_greedily
 from wdmoe.solver.placing.plan import PlacementProblem

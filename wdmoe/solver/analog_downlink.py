@@ -12,13 +12,11 @@ share of the power. It halves the symbols; 16 bits more for each token say how m
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from wdmoe.solver.layer_time import Air
+from wdmoe.solver.air import Air
 
 IntArray = npt.NDArray[np.integer]
 FloatArray = npt.NDArray[np.float64]

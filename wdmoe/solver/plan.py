@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.solver.air import Air
 from wdmoe.solver.bottleneck import shed_bottleneck
 from wdmoe.solver.budget import select_at_most_dropped, select_within_budget
 from wdmoe.solver.copies import choose_copies
 from wdmoe.solver.layer_time import (
-    Air,
     LayerTime,
     Levers,
     bits_of_assignments,
