@@ -77,12 +77,13 @@ def start_folder(folder: Path, kind: str = RESULTS_KIND, begun: Collection[str] 
     Args:
         folder: of results.
         kind: of them.
-        begun: names that an interrupted run leaves there, besides parts.
+        begun: names that an interrupted run leaves there before the first part.
     """
     try:
         names = [file.name for file in folder.iterdir()] if folder.exists() else []
-        other = any(not name.startswith(_PART) and name not in begun for name in names)
-        if other and kind_of(folder) != kind:
+        begun_here = any(name.startswith(_PART) for name in names)  # parts are cleared when all else is written
+        other = any(name not in begun for name in names)
+        if other and not begun_here and kind_of(folder) != kind:
             raise ConfigError(f"{folder} holds other files; name an empty or a new folder")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
