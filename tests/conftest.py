@@ -34,15 +34,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Their tests start base stations and devices as processes: one after the other, whatever else runs beside them.
-WITH_FLEETS = {
+# Their tests start base stations and devices, or make the default model: they have the machine to themselves.
+ALONE = {
     "test_alive",
     "test_broadcast_live",
     "test_cli_nodes",
+    "test_default_model",
     "test_demo",
     "test_device_node",
     "test_live_radio",
     "test_placement_live",
+    "test_quality",
     "test_right",
     "test_right_default",
     "test_station_load",
@@ -51,10 +53,10 @@ WITH_FLEETS = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Each file runs in one worker of `pytest -n`, since its tests share what its fixtures made."""
+    """Mark them; `tools/check` runs the others in several workers."""
     for item in items:
-        file = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("fleets" if file in WITH_FLEETS else file))
+        if item.path.stem in ALONE:
+            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture

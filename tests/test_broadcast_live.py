@@ -127,7 +127,7 @@ def test_both_pictures_come_back_as_the_codec_gives_them(
 def test_the_largest_picture_beside_the_smallest(tmp_path: Path, model: Path) -> None:
     sending = prepare(settings(tmp_path, model, ((3000, 4000), (1, 1))), print)
     audience, _ = run(sending, patience_s=3 * PATIENCE_S)
-    assert [listener.state for listener in audience] == ["shown", "shown"]
+    assert [(listener.state, listener.reason) for listener in audience] == [("shown", ""), ("shown", "")]
     large, small = audience
     assert large.shown is not None
     assert (large.shown.heard, large.shown.lost) == (125 * 167, 0)
