@@ -196,6 +196,7 @@ def tokenizer(tiny: Path) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the first test that needs the default model makes it
 def test_the_default_model_as_planned() -> None:
     """Nothing rounded: the model itself. 8 bits: what it says is hardly less likely."""
     default = reference(default_checkpoint())
