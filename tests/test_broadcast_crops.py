@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 SIDE = 16
 TOOLS = Path(__file__).parent.parent / "tools"
 RNG = np.random.default_rng(4)
-DARK = np.zeros((60, 20, SIDE, SIDE, 3), np.uint8)[0]  # the small pictures are black, photographs are not
+DARK = np.zeros((20, SIDE, SIDE, 3), np.uint8)  # the small pictures are black, photographs are not
 PHOTOGRAPHS = [RNG.integers(128, 256, shape, dtype=np.uint8) for shape in ((32, 50, 3), (70, 40, 3))]
 
 

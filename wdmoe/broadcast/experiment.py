@@ -10,7 +10,6 @@ manifest.json          versions, seed, data, SHA-256 of every file; written last
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import platform
 from collections.abc import Sequence
@@ -28,9 +27,10 @@ from wdmoe.broadcast.batches import Draws
 from wdmoe.broadcast.model import BroadcastCodec, ModelSettings
 from wdmoe.broadcast.training import Row, Training
 from wdmoe.errors import BundleError, ConfigError
+from wdmoe.results_folder import MANIFEST, sha256_of, write_manifest
 
 FORMAT = 1
-STATE, MODEL, MANIFEST = "state.safetensors", "model.safetensors", "manifest.json"
+STATE, MODEL = "state.safetensors", "model.safetensors"
 _FILES = ("settings.json", "curve.csv", "curves.png", MODEL)
 _PACKAGES = ("wdmoe", "torch", "numpy", "safetensors", "matplotlib")
 
@@ -70,9 +70,9 @@ def write_results(folder: Path, codec: BroadcastCodec, curve: Sequence[Row], fac
         _draw_curves(curve, folder / "curves.png")
         save_model(codec, folder / MODEL)
         versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
-        hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in _FILES}
+        hashes = {name: sha256_of(folder / name) for name in _FILES}
         manifest = {"format": FORMAT, "kind": "broadcast training", "versions": versions, **facts, "files": hashes}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_manifest(folder, manifest)
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error.strerror or error}") from error
 

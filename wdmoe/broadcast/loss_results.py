@@ -32,9 +32,9 @@ from wdmoe.broadcast.results import ARRAYS, arrays_of, fronts_of, start_folder
 from wdmoe.broadcast.study import Progress, Setting
 from wdmoe.broadcast.tables import FRONTS
 from wdmoe.broadcast.training import Row
-from wdmoe.broadcast.verify import compare_fronts
+from wdmoe.broadcast.verify import checked_manifest, compare_fronts
 from wdmoe.errors import ConfigError
-from wdmoe.results_folder import MANIFEST, check_files, read_manifest, sha256_of, write_manifest
+from wdmoe.results_folder import MANIFEST, sha256_of, write_manifest
 
 FORMAT = 1
 _NEEDED = (ARRAYS, FRONTS, LOSSES_CSV, CURVES, PAGE)
@@ -99,12 +99,7 @@ def verify_losses(
     Raises:
         ConfigError: a file was changed, or a figure differs; one line says which.
     """
-    manifest = read_manifest(folder)
-    if manifest.get("kind") != LOSSES_KIND or manifest.get("format") != FORMAT:
-        raise ConfigError(f"{folder}: not a comparison of losses of this program's format {FORMAT}")
-    check_files(folder, manifest, _NEEDED)
-    if (manifest.get("pictures_sha256"), manifest.get("split_sha256")) != (PICTURES_SHA256, SPLIT_SHA256):
-        raise ConfigError(f"{folder}: made from other pictures, or another division of them")
+    manifest = checked_manifest(folder, LOSSES_KIND, FORMAT, "a comparison of losses", _NEEDED)
     kept = fronts_of(folder / ARRAYS)
     settings, weights = _told(folder, manifest, kept)
     there = {name: folder / name / MODEL for name in weights if (folder / name / MODEL).is_file()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,27 @@ class Checked:
     photographs: bool
 
 
+def checked_manifest(folder: Path, kind: str, number: int, what: str, needed: Collection[str]) -> dict[str, Any]:
+    """The manifest of a folder whose files are what it lists.
+
+    Args:
+        folder: of results.
+        kind: of them.
+        number: of their format.
+        what: they are called in an error.
+        needed: names that must be listed.
+    Raises:
+        ConfigError: other results, another format, a changed file, or made from other pictures.
+    """
+    manifest = read_manifest(folder)
+    if manifest.get("kind") != kind or manifest.get("format") != number:
+        raise ConfigError(f"{folder}: not {what} of this program's format {number}")
+    check_files(folder, manifest, needed)
+    if (manifest.get("pictures_sha256"), manifest.get("split_sha256")) != (PICTURES_SHA256, SPLIT_SHA256):
+        raise ConfigError(f"{folder}: made from other pictures, or another division of them")
+    return manifest
+
+
 def verify_results(
     folder: Path, pairs: int | None = None, progress: Progress | None = None, material: Material | None = None
 ) -> Checked:
@@ -58,12 +79,7 @@ def verify_results(
     Raises:
         ConfigError: a file was changed, or a figure differs; one line says which.
     """
-    manifest = read_manifest(folder)
-    if manifest.get("kind") != RESULTS_KIND or manifest.get("format") != FORMAT:
-        raise ConfigError(f"{folder}: not broadcast results of this program's format {FORMAT}")
-    check_files(folder, manifest, NEEDED)
-    if (manifest.get("pictures_sha256"), manifest.get("split_sha256")) != (PICTURES_SHA256, SPLIT_SHA256):
-        raise ConfigError(f"{folder}: made from other pictures, or another division of them")
+    manifest = checked_manifest(folder, RESULTS_KIND, FORMAT, "broadcast results", NEEDED)
     plan = plan_of(folder, manifest)
     kept = fronts_of(folder / ARRAYS)
     names = [each.name for each in plan.settings()]
