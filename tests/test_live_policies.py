@@ -26,11 +26,11 @@ from wdmoe.moe.select import Costs, Demand, choose
 from wdmoe.nodes.layer_rules import layer_rules
 from wdmoe.records import GenerationRequest, Receipt, Sampling, TextDelta
 from wdmoe.solver import select_experts, shed_bottleneck
-from wdmoe.solver.air import Air
 from wdmoe.solver.bandwidth import Links, with_compute
-from wdmoe.solver.plan import Policy, plan_layer
+from wdmoe.solver.layer.plan import Policy, plan_layer
+from wdmoe.solver.layer.quantization import vector_bits
+from wdmoe.solver.layer.radio_state import Air
 from wdmoe.solver.ranking import rank_weights
-from wdmoe.solver.rounding import vector_bits
 from wdmoe.transport.messages import Message, Run
 from wdmoe.transport.routing import DeviceRoute
 

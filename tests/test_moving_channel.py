@@ -14,9 +14,9 @@ from wdmoe.simulation.drawing import make_draw
 from wdmoe.simulation.results import draws_text
 from wdmoe.simulation.scenario import Scenario, parse_scenario
 from wdmoe.simulation.study import Study, run_study
-from wdmoe.solver.air import Air
-from wdmoe.solver.layer_time import MULTICASTS, Levers
-from wdmoe.solver.plan import Policy, carried_out, plan_layer
+from wdmoe.solver.layer.latency import MULTICASTS, Levers
+from wdmoe.solver.layer.plan import Policy, carried_out, plan_layer
+from wdmoe.solver.layer.radio_state import Air
 from wdmoe.wireless.doppler import jakes_correlation
 
 EXACT = 1 + 1e-9

@@ -14,7 +14,7 @@ from tests.test_alive import PROMPT, ask, names, until
 from wdmoe.backbone.export import ExportSettings, export_bundle
 from wdmoe.backbone.trace_recorder import TraceRecorder
 from wdmoe.gate_trace import GateTrace
-from wdmoe.solver.placing.file import read_placement, write_placement
+from wdmoe.solver.placement.file import read_placement, write_placement
 
 TOKENS = 8
 

@@ -27,7 +27,7 @@ from wdmoe.simulation.quality import measure, qualities, with_baseline
 from wdmoe.simulation.results import verify_results
 from wdmoe.simulation.scenario import Scenario, parse_scenario
 from wdmoe.simulation.study import run_study
-from wdmoe.solver.layer_time import Levers
+from wdmoe.solver.layer.latency import Levers
 
 HALF = 2.0**-11  # relative error of one rounding to float16
 IDS = torch.arange(24).reshape(2, 12) % 60

@@ -11,7 +11,7 @@ import torch
 
 from wdmoe.backbone.families import experts_modules
 from wdmoe.errors import ConfigError
-from wdmoe.solver.analog_downlink import Analog, block_symbols
+from wdmoe.solver.layer.analog_downlink import Analog, block_symbols
 from wdmoe.wireless.analog_code import AnalogCode, Spectrum, fitted_code, plain_code, superpose
 from wdmoe.wireless.broadcast import broadcast_awgn
 from wdmoe.wireless.checks import MOST_DB

@@ -22,7 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from wdmoe.backbone.analog_air import Broadcast
 from wdmoe.backbone.families import experts_modules, gate_temperature, on_drop_of, router_of
 from wdmoe.errors import BundleError
-from wdmoe.solver.plan import LayerPlan
+from wdmoe.solver.layer.plan import LayerPlan
 from wdmoe.solver.ranking import rank_weights
 
 IMPLEMENTATION = "wdmoe-planned"

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.solver.air import air_s
 from wdmoe.solver.bandwidth import Links, allocate_bandwidth, with_compute
+from wdmoe.solver.layer.radio_state import air_s
 from wdmoe.transport.routing import DeviceRoute
 
 FloatArray = npt.NDArray[np.float64]

@@ -36,7 +36,7 @@ from wdmoe.nodes.layer_rules import layer_rules
 from wdmoe.nodes.overview import describe
 from wdmoe.nodes.placing import Wishes
 from wdmoe.records import ExpertId
-from wdmoe.solver.placing.file import read_placement, write_placement
+from wdmoe.solver.placement.file import read_placement, write_placement
 from wdmoe.transport.admission import Admission
 from wdmoe.transport.channel import Envelope
 from wdmoe.transport.exchange import Exchange

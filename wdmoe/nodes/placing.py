@@ -11,7 +11,7 @@ import numpy as np
 
 from wdmoe.config import is_hertz
 from wdmoe.records import DeviceReport, ExpertId
-from wdmoe.solver.placing.live import place_experts
+from wdmoe.solver.placement.live import place_experts
 from wdmoe.transport.routing import DeviceRoute, Routing
 
 

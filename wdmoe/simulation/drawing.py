@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wdmoe.simulation.scenario import ChannelSetup, ModelSetup, RadioSetup, Scenario
-from wdmoe.solver.air import Air
+from wdmoe.solver.layer.radio_state import Air
 from wdmoe.wireless.channel import Channel, draw_fading
 from wdmoe.wireless.compute import expert_bytes, expert_flop
 from wdmoe.wireless.doppler import MOST_ORDER, BlockFading

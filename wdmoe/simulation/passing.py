@@ -12,7 +12,7 @@ from wdmoe.gate_trace import GateTrace
 from wdmoe.simulation.drawing import Draw
 from wdmoe.simulation.placing import Holders
 from wdmoe.simulation.scenario import Scenario, Variant
-from wdmoe.solver.plan import carried_out, plan_layer
+from wdmoe.solver.layer.plan import carried_out, plan_layer
 from wdmoe.solver.ranking import rank_weights
 
 FloatArray = npt.NDArray[np.float64]

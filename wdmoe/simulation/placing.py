@@ -7,10 +7,10 @@ import numpy.typing as npt
 
 from wdmoe.errors import ConfigError
 from wdmoe.simulation.scenario import DeviceSetup, Variant
-from wdmoe.solver.air import Air
-from wdmoe.solver.placing.exact import place_exactly
-from wdmoe.solver.placing.greedy import place_greedily
-from wdmoe.solver.placing.plan import PlacementProblem
+from wdmoe.solver.layer.radio_state import Air
+from wdmoe.solver.placement.exact import place_exactly
+from wdmoe.solver.placement.greedy import place_greedily
+from wdmoe.solver.placement.problem import PlacementProblem
 
 Holders = npt.NDArray[np.bool_]  # (layers, experts, devices)
 FloatArray = npt.NDArray[np.float64]

@@ -26,7 +26,7 @@ from wdmoe.simulation.placing import Holders, holders_of
 from wdmoe.simulation.scenario import Scenario, Variant
 from wdmoe.simulation.statistics import mean_and_interval
 from wdmoe.simulation.traces import find_trace
-from wdmoe.solver.plan import LayerPlan, carried_out, plan_layer
+from wdmoe.solver.layer.plan import LayerPlan, carried_out, plan_layer
 from wdmoe.wireless.analog_code import Spectrum
 
 FloatArray = npt.NDArray[np.float64]

@@ -10,9 +10,9 @@ from typing import Any
 from wdmoe.config import RANKS
 from wdmoe.errors import ConfigError
 from wdmoe.simulation.reading import Table
-from wdmoe.solver.analog_downlink import TRANSFORMS, Analog
-from wdmoe.solver.layer_time import MULTICASTS, Levers
-from wdmoe.solver.plan import Policy
+from wdmoe.solver.layer.analog_downlink import TRANSFORMS, Analog
+from wdmoe.solver.layer.latency import MULTICASTS, Levers
+from wdmoe.solver.layer.plan import Policy
 from wdmoe.solver.selection import POLICIES
 from wdmoe.wireless.doppler import doppler_hz
 from wdmoe.wireless.link import SPENDINGS

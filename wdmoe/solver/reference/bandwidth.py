@@ -16,7 +16,10 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 def seconds_per_token(links: FloatArray, flat: bool, band_hz: FloatArray) -> FloatArray:
-    """(devices,) what a token costs on the link, without compute. links: (5, devices), see `bandwidth.Links`."""
+    """(devices,) what a token costs on the link, without compute. links: (5, devices), see `bandwidth.Links`.
+
+    A copy of the one that production uses: an oracle shares nothing with what it judges.
+    """
     total = np.zeros(links.shape[1])
     for bits, snr in ((links[0], links[2]), (links[1], links[3])):
         used = bits > 0

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.solver.placing.plan import (
+from wdmoe.solver.placement.problem import (
     FloatArray,
     PlacementProblem,
     Plan,
@@ -23,7 +23,7 @@ from wdmoe.solver.placing.plan import (
     layer_bounds_s,
     no_plan,
 )
-from wdmoe.solver.placing.shares import best_shares
+from wdmoe.solver.placement.shares import best_shares
 
 LEAST_GAIN = 1e-8  # of the latency, for a move or swap to be made
 WORTH = 1e-3  # a copy must take this part off the load that its layer carries too much

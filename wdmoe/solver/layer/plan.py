@@ -10,11 +10,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.solver.air import Air
 from wdmoe.solver.bottleneck import shed_bottleneck
 from wdmoe.solver.budget import select_at_most_dropped, select_within_budget
-from wdmoe.solver.copies import choose_copies
-from wdmoe.solver.layer_time import (
+from wdmoe.solver.layer.latency import (
     LayerTime,
     Levers,
     bits_of_assignments,
@@ -23,8 +21,10 @@ from wdmoe.solver.layer_time import (
     mean_vector_bits,
     time_spent,
 )
-from wdmoe.solver.replacing import replace_far
+from wdmoe.solver.layer.radio_state import Air
+from wdmoe.solver.replicas import choose_copies
 from wdmoe.solver.selection import POLICIES, prune_experts
+from wdmoe.solver.substitution import replace_far
 
 Int32Array = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float64]

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wdmoe.solver.bandwidth import Links
-from wdmoe.solver.hertz import needed_hz
+from wdmoe.solver.required_bandwidth import needed_hz
 
 Int32Array = npt.NDArray[np.int32]
 IntArray = npt.NDArray[np.int64]

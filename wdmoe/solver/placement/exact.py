@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.solver.placing.greedy import place_greedily
-from wdmoe.solver.placing.plan import (
+from wdmoe.solver.placement.greedy import place_greedily
+from wdmoe.solver.placement.problem import (
     BoolArray,
     FloatArray,
     PlacementProblem,
@@ -28,7 +28,7 @@ from wdmoe.solver.placing.plan import (
     layer_bounds_s,
     no_plan,
 )
-from wdmoe.solver.placing.shares import best_shares
+from wdmoe.solver.placement.shares import best_shares
 
 IntArray = npt.NDArray[np.int64]
 INFEASIBLE = 2  # scipy's number for it

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.solver.bandwidth import Links
-from wdmoe.solver.bandwidth_reference import seconds_per_token
-from wdmoe.solver.rounding import vector_bits
+from wdmoe.solver.bandwidth import Links, seconds_per_token
+from wdmoe.solver.layer.quantization import vector_bits
 
 FloatArray = npt.NDArray[np.float64]
 

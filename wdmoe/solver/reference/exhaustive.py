@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wdmoe.solver.bandwidth import Links
-from wdmoe.solver.hertz import needed_hz
+from wdmoe.solver.required_bandwidth import needed_hz
 
 MOST_CHOICES = 2_000_000
 

@@ -7,13 +7,14 @@ A device k receives n_k activations, computes c_k seconds and returns n_k activa
 Levers change its terms [D]:
 
 - fewer bits per activation: down_k and up_k shrink with them. All have as few, or the devices whose air is dearest,
-  or each assignment by its gate weight (`wdmoe.solver.rounding`): then down_k and up_k are means over k's vectors;
+  or each assignment by its gate weight (`wdmoe.solver.layer.quantization`): then down_k and up_k are means over the
+  vectors of k;
 - partial sums: n_k counts tokens, not assignments, since a device adds up what it computed for a token;
 - multicast: each token is sent once over the whole band, before the devices share the band for the way up. M is what
   that takes, and down_k is 0. It is used where it pays. "weakest": one token after the other, each at the rate of the
-  weakest of its devices. "superposition": all at once, see `wdmoe.solver.superposition`; never slower than that;
-- analog: as multicast, but without bits, so at no device's rate: see `wdmoe.solver.analog_downlink`. Where both are
-  asked for, the faster one is used;
+  weakest of its devices. "superposition": all at once, see `wdmoe.solver.layer.superposition`; never slower than that;
+- analog: as multicast, but without bits, so at no device's rate: see `wdmoe.solver.layer.analog_downlink`. Where
+  both are asked for, the faster one is used;
 - micro-batches: in m parts, link and compute overlap: with air a and compute c, max(a + c / m, a / m + c).
 
 M is 0 without multicast. Compute is `max(tokens x token_s, expert_s)` for each expert: a roofline, or FLOP alone where
@@ -27,11 +28,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.solver.air import Air, air_s
-from wdmoe.solver.analog_downlink import Analog, Cast, cast, cast_again
 from wdmoe.solver.bandwidth import Links, allocate_bandwidth
-from wdmoe.solver.rounding import BITS, as_widest_of_device, distortion, round_within, vector_bits
-from wdmoe.solver.superposition import superpose
+from wdmoe.solver.layer.analog_downlink import Analog, Cast, cast, cast_again
+from wdmoe.solver.layer.quantization import BITS, as_widest_of_device, distortion, round_within, vector_bits
+from wdmoe.solver.layer.radio_state import Air, air_s
+from wdmoe.solver.layer.superposition import superpose
 
 IntArray = npt.NDArray[np.integer]
 FloatArray = npt.NDArray[np.float64]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.solver.air import Air
+from wdmoe.solver.layer.radio_state import Air
 
 IntArray = npt.NDArray[np.integer]
 FloatArray = npt.NDArray[np.float64]
