@@ -19,9 +19,9 @@ from wdmoe.moe.layer import ExpertLayers, LayerRules
 from wdmoe.moe.providers import OnnxExpert, cpu_chain
 from wdmoe.moe.select import Demand
 from wdmoe.records import ExpertId
+from wdmoe.transport.codec.messages import Attach, Failure, Message, Result, Run
 from wdmoe.transport.exchange import Exchange
 from wdmoe.transport.memory import MemoryDataStation
-from wdmoe.transport.messages import Attach, Failure, Message, Result, Run
 from wdmoe.transport.routing import DeviceRoute, Routing
 
 Spoil = Callable[[Run, Message], Message | None]

@@ -35,7 +35,7 @@ from wdmoe.broadcast.tables import texts_of
 from wdmoe.broadcast.verify import verify_results
 from wdmoe.cli.models import verify
 from wdmoe.errors import ConfigError, MissingExtraError
-from wdmoe.results_folder import MANIFEST
+from wdmoe.results.folder import MANIFEST
 
 __all__ = ["one_thread"]
 SMALL = ModelSettings(width=16, heads=2, encoder_depth=1, decoder_depth=1, condition=8)

@@ -37,10 +37,10 @@ from wdmoe.nodes.broadcast.run import Sending, broadcast, prepare
 from wdmoe.nodes.broadcast.settings import SHIPPED_MODEL, BroadcastSettings
 from wdmoe.nodes.broadcast.station import BroadcastStation, Progress, Site
 from wdmoe.nodes.joining import introduce
-from wdmoe.transport.keys import new_key_pair
-from wdmoe.transport.messages import Fetch, Hello, Rows, Tune, Tuned
-from wdmoe.transport.sockets import LinkSecurity, new_context
-from wdmoe.transport.zeromq import open_control_link
+from wdmoe.transport.codec.messages import Fetch, Hello, Rows, Tune, Tuned
+from wdmoe.transport.security.keys import new_key_pair
+from wdmoe.transport.zmq.channels import open_control_link
+from wdmoe.transport.zmq.sockets import LinkSecurity, new_context
 
 PATIENCE_S = 90.0
 COMMAND = [sys.executable, "-m", "wdmoe", "broadcast"]

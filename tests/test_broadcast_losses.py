@@ -27,7 +27,7 @@ from wdmoe.broadcast.results import ARRAYS, fronts_of
 from wdmoe.broadcast.training import Training
 from wdmoe.cli.models import verify
 from wdmoe.errors import ConfigError, WdmoeError
-from wdmoe.results_folder import MANIFEST, read_manifest, sha256_of
+from wdmoe.results.folder import MANIFEST, read_manifest, sha256_of
 
 __all__ = ["one_thread"]
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "broadcast_losses"

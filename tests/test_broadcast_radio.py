@@ -26,9 +26,9 @@ from wdmoe.nodes.broadcast.source import SymbolSource
 from wdmoe.nodes.device_rules import WantedExpert
 from wdmoe.nodes.expert_cache import ExpertCache
 from wdmoe.records import DeviceReport
-from wdmoe.transport.air import Transmitter, open_transmitter, open_tuner
+from wdmoe.transport.codec.messages import Failure, Message, Pilot, Rows, Shown, Symbols, Tune, Tuned
 from wdmoe.transport.membership import Device
-from wdmoe.transport.messages import Failure, Message, Pilot, Rows, Shown, Symbols, Tune, Tuned
+from wdmoe.transport.zmq.pubsub import Transmitter, open_transmitter, open_tuner
 
 __all__ = ["lab"]
 PATIENCE_S = 30.0

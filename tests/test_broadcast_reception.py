@@ -14,7 +14,7 @@ from wdmoe.broadcast.blocks import BlockPlan, share_of
 from wdmoe.broadcast.reception import MOST_BLOCKS, Reception, SymbolStore, plan_reception
 from wdmoe.broadcast.tiling import Grid, cut
 from wdmoe.errors import ProtocolError
-from wdmoe.transport.messages import Symbols
+from wdmoe.transport.codec.messages import Symbols
 
 USES = 8
 

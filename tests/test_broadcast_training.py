@@ -14,7 +14,7 @@ from wdmoe.broadcast.model import BroadcastCodec, ModelSettings
 from wdmoe.broadcast.radio import Radio
 from wdmoe.broadcast.training import Team, Trainer, Training, fingerprint_of
 from wdmoe.errors import BundleError, ConfigError
-from wdmoe.results_folder import MANIFEST
+from wdmoe.results.folder import MANIFEST
 
 __all__ = ["one_thread"]
 MODEL_SETTINGS = ModelSettings(side=16, width=16, heads=2, encoder_depth=1, decoder_depth=1, condition=8)

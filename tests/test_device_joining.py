@@ -24,8 +24,8 @@ from wdmoe.nodes.holdings import Holdings
 from wdmoe.nodes.joining import introduce, open_dialer
 from wdmoe.nodes.opener import expert_opener
 from wdmoe.records import DeviceReport, ExpertId
+from wdmoe.transport.codec.messages import Failure, Goodbye, Hello, Message, Ping, Place, Pong, Ready, Welcome
 from wdmoe.transport.memory import MemoryControlLink, MemoryControlStation
-from wdmoe.transport.messages import Failure, Goodbye, Hello, Message, Ping, Place, Pong, Ready, Welcome
 
 REPORT = DeviceReport(
     name="kit", hardware="board", system="Linux", provider="cpu", threads=1, memory_bytes=1 << 30, flops=1e9
@@ -103,8 +103,8 @@ def test_says_that_nobody_is_there(monkeypatch):
 
 
 def test_a_key_file_that_others_can_read_is_refused(tmp_path, monkeypatch):
-    from wdmoe.transport.admission import Admission
-    from wdmoe.transport.keys import station_keys
+    from wdmoe.transport.security.admission import Admission
+    from wdmoe.transport.security.keys import station_keys
 
     token = Admission(tmp_path / "bs").create_token(station_keys(tmp_path / "bs"), ["tcp://127.0.0.1:1"], 60.0)
     settings = DeviceSettings(join=token.text(), state=tmp_path / "device")

@@ -23,7 +23,7 @@ from wdmoe.config import DeviceSettings, LinkEmulation
 from wdmoe.errors import ConfigError, RefusedError
 from wdmoe.nodes.device import run_device
 from wdmoe.records import ExpertId
-from wdmoe.transport.messages import Chunk, Failure, Goodbye, Hello, Ping, Result
+from wdmoe.transport.codec.messages import Chunk, Failure, Goodbye, Hello, Ping, Result
 
 HIDDEN = 16
 BIG_INNER = 6000  # a file of several chunks

@@ -26,8 +26,8 @@ from wdmoe.nodes.link_emulation import Lane
 from wdmoe.nodes.opener import expert_opener
 from wdmoe.nodes.together import in_thread, run_together
 from wdmoe.records import ExpertId
+from wdmoe.transport.codec.messages import Attach, Attached, Chunk, Failure, Fetch, Place, Result, Run
 from wdmoe.transport.memory import MemoryDataLink, MemoryDataStation
-from wdmoe.transport.messages import Attach, Attached, Chunk, Failure, Fetch, Place, Result, Run
 
 HIDDEN = 16
 PATIENCE_S = 20.0

@@ -15,7 +15,7 @@ from tests.test_split import write_tokenizer
 from wdmoe.backbone.record_trace import record_trace
 from wdmoe.backbone.trace_recorder import TraceRecorder
 from wdmoe.errors import BundleError, ConfigError
-from wdmoe.gate_trace import GateTrace
+from wdmoe.results.gate_trace import GateTrace
 from wdmoe.simulation.traces import shipped_trace
 
 

@@ -20,18 +20,18 @@ from wdmoe.backbone.export import ExportSettings, export_bundle
 from wdmoe.cli.main import cli
 from wdmoe.config import POLICIES, RANKS, StationSettings
 from wdmoe.errors import BundleError, ConfigError
-from wdmoe.ledger import Ledger
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.moe.select import Costs, Demand, choose
 from wdmoe.nodes.layer_rules import layer_rules
-from wdmoe.records import GenerationRequest, Receipt, Sampling, TextDelta
+from wdmoe.receipt import Ledger, Receipt
+from wdmoe.records import GenerationRequest, Sampling, TextDelta
 from wdmoe.solver import select_experts, shed_bottleneck
 from wdmoe.solver.bandwidth import Links, with_compute
 from wdmoe.solver.layer.plan import Policy, plan_layer
 from wdmoe.solver.layer.quantization import vector_bits
 from wdmoe.solver.layer.radio_state import Air
 from wdmoe.solver.ranking import rank_weights
-from wdmoe.transport.messages import Message, Run
+from wdmoe.transport.codec.messages import Message, Run
 from wdmoe.transport.routing import DeviceRoute
 
 PROMPT = tuple(range(40, 60))

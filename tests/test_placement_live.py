@@ -13,7 +13,7 @@ from tests.fleet import Fleet
 from tests.test_alive import PROMPT, ask, names, until
 from wdmoe.backbone.export import ExportSettings, export_bundle
 from wdmoe.backbone.trace_recorder import TraceRecorder
-from wdmoe.gate_trace import GateTrace
+from wdmoe.results.gate_trace import GateTrace
 from wdmoe.solver.placement.file import read_placement, write_placement
 
 TOKENS = 8

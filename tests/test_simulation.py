@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from wdmoe.cli.main import cli
 from wdmoe.errors import ConfigError
-from wdmoe.gate_trace import GateTrace
+from wdmoe.results.gate_trace import GateTrace
 from wdmoe.simulation.results import draws_text, save_results, verify_results
 from wdmoe.simulation.scenario import SHIPPED, Scenario, load_scenario, parse_scenario
 from wdmoe.simulation.statistics import mean_and_interval, summarise

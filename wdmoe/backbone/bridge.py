@@ -17,7 +17,7 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from wdmoe.backbone.overlap import SharedExpert, wrap_shared_expert
-from wdmoe.ledger import Ledger
+from wdmoe.receipt import Ledger
 
 IMPLEMENTATION = "wdmoe"
 

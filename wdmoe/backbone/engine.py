@@ -14,7 +14,7 @@ from wdmoe.backbone.model_thread import ModelThread, Task
 from wdmoe.backbone.prompt import encode_prompt
 from wdmoe.backbone.station import Station
 from wdmoe.errors import WdmoeError
-from wdmoe.ledger import Ledger
+from wdmoe.receipt import Ledger
 from wdmoe.records import Finished, GenerationRequest, TextDelta
 
 log = logging.getLogger(__name__)

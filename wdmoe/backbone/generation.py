@@ -14,7 +14,7 @@ from wdmoe.backbone.bridge import CURRENT_LEDGER
 from wdmoe.backbone.sampling import processors
 from wdmoe.backbone.text import TextStream
 from wdmoe.errors import CancelledRequestError
-from wdmoe.ledger import Ledger
+from wdmoe.receipt import Ledger
 from wdmoe.records import Finished, Sampling, TextDelta
 
 Event: TypeAlias = TextDelta | Finished | Exception

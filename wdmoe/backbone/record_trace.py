@@ -12,7 +12,7 @@ from wdmoe.backbone.default_model import default_checkpoint
 from wdmoe.backbone.split import text as texts
 from wdmoe.backbone.trace_recorder import TraceRecorder
 from wdmoe.errors import BundleError, ConfigError
-from wdmoe.gate_trace import GateTrace
+from wdmoe.results.gate_trace import GateTrace
 
 
 @torch.no_grad()

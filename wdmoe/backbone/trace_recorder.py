@@ -22,7 +22,7 @@ from torch.nn import functional
 from wdmoe.backbone.expert_likeness import ExpertLikeness
 from wdmoe.backbone.families import experts_modules, gate_temperature, router_of
 from wdmoe.errors import BundleError
-from wdmoe.gate_trace import GateTrace
+from wdmoe.results.gate_trace import GateTrace
 
 
 @dataclass(slots=True, eq=False)

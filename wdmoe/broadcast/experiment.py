@@ -27,7 +27,7 @@ from wdmoe.broadcast.batches import Draws
 from wdmoe.broadcast.model import BroadcastCodec, ModelSettings
 from wdmoe.broadcast.training import Row, Training
 from wdmoe.errors import BundleError, ConfigError
-from wdmoe.results_folder import MANIFEST, sha256_of, write_manifest
+from wdmoe.results.folder import MANIFEST, sha256_of, write_manifest
 
 FORMAT = 1
 STATE, MODEL = "state.safetensors", "model.safetensors"

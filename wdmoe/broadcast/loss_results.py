@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from wdmoe.broadcast.experiment import MODEL, load_model
-from wdmoe.broadcast.kind import LOSSES_KIND
 from wdmoe.broadcast.loss_figures import FIGURES, draw_losses
 from wdmoe.broadcast.loss_plan import SYSTEMS, LossPlan, Pool, known_pool, loss_settings
 from wdmoe.broadcast.loss_study import run_setting
@@ -34,7 +33,7 @@ from wdmoe.broadcast.tables import FRONTS
 from wdmoe.broadcast.training import Row
 from wdmoe.broadcast.verify import checked_manifest, compare_fronts
 from wdmoe.errors import ConfigError
-from wdmoe.results_folder import MANIFEST, sha256_of, write_manifest
+from wdmoe.results.folder import LOSSES_KIND, MANIFEST, sha256_of, write_manifest
 
 FORMAT = 1
 _NEEDED = (ARRAYS, FRONTS, LOSSES_CSV, CURVES, PAGE)

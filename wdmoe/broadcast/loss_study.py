@@ -26,7 +26,7 @@ from wdmoe.broadcast.results import Parts
 from wdmoe.broadcast.study import Fronts, Progress, Setting
 from wdmoe.broadcast.training import Row, Team, Trainer, fingerprint_of
 from wdmoe.errors import ConfigError
-from wdmoe.results_folder import MANIFEST, check_files, read_manifest, sha256_of
+from wdmoe.results.folder import MANIFEST, check_files, read_manifest, sha256_of
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from wdmoe.broadcast.hearing import Ear
 from wdmoe.broadcast.tiling import LONG_SIDE, SHORT_SIDE, Grid
 from wdmoe.errors import ConfigError, ProtocolError
-from wdmoe.transport.messages import Symbols, Tune
+from wdmoe.transport.codec.messages import Symbols, Tune
 
 MOST_BLOCKS = Grid(SHORT_SIDE, LONG_SIDE).tiles
 MOST_SYMBOL_BYTES = 256 << 20

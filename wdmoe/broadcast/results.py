@@ -26,13 +26,12 @@ from wdmoe.broadcast.four_tables import PAGE as FOUR_PAGE
 from wdmoe.broadcast.four_tables import SETS, page_text, sets_text
 from wdmoe.broadcast.four_users import FourUsers
 from wdmoe.broadcast.front import QUALITIES, Front
-from wdmoe.broadcast.kind import RESULTS_KIND
 from wdmoe.broadcast.pictures import PICTURES_SHA256, SPLIT_SHA256
 from wdmoe.broadcast.region_figures import draw_all
 from wdmoe.broadcast.study import Fronts, Setting, all_settings, main_settings
 from wdmoe.broadcast.tables import FRONTS, LEADS, PAGE, STANDINGS, texts_of
 from wdmoe.errors import ConfigError
-from wdmoe.results_folder import MANIFEST, kind_of, sha256_of, write_manifest
+from wdmoe.results.folder import BROADCAST_KIND, MANIFEST, kind_of, sha256_of, write_manifest
 
 FORMAT = 2  # 2: classical codecs on fading channels too
 JOINT_FILE, SINGLE_FILE, ARRAYS = "codec.safetensors", "single.safetensors", "qualities.npz"
@@ -71,7 +70,7 @@ class Plan:
         return [each.name for each in main_settings(self.pictures)]
 
 
-def start_folder(folder: Path, kind: str = RESULTS_KIND, begun: Collection[str] = ()) -> None:
+def start_folder(folder: Path, kind: str = BROADCAST_KIND, begun: Collection[str] = ()) -> None:
     """Make the folder; ConfigError if it holds something else or cannot be written.
 
     Args:
@@ -229,7 +228,7 @@ def plan_of(folder: Path, manifest: Mapping[str, Any]) -> Plan:
 
 def _manifest(plan: Plan, files: dict[str, str]) -> dict[str, Any]:
     return {
-        "kind": RESULTS_KIND,
+        "kind": BROADCAST_KIND,
         "format": FORMAT,
         "plan": {
             "pictures": plan.pictures,

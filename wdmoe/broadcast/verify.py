@@ -15,7 +15,6 @@ from wdmoe.broadcast.four_tables import PAGE as FOUR_PAGE
 from wdmoe.broadcast.four_tables import SETS, page_text, read_sets
 from wdmoe.broadcast.four_users import measure_four
 from wdmoe.broadcast.front import QUALITIES, Front
-from wdmoe.broadcast.kind import RESULTS_KIND
 from wdmoe.broadcast.photo_study import run_photographs
 from wdmoe.broadcast.pictures import PICTURES_SHA256, SPLIT_SHA256
 from wdmoe.broadcast.results import (
@@ -31,7 +30,7 @@ from wdmoe.broadcast.results import (
 from wdmoe.broadcast.study import Fronts, Material, Progress, Study, known_material
 from wdmoe.broadcast.tables import texts_of
 from wdmoe.errors import ConfigError
-from wdmoe.results_folder import check_files, read_manifest
+from wdmoe.results.folder import BROADCAST_KIND, check_files, read_manifest
 
 # A sum in another order may move a few pixels by one level: far below what the tables show.
 _CLOSE = {"psnr_db": 0.02, "ssim": 2e-3, "ms_ssim": 2e-3}
@@ -79,7 +78,7 @@ def verify_results(
     Raises:
         ConfigError: a file was changed, or a figure differs; one line says which.
     """
-    manifest = checked_manifest(folder, RESULTS_KIND, FORMAT, "broadcast results", NEEDED)
+    manifest = checked_manifest(folder, BROADCAST_KIND, FORMAT, "broadcast results", NEEDED)
     plan = plan_of(folder, manifest)
     kept = fronts_of(folder / ARRAYS)
     names = [each.name for each in plan.settings()]

@@ -7,13 +7,10 @@ from typing import Any
 
 import click
 
-from wdmoe.broadcast.kind import LOSSES_KIND
-from wdmoe.broadcast.kind import RESULTS_KIND as BROADCAST_KIND
 from wdmoe.cli.failures import needs_extra
 from wdmoe.cli.params import DIRECTORY, FILE
 from wdmoe.config import PRECISIONS
-from wdmoe.results_folder import kind_of
-from wdmoe.simulation.kind import RESULTS_KIND
+from wdmoe.results.folder import BROADCAST_KIND, LOSSES_KIND, SIMULATION_KIND, kind_of
 from wdmoe.units import format_quantity
 
 
@@ -125,7 +122,7 @@ def verify(folder: Path, draws: int | None) -> None:
       wdmoe-node verify ./journal-results --draws 10     # a sample; without it every draw
     """
     kind = kind_of(folder)
-    if kind == RESULTS_KIND:
+    if kind == SIMULATION_KIND:
         _verify_results(folder, draws)
     elif kind == BROADCAST_KIND:
         _verify_broadcast(folder, draws)

@@ -15,7 +15,7 @@ from wdmoe.errors import ConfigError
 from wdmoe.units import format_quantity, parse_quantity
 
 if TYPE_CHECKING:
-    from wdmoe.gate_trace import GateTrace
+    from wdmoe.results.gate_trace import GateTrace
     from wdmoe.solver.placement.problem import PlacementProblem, Plan
 
 
@@ -81,7 +81,7 @@ def place(
     devices.json:
       {"kit": {"memory": "200MiB", "token": "2ms"}, "desk": {"memory": "1GiB", "token": "1ms"}}
     """
-    from wdmoe.gate_trace import GateTrace
+    from wdmoe.results.gate_trace import GateTrace
     from wdmoe.solver.placement.file import placement_of, write_placement
 
     devices = _devices(flags, file)

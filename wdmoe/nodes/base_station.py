@@ -26,7 +26,6 @@ from wdmoe.backbone.station import load_station
 from wdmoe.backbone.trace_recorder import TraceRecorder
 from wdmoe.config import StationSettings
 from wdmoe.errors import ConfigError, TransportError, WdmoeError
-from wdmoe.ledger import Ledger
 from wdmoe.moe.layer import ExpertLayers
 from wdmoe.moe.select import Demand
 from wdmoe.nodes.addresses import data_bind, dial_endpoints, remember_endpoints
@@ -35,17 +34,18 @@ from wdmoe.nodes.entrance import Entrance, GuardedEntrance, OpenEntrance
 from wdmoe.nodes.layer_rules import layer_rules
 from wdmoe.nodes.overview import describe
 from wdmoe.nodes.placing import Wishes
+from wdmoe.receipt import Ledger
 from wdmoe.records import ExpertId
 from wdmoe.solver.placement.file import read_placement, write_placement
-from wdmoe.transport.admission import Admission
 from wdmoe.transport.channel import Envelope
+from wdmoe.transport.codec.messages import Float32Array, Int32Array, Message
 from wdmoe.transport.exchange import Exchange
-from wdmoe.transport.keys import station_keys
-from wdmoe.transport.messages import Float32Array, Int32Array, Message
 from wdmoe.transport.routing import Routing
-from wdmoe.transport.sockets import SocketOptions, StationSecurity, new_context
-from wdmoe.transport.zap import Door
-from wdmoe.transport.zeromq import open_control_station, open_data_station
+from wdmoe.transport.security.admission import Admission
+from wdmoe.transport.security.keys import station_keys
+from wdmoe.transport.security.zap import Door
+from wdmoe.transport.zmq.channels import open_control_station, open_data_station
+from wdmoe.transport.zmq.sockets import SocketOptions, StationSecurity, new_context
 
 log = logging.getLogger(__name__)
 

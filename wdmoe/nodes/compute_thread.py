@@ -20,7 +20,7 @@ from wdmoe.errors import ExpertError, ProtocolError, RefusedError, TransportErro
 from wdmoe.moe.expert import ExpertRunner
 from wdmoe.nodes.link_emulation import REPLY_HEADER_BYTES, EmulatedLink, sleep_until
 from wdmoe.transport.channel import DataLink, Envelope
-from wdmoe.transport.messages import Activations, Attach, Attached, Failure, Goodbye, Message, Result, Run
+from wdmoe.transport.codec.messages import Activations, Attach, Attached, Failure, Goodbye, Message, Result, Run
 
 log = logging.getLogger(__name__)
 

@@ -19,19 +19,7 @@ from wdmoe.nodes.entrance import Entrance
 from wdmoe.nodes.placing import Arrangement, Catalogue, Host, Wishes, arrange, holdings, knows_link, routing, wanted
 from wdmoe.records import ExpertId
 from wdmoe.transport.channel import ControlStation, Envelope
-from wdmoe.transport.membership import (
-    Action,
-    Changed,
-    Device,
-    Joined,
-    Lost,
-    Outcome,
-    Roster,
-    SendAttached,
-    SendGoodbye,
-    SendWelcome,
-)
-from wdmoe.transport.messages import (
+from wdmoe.transport.codec.messages import (
     Attach,
     Attached,
     Chunk,
@@ -45,6 +33,18 @@ from wdmoe.transport.messages import (
     Pong,
     Ready,
     Welcome,
+)
+from wdmoe.transport.membership import (
+    Action,
+    Changed,
+    Device,
+    Joined,
+    Lost,
+    Outcome,
+    Roster,
+    SendAttached,
+    SendGoodbye,
+    SendWelcome,
 )
 from wdmoe.transport.routing import Routing
 

@@ -28,7 +28,7 @@ from wdmoe.nodes.opener import ExpertOpener, expert_opener
 from wdmoe.nodes.together import in_thread, run_together
 from wdmoe.records import DeviceReport
 from wdmoe.transport.channel import ControlLink
-from wdmoe.transport.messages import Goodbye, Hello, Place, Welcome
+from wdmoe.transport.codec.messages import Goodbye, Hello, Place, Welcome
 
 log = logging.getLogger(__name__)
 

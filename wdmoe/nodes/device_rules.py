@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from wdmoe.errors import ProtocolError
 from wdmoe.records import ExpertId
-from wdmoe.transport.messages import Place
+from wdmoe.transport.codec.messages import Place
 
 FIRST_RETRY_S = 0.1
 LONGEST_RETRY_S = 2.0

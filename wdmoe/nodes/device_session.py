@@ -19,7 +19,7 @@ from wdmoe.nodes.hardware import resident_bytes
 from wdmoe.nodes.holdings import Holdings
 from wdmoe.nodes.together import run_together, run_unless
 from wdmoe.transport.channel import ControlLink
-from wdmoe.transport.messages import (
+from wdmoe.transport.codec.messages import (
     Chunk,
     Failure,
     Fetch,

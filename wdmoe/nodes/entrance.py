@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from wdmoe.transport.admission import Admission
 from wdmoe.transport.channel import Envelope
-from wdmoe.transport.keys import fingerprint
+from wdmoe.transport.security.admission import Admission
+from wdmoe.transport.security.keys import fingerprint
 
 
 class Entrance(Protocol):

@@ -11,7 +11,7 @@ from wdmoe.errors import ExpertError, TransportError
 from wdmoe.nodes.device_rules import WantedExpert
 from wdmoe.nodes.together import in_thread, run_together
 from wdmoe.records import ExpertId
-from wdmoe.transport.messages import Chunk, Fetch
+from wdmoe.transport.codec.messages import Chunk, Fetch
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from wdmoe.nodes.device_rules import Changes, WantedExpert, changes, wanted_expe
 from wdmoe.nodes.expert_cache import ExpertCache
 from wdmoe.nodes.together import in_thread, run_together
 from wdmoe.records import ExpertId
-from wdmoe.transport.messages import Place
+from wdmoe.transport.codec.messages import Place
 
 log = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from wdmoe.config import DeviceSettings
 from wdmoe.errors import ConfigError, ProtocolError, TransportError
 from wdmoe.nodes.device_session import SentAwayError
-from wdmoe.transport.air import Tuner, open_tuner
 from wdmoe.transport.channel import ControlLink, DataLink
-from wdmoe.transport.keys import KeyPair, device_keys
-from wdmoe.transport.messages import Failure, Goodbye, Hello, Message, Welcome
-from wdmoe.transport.sockets import Context, LinkSecurity, new_context
-from wdmoe.transport.tokens import parse_token
-from wdmoe.transport.zeromq import open_control_link, open_data_link
+from wdmoe.transport.codec.messages import Failure, Goodbye, Hello, Message, Welcome
+from wdmoe.transport.security.join_tokens import parse_token
+from wdmoe.transport.security.keys import KeyPair, device_keys
+from wdmoe.transport.zmq.channels import open_control_link, open_data_link
+from wdmoe.transport.zmq.pubsub import Tuner, open_tuner
+from wdmoe.transport.zmq.sockets import Context, LinkSecurity, new_context
 
 HELLO_AGAIN_S = 0.5
 HELLO_PATIENCE_S = 10.0

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from wdmoe.errors import RequestError, TransportError
-from wdmoe.records import Receipt, StageSeconds
+from wdmoe.receipt import Receipt, StageSeconds
 
 _MOST_BYTES = 64 << 20  # of an answer that is not a stream
 _MOST_LINE = 1 << 20

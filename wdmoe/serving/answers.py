@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from wdmoe.records import Receipt, StageSeconds, TextDelta
+from wdmoe.receipt import Receipt, StageSeconds
+from wdmoe.records import TextDelta
 from wdmoe.serving.jobs import Job
 
 

@@ -13,7 +13,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from wdmoe.errors import CancelledRequestError
-from wdmoe.records import Finished, Receipt, TextDelta, TextEngine
+from wdmoe.receipt import Receipt
+from wdmoe.records import Finished, TextDelta, TextEngine
 from wdmoe.serving import answers
 from wdmoe.serving.generation import Step, run
 from wdmoe.serving.jobs import Job

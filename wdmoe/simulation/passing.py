@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wdmoe.config import RANKS
-from wdmoe.gate_trace import GateTrace
+from wdmoe.results.gate_trace import GateTrace
 from wdmoe.simulation.drawing import Draw
 from wdmoe.simulation.placing import Holders
 from wdmoe.simulation.scenario import Scenario, Variant

@@ -19,7 +19,7 @@ from wdmoe.backbone.perplexity import window_nats
 from wdmoe.backbone.planned_experts import Order, PlannedExperts
 from wdmoe.backbone.questions import Question, choice_nats, score
 from wdmoe.errors import ConfigError
-from wdmoe.gate_trace import GateTrace
+from wdmoe.results.gate_trace import GateTrace
 from wdmoe.simulation.drawing import Draw, make_draw
 from wdmoe.simulation.passing import Replay
 from wdmoe.simulation.placing import Holders, holders_of

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from joblib.externals.loky import get_reusable_executor
 
 from wdmoe.errors import ConfigError, MissingExtraError
-from wdmoe.gate_trace import GateTrace
+from wdmoe.results.gate_trace import GateTrace
 from wdmoe.simulation.drawing import make_draw
 from wdmoe.simulation.passing import OUTCOMES, Replay, outcome
 from wdmoe.simulation.placing import Holders, holders_of

@@ -10,8 +10,8 @@ import numpy as np
 
 from wdmoe.broadcast.tiling import Grid, Pixels
 from wdmoe.errors import ProtocolError
+from wdmoe.transport.codec.messages import Rows, Shown
 from wdmoe.transport.membership import Device
-from wdmoe.transport.messages import Rows, Shown
 
 State = Literal["awaited", "tuning", "listening", "shown", "lost"]
 

@@ -26,8 +26,8 @@ from wdmoe.nodes.device_rules import WantedExpert
 from wdmoe.nodes.expert_cache import ExpertCache
 from wdmoe.nodes.together import in_thread, run_together, run_unless
 from wdmoe.records import ExpertId
-from wdmoe.transport.air import Tuner
-from wdmoe.transport.messages import Failure, Message, Pilot, Rows, Shown, Symbols, Tune, Tuned
+from wdmoe.transport.codec.messages import Failure, Message, Pilot, Rows, Shown, Symbols, Tune, Tuned
+from wdmoe.transport.zmq.pubsub import Tuner
 
 log = logging.getLogger(__name__)
 

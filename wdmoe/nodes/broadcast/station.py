@@ -29,12 +29,8 @@ from wdmoe.nodes.broadcast.radio import DECODER
 from wdmoe.nodes.broadcast.source import SymbolSource
 from wdmoe.nodes.entrance import GuardedEntrance
 from wdmoe.nodes.together import in_thread
-from wdmoe.transport.admission import Admission
-from wdmoe.transport.air import open_transmitter
 from wdmoe.transport.channel import Envelope
-from wdmoe.transport.keys import station_keys
-from wdmoe.transport.membership import Device, Lost, Outcome, Roster, SendGoodbye, SendWelcome
-from wdmoe.transport.messages import (
+from wdmoe.transport.codec.messages import (
     Chunk,
     Failure,
     Fetch,
@@ -51,9 +47,13 @@ from wdmoe.transport.messages import (
     Tuned,
     Welcome,
 )
-from wdmoe.transport.sockets import SocketOptions, StationSecurity, new_context
-from wdmoe.transport.zap import Door
-from wdmoe.transport.zeromq import open_control_station
+from wdmoe.transport.membership import Device, Lost, Outcome, Roster, SendGoodbye, SendWelcome
+from wdmoe.transport.security.admission import Admission
+from wdmoe.transport.security.keys import station_keys
+from wdmoe.transport.security.zap import Door
+from wdmoe.transport.zmq.channels import open_control_station
+from wdmoe.transport.zmq.pubsub import open_transmitter
+from wdmoe.transport.zmq.sockets import SocketOptions, StationSecurity, new_context
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any, TypeAlias
 
 from wdmoe.errors import ProtocolError
 from wdmoe.records import DeviceReport
-from wdmoe.transport import messages as m
-from wdmoe.transport.fields import (
+from wdmoe.transport.codec import messages as m
+from wdmoe.transport.codec.fields import (
     INT32_MAX,
     UINT64_MAX,
     Code,

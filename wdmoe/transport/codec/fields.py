@@ -1,7 +1,7 @@
 """The kinds of field a message may have: how each is written to a header, and what a peer may write there.
 
 A kind raises ValueError with half a sentence ("must be ...") where a value does not fit;
-`wdmoe.transport.schema` puts the field's name in front and makes it a ProtocolError. Reading is strict (exact
+`wdmoe.transport.codec.schema` puts the field's name in front and makes it a ProtocolError. Reading is strict (exact
 types, closed ranges), because a peer wrote the value; writing takes what Python code naturally holds (NumPy
 scalars, lists) and then applies the same rules.
 """

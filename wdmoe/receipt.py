@@ -1,4 +1,4 @@
-"""The running account of one request. It becomes the receipt that every answer carries."""
+"""The receipt that every answer carries, and the running account of one request that becomes it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,44 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-from wdmoe.records import Receipt, StageSeconds
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSeconds:
+    """Where the time of some work went. All stages are disjoint; their sum is the elapsed time."""
+
+    bs_compute: float = 0.0  # attention, gate, sampling, packing, combining
+    wire_down: float = 0.0  # base station to the device that answered last
+    device_compute: float = 0.0  # experts of that device
+    wire_up: float = 0.0  # that device to the base station
+    wait: float = 0.0  # queued behind other requests, or for a deadline that passed
+
+    def __add__(self, other: StageSeconds) -> StageSeconds:
+        return StageSeconds(
+            bs_compute=self.bs_compute + other.bs_compute,
+            wire_down=self.wire_down + other.wire_down,
+            device_compute=self.device_compute + other.device_compute,
+            wire_up=self.wire_up + other.wire_up,
+            wait=self.wait + other.wait,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What an answer cost and what it lost. Every answer carries one: quality is never lost silently."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    policy: str = "topk"
+    degraded: bool = False  # an expert the policy chose did not answer in time
+    degraded_tokens: int = 0  # tokens (prompt included) computed without all their chosen experts, counted once
+    dropped_weight: float = 0.0  # mean gate weight per (token, layer) that was not computed: policy and loss together
+    lost_weight: float = 0.0  # the part of dropped_weight that was lost, not chosen
+    retries: int = 0  # dispatches sent again to another device
+    bytes_down: int = 0
+    bytes_up: int = 0
+    first_token_s: float = 0.0
+    elapsed_s: float = 0.0
+    stages: StageSeconds = field(default_factory=StageSeconds)
 
 
 @dataclass(slots=True)

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from wdmoe.errors import ConfigError, RefusedError
-from wdmoe.transport.keys import KeyPair, fingerprint, is_key, new_key_pair, write_private_json
-from wdmoe.transport.tokens import JoinToken
+from wdmoe.transport.security.join_tokens import JoinToken
+from wdmoe.transport.security.keys import KeyPair, fingerprint, is_key, new_key_pair, write_private_json
 
 _LOG = logging.getLogger(__name__)
 _CHECK_INTERVAL_S = 0.2  # a revoked device is cut off after this long

@@ -11,13 +11,13 @@ import zmq
 
 from wdmoe.errors import PeerBusyError, PeerGoneError, ProtocolError, TransportError, VersionError
 from wdmoe.transport.channel import Envelope
-from wdmoe.transport.framing import pack, unpack
-from wdmoe.transport.keys import fingerprint
-from wdmoe.transport.messages import Failure, Message
-from wdmoe.transport.monitor import HandshakeWatch
+from wdmoe.transport.codec.framing import pack, unpack
+from wdmoe.transport.codec.messages import Failure, Message
+from wdmoe.transport.codec.wire import Limits
 from wdmoe.transport.refusals import Refusals
-from wdmoe.transport.sockets import Context, LinkSecurity, Socket, SocketOptions, connect, new_client
-from wdmoe.transport.wire import Limits
+from wdmoe.transport.security.keys import fingerprint
+from wdmoe.transport.zmq.monitor import HandshakeWatch
+from wdmoe.transport.zmq.sockets import Context, LinkSecurity, Socket, SocketOptions, connect, new_client
 
 _LOG = logging.getLogger(__name__)
 _MORE = zmq.SNDMORE | zmq.NOBLOCK

@@ -14,9 +14,9 @@ import zmq
 from zmq.utils import z85
 
 from wdmoe.errors import TransportError
-from wdmoe.transport.admission import Admission
-from wdmoe.transport.keys import fingerprint
 from wdmoe.transport.refusals import Refusals
+from wdmoe.transport.security.admission import Admission
+from wdmoe.transport.security.keys import fingerprint
 
 CONTROL_DOMAIN = b"wdmoe-control"
 DATA_DOMAIN = b"wdmoe-data"

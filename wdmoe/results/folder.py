@@ -11,6 +11,10 @@ from typing import Any
 from wdmoe.errors import ConfigError
 
 MANIFEST = "manifest.json"
+# What a manifest says that it is of.
+SIMULATION_KIND = "wdmoe simulation results"
+BROADCAST_KIND = "wdmoe broadcast results"
+LOSSES_KIND = "wdmoe broadcast losses"
 _MOST_BYTES = 1 << 30
 
 

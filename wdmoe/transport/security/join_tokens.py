@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wdmoe.errors import ConfigError
-from wdmoe.transport.keys import KeyPair, is_key, pair_of_secret
+from wdmoe.transport.security.keys import KeyPair, is_key, pair_of_secret
 
 _PREFIX = "wdmoe1."
 _CHECK_BYTES = 4

@@ -12,9 +12,9 @@ from typing import TypeAlias
 import zmq
 
 from wdmoe.errors import TransportError
-from wdmoe.transport.keys import KeyPair
-from wdmoe.transport.wire import MAX_MESSAGE_BYTES
-from wdmoe.transport.zap import Door
+from wdmoe.transport.codec.wire import MAX_MESSAGE_BYTES
+from wdmoe.transport.security.keys import KeyPair
+from wdmoe.transport.security.zap import Door
 
 Context: TypeAlias = zmq.Context[zmq.Socket[bytes]]
 Socket: TypeAlias = zmq.Socket[bytes]

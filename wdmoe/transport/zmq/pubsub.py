@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import zmq
 
-from wdmoe.transport.messages import Message
-from wdmoe.transport.messaging import AsyncEnd, SocketMessages, open_link
-from wdmoe.transport.sockets import (
+from wdmoe.transport.codec.messages import Message
+from wdmoe.transport.security.zap import BROADCAST_DOMAIN
+from wdmoe.transport.zmq.messaging import AsyncEnd, SocketMessages, open_link
+from wdmoe.transport.zmq.sockets import (
     Context,
     LinkSecurity,
     SocketOptions,
@@ -20,7 +21,6 @@ from wdmoe.transport.sockets import (
     bind_publisher,
     endpoint_of,
 )
-from wdmoe.transport.zap import BROADCAST_DOMAIN
 
 # A queue holds what is said while a listener's machine is busy elsewhere: 64 KiB each as pictures are sent here.
 OPTIONS = SocketOptions(queue_messages=256)

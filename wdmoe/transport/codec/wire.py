@@ -1,13 +1,13 @@
 """The codec: a message becomes parts, and parts from anybody become a message or a ProtocolError.
 
     part 0      byte 0        protocol version
-                byte 1        message number (`wdmoe.transport.schema`)
+                byte 1        message number (`wdmoe.transport.codec.schema`)
                 bytes 2...    msgpack map of the fields, 4 KiB with the two bytes at most
     parts 1...  raw little-endian tensors, in the order of the table; the map holds dtype and shape of each
 
 With a checksum the map ends with `crc32`: the CRC-32 of everything before its four bytes and of all tensors.
 Encryption makes it superfluous, so it is used on insecure channels only. How the parts travel in one frame:
-`wdmoe.transport.framing`.
+`wdmoe.transport.codec.framing`.
 
 Nothing is allocated for a length that a peer merely claims, and tensors are views of the frame they came in.
 """
@@ -23,9 +23,9 @@ from typing import Any, cast
 import msgpack
 
 from wdmoe.errors import ProtocolError, VersionError
-from wdmoe.transport.fields import Frame, shown
-from wdmoe.transport.messages import PROTOCOL_VERSION, Message
-from wdmoe.transport.schema import BY_KIND, BY_NUMBER, Header, Schema
+from wdmoe.transport.codec.fields import Frame, shown
+from wdmoe.transport.codec.messages import PROTOCOL_VERSION, Message
+from wdmoe.transport.codec.schema import BY_KIND, BY_NUMBER, Header, Schema
 
 MAX_HEADER_BYTES = 4096
 MAX_MESSAGE_BYTES = 16 << 20

@@ -19,10 +19,11 @@ from typing import Any, TypeAlias
 import zmq
 
 from wdmoe.transport.channel import Envelope
-from wdmoe.transport.messages import Message
-from wdmoe.transport.messaging import AsyncEnd, SocketMessages, open_link
-from wdmoe.transport.monitor import EndWatch, HandshakeWatch
-from wdmoe.transport.sockets import (
+from wdmoe.transport.codec.messages import Message
+from wdmoe.transport.security.zap import CONTROL_DOMAIN, DATA_DOMAIN
+from wdmoe.transport.zmq.messaging import AsyncEnd, SocketMessages, open_link
+from wdmoe.transport.zmq.monitor import EndWatch, HandshakeWatch
+from wdmoe.transport.zmq.sockets import (
     Context,
     LinkSecurity,
     Socket,
@@ -31,7 +32,6 @@ from wdmoe.transport.sockets import (
     bind_router,
     endpoint_of,
 )
-from wdmoe.transport.zap import CONTROL_DOMAIN, DATA_DOMAIN
 
 _DEFAULTS = SocketOptions()
 Watch: TypeAlias = HandshakeWatch | EndWatch

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from struct import Struct
 
 from wdmoe.errors import ProtocolError
-from wdmoe.transport.fields import Frame
-from wdmoe.transport.messages import PROTOCOL_VERSION, Message
-from wdmoe.transport.wire import MAX_HEADER_BYTES, Limits, decode, encode
+from wdmoe.transport.codec.fields import Frame
+from wdmoe.transport.codec.messages import PROTOCOL_VERSION, Message
+from wdmoe.transport.codec.wire import MAX_HEADER_BYTES, Limits, decode, encode
 
 MAX_TENSORS = 8  # no message has more
 
@@ -41,12 +41,12 @@ def pack(message: Message, limits: Limits) -> bytes:
 
 
 def unpack(frame: memoryview, limits: Limits) -> Message:
-    """The message of an untrusted peer; raises as `split` and `wdmoe.transport.wire.decode`."""
+    """The message of an untrusted peer; raises as `split` and `wdmoe.transport.codec.wire.decode`."""
     return decode(split(frame), limits)
 
 
 def join(parts: Sequence[Frame]) -> bytes:
-    """What travels, of what `wdmoe.transport.wire.encode` returned. Copies the tensors."""
+    """What travels, of what `wdmoe.transport.codec.wire.encode` returned. Copies the tensors."""
     header, tensors = parts[0], parts[1:]
     lengths = [len(header) - 2, *map(len, tensors)]
     pieces = [header[:2], bytes((len(tensors), 0)), _STARTS[len(tensors)].pack(*lengths), header[2:]]
@@ -59,7 +59,7 @@ def join(parts: Sequence[Frame]) -> bytes:
 
 
 def split(frame: memoryview) -> list[Frame]:
-    """The header and the tensors in it, tensors as views, for `wdmoe.transport.wire.decode`.
+    """The header and the tensors in it, tensors as views, for `wdmoe.transport.codec.wire.decode`.
 
     Args:
         frame: format "B", from an untrusted peer.

@@ -1,4 +1,4 @@
-"""Every message that travels between a base station (BS) and its devices. The codec is `wdmoe.transport.wire`.
+"""Every message that travels between a base station (BS) and its devices. The codec is `wdmoe.transport.codec.wire`.
 
 Two planes, so that a bulk download of experts never stands in the way of a token:
 
