@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from wdmoe.backbone.bridge import attach
-from wdmoe.backbone.bundle import Bundle
-from wdmoe.backbone.engine import Engine
-from wdmoe.backbone.model_thread import ModelThread
-from wdmoe.backbone.station import load_station
+from wdmoe.backbone.format.bundle import Bundle
+from wdmoe.backbone.runtime.engine import Engine
+from wdmoe.backbone.runtime.experts_seam import attach
+from wdmoe.backbone.runtime.model_thread import ModelThread
+from wdmoe.backbone.runtime.station import load_station
 from wdmoe.errors import ExpertError
 from wdmoe.moe.expert import ExpertRunner
 from wdmoe.moe.layer import ExpertLayers, LayerRules

@@ -14,7 +14,7 @@ import pytest
 from tests.families import save_tiny
 from tests.fleet import PATIENCE_S, Fleet
 from tests.test_spine import greedy
-from wdmoe.backbone.export import ExportSettings, export_bundle
+from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.errors import ExpertsUnavailableError
 from wdmoe.nodes.base_station import BaseStation
 from wdmoe.nodes.device_session import BEATS_PER_LEASE

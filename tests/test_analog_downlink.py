@@ -10,8 +10,8 @@ import pytest
 import torch
 from families import tiny_config, tiny_model
 
-from wdmoe.backbone.analog_air import Broadcast, Codes, fit_spectra, record_hidden
-from wdmoe.backbone.planned_experts import EXACT, Order, PlannedExperts
+from wdmoe.backbone.evaluation.analog_downlink import Broadcast, Codes, fit_spectra, record_hidden
+from wdmoe.backbone.evaluation.simulated_experts import EXACT, Order, PlannedExperts
 from wdmoe.errors import ConfigError
 from wdmoe.simulation.quality import measure
 from wdmoe.simulation.scenario import Scenario, parse_scenario

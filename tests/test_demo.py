@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests.families import save_tiny
-from wdmoe.backbone.export import ExportSettings, export_bundle
+from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.nodes.child import Child, ChildError
 
 DEMO = [sys.executable, "-m", "wdmoe", "demo"]

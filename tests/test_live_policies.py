@@ -15,8 +15,8 @@ from click.testing import CliRunner
 
 from tests.families import save_tiny
 from tests.lab import Lab
-from wdmoe.backbone.bundle import Bundle
-from wdmoe.backbone.export import ExportSettings, export_bundle
+from wdmoe.backbone.export.export import ExportSettings, export_bundle
+from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.cli.main import cli
 from wdmoe.config import POLICIES, RANKS, StationSettings
 from wdmoe.errors import BundleError, ConfigError

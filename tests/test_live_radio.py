@@ -18,8 +18,8 @@ from tests.fleet import PATIENCE_S, Fleet
 from tests.test_alive import ask, until
 from tests.test_live_policies import Watched, opened
 from tests.test_live_policies import ask as ask_lab
-from wdmoe.backbone.bundle import Bundle
-from wdmoe.backbone.export import ExportSettings, export_bundle
+from wdmoe.backbone.export.export import ExportSettings, export_bundle
+from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.cli.main import cli
 from wdmoe.config import DeviceSettings, LinkEmulation, StationSettings
 from wdmoe.errors import ConfigError

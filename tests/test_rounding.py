@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wdmoe.backbone.planned_experts import Order, travelled
+from wdmoe.backbone.evaluation.simulated_experts import Order, travelled
 from wdmoe.solver.layer.latency import Levers
 from wdmoe.solver.layer.plan import LayerPlan, Policy, plan_layer
 from wdmoe.solver.layer.quantization import BITS, as_widest_of_device, distortion, round_within, vector_bits

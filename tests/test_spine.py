@@ -14,8 +14,8 @@ import torch
 
 from tests.families import reference, save_tiny
 from tests.lab import Lab
-from wdmoe.backbone.bundle import Bundle
-from wdmoe.backbone.export import ExportSettings, export_bundle
+from wdmoe.backbone.export.export import ExportSettings, export_bundle
+from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.errors import ExpertsUnavailableError, OverloadedError, RequestError, TransportError
 from wdmoe.receipt import Receipt
 from wdmoe.records import Finished, GenerationRequest, Sampling, TextDelta

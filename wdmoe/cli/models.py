@@ -37,7 +37,7 @@ def export(model: Path, bundle: Path, precision: str, name: str) -> None:
       wdmoe-node export ./OLMoE-1B-7B ./olmoe-bundle --name olmoe
     """
     with needs_extra("bs"):
-        from wdmoe.backbone.export import ExportSettings, export_bundle
+        from wdmoe.backbone.export.export import ExportSettings, export_bundle
     from wdmoe.cli.progress import ByteProgress
 
     settings = ExportSettings(precision=precision, name=name)
@@ -175,7 +175,7 @@ def _verify_bundle(folder: Path) -> None:
     with needs_extra("bs"):
         import onnx  # noqa: F401 - the check of graphs needs it, far below
 
-        from wdmoe.backbone.bundle import Bundle
+        from wdmoe.backbone.format.bundle import Bundle
     from wdmoe.cli.progress import ByteProgress
 
     opened = Bundle.open(folder)

@@ -18,12 +18,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from wdmoe.backbone.bridge import attach
-from wdmoe.backbone.bundle import Bundle
-from wdmoe.backbone.engine import Engine
-from wdmoe.backbone.model_thread import ModelThread
-from wdmoe.backbone.station import load_station
-from wdmoe.backbone.trace_recorder import TraceRecorder
+from wdmoe.backbone.evaluation.trace_recorder import TraceRecorder
+from wdmoe.backbone.format.bundle import Bundle
+from wdmoe.backbone.runtime.engine import Engine
+from wdmoe.backbone.runtime.experts_seam import attach
+from wdmoe.backbone.runtime.model_thread import ModelThread
+from wdmoe.backbone.runtime.station import load_station
 from wdmoe.config import StationSettings
 from wdmoe.errors import ConfigError, TransportError, WdmoeError
 from wdmoe.moe.layer import ExpertLayers
@@ -235,7 +235,7 @@ class BaseStation:
         ledger: Ledger,
         meanwhile: Callable[[], object] | None,
     ) -> Float32Array:
-        """`wdmoe.backbone.bridge.RunLayer`, on the model thread."""
+        """`wdmoe.backbone.runtime.experts_seam.RunLayer`, on the model thread."""
         return self.layers.run(layer, tokens, Demand(experts, weights, gate), ledger, meanwhile)
 
     def publish(self, table: Routing) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from wdmoe.backbone.bundle import Bundle
+from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.errors import BundleError, TransportError, WdmoeError
 from wdmoe.nodes.entrance import Entrance
 from wdmoe.nodes.placing import Arrangement, Catalogue, Host, Wishes, arrange, holdings, knows_link, routing, wanted

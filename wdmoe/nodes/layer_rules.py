@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from wdmoe.backbone.bundle import Manifest
+from wdmoe.backbone.format.bundle import Manifest
 from wdmoe.config import StationSettings
 from wdmoe.errors import ConfigError
 from wdmoe.moe.layer import LayerRules

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from wdmoe.backbone.bundle import Manifest
+from wdmoe.backbone.format.bundle import Manifest
 from wdmoe.config import StationSettings
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.nodes.control_plane import ControlPlane

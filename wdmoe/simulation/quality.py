@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from wdmoe.backbone.analog_air import Broadcast, Codes
+from wdmoe.backbone.evaluation.analog_downlink import Broadcast, Codes
+from wdmoe.backbone.evaluation.multiple_choice import Question, choice_nats, score
+from wdmoe.backbone.evaluation.simulated_experts import Order, PlannedExperts
 from wdmoe.backbone.perplexity import window_nats
-from wdmoe.backbone.planned_experts import Order, PlannedExperts
-from wdmoe.backbone.questions import Question, choice_nats, score
 from wdmoe.errors import ConfigError
 from wdmoe.results.gate_trace import GateTrace
 from wdmoe.simulation.drawing import Draw, make_draw

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wdmoe.backbone.bundle import ExpertFile
+from wdmoe.backbone.format.bundle import ExpertFile
 from wdmoe.config import MOST_HZ, POLICIES, check_budget, check_ranking, is_hertz
 from wdmoe.errors import ConfigError
 from wdmoe.nodes.demo.links import Links, equal_links, radio_links, unequal_links

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from wdmoe.backbone.bundle import Bundle
+from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.errors import RequestError, TransportError
 from wdmoe.nodes.demo.figures import Run
 from wdmoe.nodes.demo.plan import DemoSettings, RunPlan, deal_experts, device_names, placement_text, plan_runs

@@ -19,7 +19,7 @@ import torch
 from onnx import helper
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from wdmoe.backbone.onnx_graph import Steps
+from wdmoe.backbone.format.onnx_graph import Steps
 from wdmoe.errors import BundleError
 
 TraceFunction = Callable[[torch.Tensor], torch.Tensor]

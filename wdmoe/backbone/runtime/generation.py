@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from wdmoe.backbone.bridge import CURRENT_LEDGER
-from wdmoe.backbone.sampling import processors
-from wdmoe.backbone.text import TextStream
+from wdmoe.backbone.runtime.detokenizer import TextStream
+from wdmoe.backbone.runtime.experts_seam import CURRENT_LEDGER
+from wdmoe.backbone.runtime.sampling import processors
 from wdmoe.errors import CancelledRequestError
 from wdmoe.receipt import Ledger
 from wdmoe.records import Finished, Sampling, TextDelta

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from wdmoe.backbone.overlap import SharedExpert, wrap_shared_expert
+from wdmoe.backbone.runtime.shared_expert import SharedExpert, wrap_shared_expert
 from wdmoe.receipt import Ledger
 
 IMPLEMENTATION = "wdmoe"

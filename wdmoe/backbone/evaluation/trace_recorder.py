@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from wdmoe.backbone.expert_likeness import ExpertLikeness
+from wdmoe.backbone.evaluation.expert_similarity import ExpertLikeness
 from wdmoe.backbone.families import experts_modules, gate_temperature, router_of
 from wdmoe.errors import BundleError
 from wdmoe.results.gate_trace import GateTrace

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from wdmoe.backbone.analog_air import Broadcast
+from wdmoe.backbone.evaluation.analog_downlink import Broadcast
 from wdmoe.backbone.families import experts_modules, gate_temperature, on_drop_of, router_of
 from wdmoe.errors import BundleError
 from wdmoe.solver.layer.plan import LayerPlan

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from wdmoe.backbone.manifest import (
+from wdmoe.backbone.format.manifest import (
     EXPERTS_FOLDER,
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -134,7 +134,7 @@ class Bundle:
         Raises:
             BundleError: names the first file that is not what the manifest says.
         """
-        from wdmoe.backbone.onnx_graph import check_graph
+        from wdmoe.backbone.format.onnx_graph import check_graph
 
         files: tuple[StationFile | ExpertFile, ...] = (*self._manifest.station, *self._manifest.experts)
         total, done = sum(file.size for file in files), 0

@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from typing import TypeVar
 
-from wdmoe.backbone.bridge import CURRENT_LEDGER
-from wdmoe.backbone.generation import Event, Job, generate
-from wdmoe.backbone.model_thread import ModelThread, Task
-from wdmoe.backbone.prompt import encode_prompt
-from wdmoe.backbone.station import Station
+from wdmoe.backbone.runtime.experts_seam import CURRENT_LEDGER
+from wdmoe.backbone.runtime.generation import Event, Job, generate
+from wdmoe.backbone.runtime.model_thread import ModelThread, Task
+from wdmoe.backbone.runtime.prompt import encode_prompt
+from wdmoe.backbone.runtime.station import Station
 from wdmoe.errors import WdmoeError
 from wdmoe.receipt import Ledger
 from wdmoe.records import Finished, GenerationRequest, TextDelta

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from importlib import util
 from pathlib import Path
 
-from wdmoe.backbone.made_once import make_once
+from wdmoe.backbone.cached_folder import make_once
 from wdmoe.backbone.split.settings import ALGORITHM, RANK, Progress, SplitSettings, quiet
 from wdmoe.config import cache_home
 from wdmoe.errors import BundleError, MissingExtraError

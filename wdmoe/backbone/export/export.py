@@ -16,7 +16,13 @@ from typing import Any, Protocol
 
 import torch
 
-from wdmoe.backbone.bundle import (
+from wdmoe.backbone.checkpoint import Checkpoint
+from wdmoe.backbone.export.conversion import Conversion, Group
+from wdmoe.backbone.export.expert_export import LayerExperts
+from wdmoe.backbone.export.resume import Journal
+from wdmoe.backbone.export.station_files import safetensors_parts, small_files
+from wdmoe.backbone.families import experts_names, gate_temperature, on_drop_of, rank_of, top_k_of
+from wdmoe.backbone.format.bundle import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     STATION_FOLDER,
@@ -27,13 +33,7 @@ from wdmoe.backbone.bundle import (
     manifest_bytes,
     parse_manifest,
 )
-from wdmoe.backbone.checkpoint import Checkpoint
-from wdmoe.backbone.conversion import Conversion, Group
-from wdmoe.backbone.expert_export import LayerExperts
-from wdmoe.backbone.families import experts_names, gate_temperature, on_drop_of, rank_of, top_k_of
-from wdmoe.backbone.journal import Journal
-from wdmoe.backbone.skeleton import meta_model, read_config
-from wdmoe.backbone.station_files import safetensors_parts, small_files
+from wdmoe.backbone.meta_model import meta_model, read_config
 from wdmoe.config import PRECISIONS
 from wdmoe.errors import BundleError, ConfigError
 from wdmoe.records import ExpertId

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wdmoe.backbone.bundle import FORMAT_VERSION, MANIFEST_NAME
-from wdmoe.backbone.default_model import NAME, default_checkpoint
-from wdmoe.backbone.made_once import make_once
+from wdmoe.backbone.cached_folder import make_once
+from wdmoe.backbone.default.model import NAME, default_checkpoint
+from wdmoe.backbone.format.bundle import FORMAT_VERSION, MANIFEST_NAME
 from wdmoe.backbone.split.settings import Progress, quiet
 from wdmoe.config import cache_home
 
 _RECIPE = 2  # raised whenever the same checkpoint gives another bundle; 2: with the rank in the manifest
 
 if TYPE_CHECKING:
-    from wdmoe.backbone.export import ExportProgress
+    from wdmoe.backbone.export.export import ExportProgress
 
 
 def default_bundle(
@@ -38,7 +38,7 @@ def default_bundle(
     manifest = folder / MANIFEST_NAME  # written last
     if manifest.is_file():
         return folder
-    from wdmoe.backbone.export import ExportSettings, export_bundle  # torch: seconds, and only here needed
+    from wdmoe.backbone.export.export import ExportSettings, export_bundle  # torch: seconds, and only here needed
 
     settings = ExportSettings(precision=precision, name=NAME)
     return make_once(folder, manifest.is_file, lambda: export_bundle(checkpoint, folder, settings, exporting))

@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from wdmoe.backbone.bundle import Bundle, Manifest
 from wdmoe.backbone.families import experts_modules, experts_on_meta, is_experts, router_of
-from wdmoe.backbone.skeleton import meta_model, read_config
+from wdmoe.backbone.format.bundle import Bundle, Manifest
+from wdmoe.backbone.meta_model import meta_model, read_config
 from wdmoe.errors import BundleError, ConfigError
 
 __all__ = ["Station", "experts_modules", "load_station", "router_of"]

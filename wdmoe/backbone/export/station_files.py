@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from wdmoe.backbone.bundle import STATION_FOLDER
 from wdmoe.backbone.checkpoint import DTYPES
+from wdmoe.backbone.format.bundle import STATION_FOLDER
 from wdmoe.errors import BundleError
 
 _NAMES = (
