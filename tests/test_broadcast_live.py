@@ -24,12 +24,12 @@ from PIL import Image
 from tests.fleet import Device, two_free_ports
 from tests.test_broadcast_decoder import SMALL, shaken
 from tests.test_broadcast_radio import REPORT
-from wdmoe.broadcast.aims import choose_alpha
-from wdmoe.broadcast.experiment import save_model
-from wdmoe.broadcast.hearing import Ear
-from wdmoe.broadcast.law import LAW_FILE, load_law
-from wdmoe.broadcast.reading import read_picture
-from wdmoe.broadcast.tiling import Blender
+from wdmoe.broadcast.codec.image_file import read_picture
+from wdmoe.broadcast.codec.model_file import save_model
+from wdmoe.broadcast.codec.receiver import Ear
+from wdmoe.broadcast.codec.tiling import Blender
+from wdmoe.broadcast.quality.operating_point import choose_alpha
+from wdmoe.broadcast.quality.quality_law import LAW_FILE, load_law
 from wdmoe.errors import BundleError, ConfigError, TransportError, WdmoeError
 from wdmoe.nodes.broadcast.audience import Audience
 from wdmoe.nodes.broadcast.results import prepare_folder, write_results

@@ -17,8 +17,8 @@ import pytest
 from tests.test_broadcast_decoder import SMALL, shaken
 from tests.wire_examples import a_tune
 from tests.zmq_lab import Lab, lab
-from wdmoe.broadcast.decoder_export import decoder_graph
-from wdmoe.broadcast.tiling import OVERLAP, Grid
+from wdmoe.broadcast.codec.decoder_export import decoder_graph
+from wdmoe.broadcast.codec.tiling import OVERLAP, Grid
 from wdmoe.errors import ExpertError, PeerBusyError, ProtocolError
 from wdmoe.nodes.broadcast.audience import Audience
 from wdmoe.nodes.broadcast.radio import Radio, RadioSite

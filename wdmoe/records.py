@@ -73,7 +73,7 @@ class Finished:
 
 
 class TextEngine(Protocol):
-    """What the HTTP face and the demo need of a running model. Implemented by `wdmoe.backbone.runtime.engine.Engine`."""
+    """What the HTTP face and the demo need of a running model. `wdmoe.backbone.runtime.engine.Engine` is one."""
 
     @property
     def model_name(self) -> str:

@@ -145,7 +145,7 @@ def _verify_results(folder: Path, draws: int | None) -> None:
 
 def _verify_broadcast(folder: Path, pairs: int | None) -> None:
     with needs_extra("broadcast"):
-        from wdmoe.broadcast.verify import verify_results
+        from wdmoe.broadcast.study.verify import verify_results
     from wdmoe.cli.progress import StageProgress
 
     with StageProgress(f"verify {folder.name}") as progress:
@@ -159,7 +159,7 @@ def _verify_broadcast(folder: Path, pairs: int | None) -> None:
 
 def _verify_losses(folder: Path, pairs: int | None) -> None:
     with needs_extra("broadcast"):
-        from wdmoe.broadcast.loss_results import verify_losses
+        from wdmoe.broadcast.study.loss_results import verify_losses
     from wdmoe.cli.progress import StageProgress
 
     with StageProgress(f"verify {folder.name}") as progress:

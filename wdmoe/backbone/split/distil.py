@@ -97,9 +97,8 @@ def distil_checkpoint(
     student = read_split(moe)
     source = read_dense(dense)
     tokenizer = _same_tokenizer(source, student, moe)
-    windows = _windows(
-        settings.text, text_windows.SHIPPED_CALIBRATION, tokenizer, settings.training.window, settings.tokens
-    )
+    shipped, window = text_windows.SHIPPED_CALIBRATION, settings.training.window
+    windows = _windows(settings.text, shipped, tokenizer, window, settings.tokens)
     held_out = _windows(
         settings.held_out, text_windows.SHIPPED_HELD_OUT, tokenizer, settings.held_out_window, settings.held_out_tokens
     )

@@ -61,9 +61,8 @@ def _windows(source: DenseModel, settings: SplitSettings, *, held_out: bool) -> 
     files = settings.held_out if held_out else settings.calibration
     count = (settings.held_out_tokens if held_out else settings.calibration_tokens) // settings.window
     shipped = text_windows.SHIPPED_HELD_OUT if held_out else text_windows.SHIPPED_CALIBRATION
-    return text_windows.token_windows(
-        text_windows.read_documents(files, shipped), source.tokenizer, settings.window, count
-    )
+    documents = text_windows.read_documents(files, shipped)
+    return text_windows.token_windows(documents, source.tokenizer, settings.window, count)
 
 
 def _split_layers(

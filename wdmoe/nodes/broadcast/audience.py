@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from wdmoe.broadcast.tiling import Grid, Pixels
+from wdmoe.broadcast.codec.tiling import Grid, Pixels
 from wdmoe.errors import ProtocolError
 from wdmoe.transport.codec.messages import Rows, Shown
 from wdmoe.transport.membership import Device

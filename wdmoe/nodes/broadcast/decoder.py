@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from wdmoe.broadcast.hearing import Float32Array
-from wdmoe.broadcast.tiling import SIDE, FloatTiles
+from wdmoe.broadcast.codec.receiver import Float32Array
+from wdmoe.broadcast.codec.tiling import SIDE, FloatTiles
 from wdmoe.errors import ExpertError
 from wdmoe.moe.providers import cpu_chain, session_options
 
@@ -20,7 +20,7 @@ class OnnxDecoder:
     """One user's decoder. One thread at a time calls `run`."""
 
     def __init__(self, model: bytes, threads: int) -> None:
-        """Open a file as `wdmoe.broadcast.decoder_export` writes it.
+        """Open a file as `wdmoe.broadcast.codec.decoder_export` writes it.
 
         Raises:
             ExpertError: the runtime cannot open it, or it is no such decoder.

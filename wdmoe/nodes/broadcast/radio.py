@@ -17,9 +17,9 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.broadcast.png import png_bytes
-from wdmoe.broadcast.reception import Reception, SymbolStore, plan_reception
-from wdmoe.broadcast.tiling import Blender, Pixels
+from wdmoe.broadcast.codec.png import png_bytes
+from wdmoe.broadcast.codec.reception import Reception, SymbolStore, plan_reception
+from wdmoe.broadcast.codec.tiling import Blender, Pixels
 from wdmoe.errors import ExpertError, PeerBusyError, ProtocolError, TransportError, WdmoeError
 from wdmoe.nodes.broadcast.decoder import OnnxDecoder
 from wdmoe.nodes.device_rules import WantedExpert

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wdmoe.broadcast.png import png_bytes
-from wdmoe.broadcast.quality import picture_psnr_db, picture_ssim
-from wdmoe.broadcast.sheet import SheetRow, draw_sheet
+from wdmoe.broadcast.codec.contact_sheet import SheetRow, draw_sheet
+from wdmoe.broadcast.codec.png import png_bytes
+from wdmoe.broadcast.quality.large_pictures import picture_psnr_db, picture_ssim
 from wdmoe.errors import ConfigError
 from wdmoe.nodes.broadcast.audience import Audience, Listener
 from wdmoe.nodes.broadcast.run import Sending

@@ -10,12 +10,12 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from wdmoe.broadcast.aims import choose_alpha
-from wdmoe.broadcast.decoder_export import decoder_graph
-from wdmoe.broadcast.experiment import load_model
-from wdmoe.broadcast.law import LAW_FILE, load_law
-from wdmoe.broadcast.reading import read_picture
-from wdmoe.broadcast.tiling import Pixels
+from wdmoe.broadcast.codec.decoder_export import decoder_graph
+from wdmoe.broadcast.codec.image_file import read_picture
+from wdmoe.broadcast.codec.model_file import load_model
+from wdmoe.broadcast.codec.tiling import Pixels
+from wdmoe.broadcast.quality.operating_point import choose_alpha
+from wdmoe.broadcast.quality.quality_law import LAW_FILE, load_law
 from wdmoe.errors import ConfigError
 from wdmoe.nodes.broadcast.audience import Audience
 from wdmoe.nodes.broadcast.settings import LOCAL_BIND, BroadcastSettings

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wdmoe.broadcast.hearing import HIGHEST_DB, LOWEST_DB
+from wdmoe.broadcast.codec.receiver import HIGHEST_DB, LOWEST_DB
 from wdmoe.config import state_home
 from wdmoe.errors import BundleError, ConfigError
 
@@ -23,7 +23,7 @@ class BroadcastSettings:
     out: Path  # folder for what comes back
     snr_db: tuple[float, float] = (10.0, 5.0)
     alpha: float | None = None  # None: chosen for the aim
-    aim: str = ""  # of the choice, see `wdmoe.broadcast.aims`; "": max-min
+    aim: str = ""  # of the choice, see `wdmoe.broadcast.quality.operating_point`; "": max-min
     cbr: float = 1 / 6  # complex channel uses of a block, over the values of one tile
     fading: str = "awgn"
     seed: int = 0  # of the emulated channels

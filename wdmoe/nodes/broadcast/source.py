@@ -8,10 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from wdmoe.broadcast.batches import as_pictures
-from wdmoe.broadcast.blocks import BlockPlan
-from wdmoe.broadcast.model import BroadcastCodec
-from wdmoe.broadcast.tiling import SIDE, Grid, Pixels
+from wdmoe.broadcast.codec.blocks import BlockPlan
+from wdmoe.broadcast.codec.model import BroadcastCodec, as_pictures
+from wdmoe.broadcast.codec.tiling import SIDE, Grid, Pixels
 from wdmoe.errors import BundleError
 
 

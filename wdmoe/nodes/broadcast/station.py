@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from wdmoe.broadcast.blocks import share_of
+from wdmoe.broadcast.codec.blocks import share_of
 from wdmoe.errors import ProtocolError, TransportError, WdmoeError
 from wdmoe.nodes.addresses import data_bind, dial_endpoints
 from wdmoe.nodes.broadcast.audience import Audience, Listener
