@@ -16,8 +16,8 @@ from tests.fleet import PATIENCE_S, Fleet
 from tests.test_spine import greedy
 from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.errors import ExpertsUnavailableError
-from wdmoe.nodes.base_station import BaseStation
-from wdmoe.nodes.device_session import BEATS_PER_LEASE
+from wdmoe.nodes.base_station.base_station import BaseStation
+from wdmoe.nodes.device.session import BEATS_PER_LEASE
 from wdmoe.receipt import Receipt
 from wdmoe.records import Finished, GenerationRequest, Sampling, TextDelta
 

@@ -18,7 +18,7 @@ from wdmoe.broadcast.codec.decoder_export import INPUTS, IR_VERSION, OPSET, deco
 from wdmoe.broadcast.codec.model import BroadcastCodec, ModelSettings
 from wdmoe.broadcast.codec.receiver import Ear
 from wdmoe.errors import ConfigError, ExpertError
-from wdmoe.nodes.broadcast.decoder import OnnxDecoder
+from wdmoe.nodes.device.broadcast_decoder import OnnxDecoder
 from wdmoe.wireless.broadcast import broadcast_awgn, broadcast_rayleigh
 
 TOLERANCE = 1e-4  # of the ONNX decoders against PyTorch

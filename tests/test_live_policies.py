@@ -22,7 +22,7 @@ from wdmoe.config import POLICIES, RANKS, StationSettings
 from wdmoe.errors import BundleError, ConfigError
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.moe.select import Costs, Demand, choose
-from wdmoe.nodes.layer_rules import layer_rules
+from wdmoe.nodes.base_station.layer_rules import layer_rules
 from wdmoe.receipt import Ledger, Receipt
 from wdmoe.records import GenerationRequest, Sampling, TextDelta
 from wdmoe.solver import select_experts, shed_bottleneck

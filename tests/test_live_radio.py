@@ -25,8 +25,8 @@ from wdmoe.config import DeviceSettings, LinkEmulation, StationSettings
 from wdmoe.errors import ConfigError
 from wdmoe.moe.bandwidth_share import Air
 from wdmoe.moe.health import DeviceHealth
-from wdmoe.nodes.device import run_device
-from wdmoe.nodes.link_emulation import REPLY_HEADER_BYTES, EmulatedLink, shannon_bps
+from wdmoe.nodes.device.device import run_device
+from wdmoe.nodes.device.link_emulation import REPLY_HEADER_BYTES, EmulatedLink, shannon_bps
 from wdmoe.solver.bandwidth import Links, allocate_bandwidth
 from wdmoe.transport.codec.messages import Result
 from wdmoe.transport.routing import DeviceRoute

@@ -21,7 +21,7 @@ from wdmoe.moe.providers import (
     cuda_chain,
     tensorrt_chain,
 )
-from wdmoe.nodes import hardware
+from wdmoe.nodes.device import hardware
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,18 @@ import numpy as np
 
 from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.errors import BundleError, TransportError, WdmoeError
-from wdmoe.nodes.entrance import Entrance
-from wdmoe.nodes.placing import Arrangement, Catalogue, Host, Wishes, arrange, holdings, knows_link, routing, wanted
+from wdmoe.nodes.authentication import Entrance
+from wdmoe.nodes.base_station.placement import (
+    Arrangement,
+    Catalogue,
+    Host,
+    Wishes,
+    arrange,
+    holdings,
+    knows_link,
+    routing,
+    wanted,
+)
 from wdmoe.records import ExpertId
 from wdmoe.transport.channel import ControlStation, Envelope
 from wdmoe.transport.codec.messages import (

@@ -24,11 +24,11 @@ import numpy as np
 from wdmoe.broadcast.codec.blocks import share_of
 from wdmoe.errors import ProtocolError, TransportError, WdmoeError
 from wdmoe.nodes.addresses import data_bind, dial_endpoints
-from wdmoe.nodes.broadcast.audience import Audience, Listener
-from wdmoe.nodes.broadcast.radio import DECODER
-from wdmoe.nodes.broadcast.source import SymbolSource
-from wdmoe.nodes.entrance import GuardedEntrance
-from wdmoe.nodes.together import in_thread
+from wdmoe.nodes.authentication import GuardedEntrance
+from wdmoe.nodes.broadcast_station.listeners import Audience, Listener
+from wdmoe.nodes.broadcast_station.symbol_source import SymbolSource
+from wdmoe.nodes.device.broadcast_receiver import DECODER
+from wdmoe.nodes.tasks import in_thread
 from wdmoe.transport.channel import Envelope
 from wdmoe.transport.codec.messages import (
     Chunk,

@@ -29,11 +29,11 @@ from wdmoe.errors import ConfigError, TransportError, WdmoeError
 from wdmoe.moe.layer import ExpertLayers
 from wdmoe.moe.select import Demand
 from wdmoe.nodes.addresses import data_bind, dial_endpoints, remember_endpoints
-from wdmoe.nodes.control_plane import ControlPlane
-from wdmoe.nodes.entrance import Entrance, GuardedEntrance, OpenEntrance
-from wdmoe.nodes.layer_rules import layer_rules
-from wdmoe.nodes.overview import describe
-from wdmoe.nodes.placing import Wishes
+from wdmoe.nodes.authentication import Entrance, GuardedEntrance, OpenEntrance
+from wdmoe.nodes.base_station.control_plane import ControlPlane
+from wdmoe.nodes.base_station.layer_rules import layer_rules
+from wdmoe.nodes.base_station.placement import Wishes
+from wdmoe.nodes.base_station.status import describe
 from wdmoe.receipt import Ledger
 from wdmoe.records import ExpertId
 from wdmoe.solver.placement.file import read_placement, write_placement

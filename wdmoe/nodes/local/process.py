@@ -1,19 +1,27 @@
-"""A `wdmoe-node` command in a process of its own, its output in files."""
+"""A `wdmoe-node` command in a process of its own, its output in files. It ends with its parent at the latest.
+
+Linux sends a signal even where the parent was killed and could clean up nothing. The request for it outlasts exec.
+`python -m wdmoe.nodes.local.process PARENT_PID WORDS...` makes it before the command begins, and not in a fork of a
+program with threads (`preexec_fn`). It is bound to the *thread* that started the process: start children on a thread
+that lives as long as they shall.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from wdmoe.errors import WdmoeError
-from wdmoe.nodes import leash
 
 _TAIL_BYTES = 4096
 _OURS = ("WDMOE_JOIN", "WDMOE_API_KEY")  # would change what the command does
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class ChildError(WdmoeError):
@@ -37,7 +45,7 @@ class Child:
         try:
             with self.out.open("wb") as out, self.log.open("wb") as log:
                 self._process = subprocess.Popen(
-                    leash.command(words),
+                    _bound_to_us(words),
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=log,
@@ -99,3 +107,22 @@ def end_all(children: Iterable[Child], timeout_s: float) -> None:
     until_s = time.monotonic() + timeout_s
     for child in children:
         child.end(until_s - time.monotonic())
+
+
+def _bound_to_us(words: Sequence[str]) -> list[str]:
+    """What to run so that `wdmoe-node WORDS` ends with this process at the latest."""
+    return [sys.executable, "-m", "wdmoe.nodes.local.process", str(os.getpid()), *words]
+
+
+def main() -> None:
+    """Ask for the signal, then become the command."""
+    parent, words = int(sys.argv[1]), sys.argv[2:]
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it died before it could be watched
+        sys.exit(1)
+    os.execv(sys.executable, [sys.executable, "-m", "wdmoe", *words])  # noqa: S606 - no shell is wanted
+
+
+if __name__ == "__main__":
+    main()

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from wdmoe.errors import ExpertError
 from wdmoe.moe.expert import ExpertRunner
-from wdmoe.nodes.device_rules import Changes, WantedExpert, changes, wanted_experts
-from wdmoe.nodes.expert_cache import ExpertCache
-from wdmoe.nodes.together import in_thread, run_together
+from wdmoe.nodes.device.expert_cache import ExpertCache
+from wdmoe.nodes.device.rules import Changes, WantedExpert, changes, wanted_experts
+from wdmoe.nodes.tasks import in_thread, run_together
 from wdmoe.records import ExpertId
 from wdmoe.transport.codec.messages import Place
 

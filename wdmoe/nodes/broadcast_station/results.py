@@ -11,8 +11,8 @@ from wdmoe.broadcast.codec.contact_sheet import SheetRow, draw_sheet
 from wdmoe.broadcast.codec.png import png_bytes
 from wdmoe.broadcast.quality.large_pictures import picture_psnr_db, picture_ssim
 from wdmoe.errors import ConfigError
-from wdmoe.nodes.broadcast.audience import Audience, Listener
-from wdmoe.nodes.broadcast.run import Sending
+from wdmoe.nodes.broadcast_station.listeners import Audience, Listener
+from wdmoe.nodes.broadcast_station.run import Sending
 
 FORMAT = 1
 SHEET, RESULT = "sheet.png", "result.json"

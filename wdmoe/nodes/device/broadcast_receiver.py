@@ -21,10 +21,10 @@ from wdmoe.broadcast.codec.png import png_bytes
 from wdmoe.broadcast.codec.reception import Reception, SymbolStore, plan_reception
 from wdmoe.broadcast.codec.tiling import Blender, Pixels
 from wdmoe.errors import ExpertError, PeerBusyError, ProtocolError, TransportError, WdmoeError
-from wdmoe.nodes.broadcast.decoder import OnnxDecoder
-from wdmoe.nodes.device_rules import WantedExpert
-from wdmoe.nodes.expert_cache import ExpertCache
-from wdmoe.nodes.together import in_thread, run_together, run_unless
+from wdmoe.nodes.device.broadcast_decoder import OnnxDecoder
+from wdmoe.nodes.device.expert_cache import ExpertCache
+from wdmoe.nodes.device.rules import WantedExpert
+from wdmoe.nodes.tasks import in_thread, run_together, run_unless
 from wdmoe.records import ExpertId
 from wdmoe.transport.codec.messages import Failure, Message, Pilot, Rows, Shown, Symbols, Tune, Tuned
 from wdmoe.transport.zmq.pubsub import Tuner

@@ -11,13 +11,13 @@ from typing import TypeAlias
 import numpy as np
 
 from wdmoe.errors import ProtocolError, RefusedError, TransportError
-from wdmoe.nodes.broadcast.radio import Radio, RadioSite
-from wdmoe.nodes.compute_thread import ComputeThread
-from wdmoe.nodes.device_rules import wanted_experts
-from wdmoe.nodes.expert_fetch import ExpertFetcher
-from wdmoe.nodes.hardware import resident_bytes
-from wdmoe.nodes.holdings import Holdings
-from wdmoe.nodes.together import run_together, run_unless
+from wdmoe.nodes.device.broadcast_receiver import Radio, RadioSite
+from wdmoe.nodes.device.compute_thread import ComputeThread
+from wdmoe.nodes.device.expert_fetch import ExpertFetcher
+from wdmoe.nodes.device.expert_store import Holdings
+from wdmoe.nodes.device.hardware import resident_bytes
+from wdmoe.nodes.device.rules import wanted_experts
+from wdmoe.nodes.tasks import run_together, run_unless
 from wdmoe.transport.channel import ControlLink
 from wdmoe.transport.codec.messages import (
     Chunk,

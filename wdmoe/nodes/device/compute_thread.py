@@ -18,7 +18,7 @@ from queue import Empty, SimpleQueue
 from wdmoe.config import LinkEmulation
 from wdmoe.errors import ExpertError, ProtocolError, RefusedError, TransportError
 from wdmoe.moe.expert import ExpertRunner
-from wdmoe.nodes.link_emulation import REPLY_HEADER_BYTES, EmulatedLink, sleep_until
+from wdmoe.nodes.device.link_emulation import REPLY_HEADER_BYTES, EmulatedLink, sleep_until
 from wdmoe.transport.channel import DataLink, Envelope
 from wdmoe.transport.codec.messages import Activations, Attach, Attached, Failure, Goodbye, Message, Result, Run
 

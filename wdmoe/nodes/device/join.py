@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from wdmoe.config import DeviceSettings
 from wdmoe.errors import ConfigError, ProtocolError, TransportError
-from wdmoe.nodes.device_session import SentAwayError
+from wdmoe.nodes.device.session import SentAwayError
 from wdmoe.transport.channel import ControlLink, DataLink
 from wdmoe.transport.codec.messages import Failure, Goodbye, Hello, Message, Welcome
 from wdmoe.transport.security.join_tokens import parse_token

@@ -8,8 +8,8 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator
 
 from wdmoe.errors import ExpertError, TransportError
-from wdmoe.nodes.device_rules import WantedExpert
-from wdmoe.nodes.together import in_thread, run_together
+from wdmoe.nodes.device.rules import WantedExpert
+from wdmoe.nodes.tasks import in_thread, run_together
 from wdmoe.records import ExpertId
 from wdmoe.transport.codec.messages import Chunk, Fetch
 

@@ -16,16 +16,16 @@ from collections.abc import Callable
 from wdmoe.config import DeviceSettings
 from wdmoe.errors import ProtocolError, RefusedError, TransportError
 from wdmoe.moe.expert import ExpertRunner
-from wdmoe.nodes import hardware
-from wdmoe.nodes.broadcast.radio import RadioSite
-from wdmoe.nodes.compute_thread import ComputeThread
-from wdmoe.nodes.device_rules import retry_delay_s
-from wdmoe.nodes.device_session import DeviceSession, SentAwayError
-from wdmoe.nodes.expert_cache import ExpertCache
-from wdmoe.nodes.holdings import Holdings
-from wdmoe.nodes.joining import Dialer, introduce, open_dialer
-from wdmoe.nodes.opener import ExpertOpener, expert_opener
-from wdmoe.nodes.together import in_thread, run_together
+from wdmoe.nodes.device import hardware
+from wdmoe.nodes.device.broadcast_receiver import RadioSite
+from wdmoe.nodes.device.compute_thread import ComputeThread
+from wdmoe.nodes.device.expert_cache import ExpertCache
+from wdmoe.nodes.device.expert_opening import ExpertOpener, expert_opener
+from wdmoe.nodes.device.expert_store import Holdings
+from wdmoe.nodes.device.join import Dialer, introduce, open_dialer
+from wdmoe.nodes.device.rules import retry_delay_s
+from wdmoe.nodes.device.session import DeviceSession, SentAwayError
+from wdmoe.nodes.tasks import in_thread, run_together
 from wdmoe.records import DeviceReport
 from wdmoe.transport.channel import ControlLink
 from wdmoe.transport.codec.messages import Goodbye, Hello, Place, Welcome

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from wdmoe.backbone.format.bundle import Manifest
 from wdmoe.config import StationSettings
 from wdmoe.moe.health import DeviceHealth
-from wdmoe.nodes.control_plane import ControlPlane
-from wdmoe.nodes.layer_rules import rank_of
+from wdmoe.nodes.base_station.control_plane import ControlPlane
+from wdmoe.nodes.base_station.layer_rules import rank_of
 from wdmoe.transport.exchange import ExchangeCounters
 from wdmoe.transport.membership import Device
 

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 
 from wdmoe.config import LinkEmulation
 from wdmoe.errors import TransportError
-from wdmoe.nodes.child import Child, end_all
-from wdmoe.nodes.station_client import StationClient
+from wdmoe.nodes.local.process import Child, end_all
+from wdmoe.nodes.local.station_client import StationClient
 
 DEADLINE = "5s"  # for one layer: a full prefill chunk over a slow link takes a second, and nothing shall be lost
 LEASE = "15s"  # ten processes may share two cores, and starting them is the busiest time

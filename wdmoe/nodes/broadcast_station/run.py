@@ -17,12 +17,12 @@ from wdmoe.broadcast.codec.tiling import Pixels
 from wdmoe.broadcast.quality.operating_point import choose_alpha
 from wdmoe.broadcast.quality.quality_law import LAW_FILE, load_law
 from wdmoe.errors import ConfigError
-from wdmoe.nodes.broadcast.audience import Audience
-from wdmoe.nodes.broadcast.settings import LOCAL_BIND, BroadcastSettings
-from wdmoe.nodes.broadcast.source import SymbolSource
-from wdmoe.nodes.broadcast.station import BroadcastStation, Job, Progress, Site
-from wdmoe.nodes.child import Child, ChildError, end_all
-from wdmoe.nodes.together import in_thread
+from wdmoe.nodes.broadcast_station.listeners import Audience
+from wdmoe.nodes.broadcast_station.settings import LOCAL_BIND, BroadcastSettings
+from wdmoe.nodes.broadcast_station.station import BroadcastStation, Job, Progress, Site
+from wdmoe.nodes.broadcast_station.symbol_source import SymbolSource
+from wdmoe.nodes.local.process import Child, ChildError, end_all
+from wdmoe.nodes.tasks import in_thread
 
 NAMES = ("user-1", "user-2")  # of the local device processes
 _LOCAL_LEASE_S = 15.0  # both share this machine with the encoder; one that ended is seen at once
