@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from wdmoe.errors import RequestError
 from wdmoe.receipt import Receipt, StageSeconds
 from wdmoe.records import Finished, GenerationRequest, TextDelta
-from wdmoe.serving.limits import ServingLimits
+from wdmoe.serving.requests import ServingLimits
 from wdmoe.serving.server import serve_http
 
 MODEL = "echo-moe"

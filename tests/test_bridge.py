@@ -14,7 +14,7 @@ from families import save_tiny
 
 from wdmoe.backbone.record_trace import record_trace
 from wdmoe.errors import ConfigError
-from wdmoe.simulation.bridge import at_mean_snr, hears_no_noise, mean_snr_db
+from wdmoe.simulation.reports.snr_sweep import at_mean_snr, hears_no_noise, mean_snr_db
 from wdmoe.simulation.results import verify_results
 from wdmoe.simulation.scenario import load_scenario, parse_scenario
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wdmoe.errors import ConfigError
-from wdmoe.simulation.drawing import make_draw
+from wdmoe.simulation.channel_draw import make_draw
 from wdmoe.simulation.results import draws_text
 from wdmoe.simulation.scenario import Scenario, parse_scenario
 from wdmoe.simulation.study import Study, run_study

@@ -22,7 +22,7 @@ from wdmoe.cli.params import (
     chosen_policy,
 )
 from wdmoe.cli.running import run_until_stopped
-from wdmoe.config import ALLOCATIONS, POLICIES, PROVIDERS, RANKS, DeviceSettings, LinkEmulation
+from wdmoe.config import ALLOCATIONS, POLICIES, PROVIDERS, RANKS, DeviceSettings, LinkEmulation, StationSettings
 
 
 @click.command()

@@ -20,12 +20,11 @@ from wdmoe.backbone.evaluation.simulated_experts import Order, PlannedExperts
 from wdmoe.backbone.perplexity import window_nats
 from wdmoe.errors import ConfigError
 from wdmoe.results.gate_trace import GateTrace
-from wdmoe.simulation.drawing import Draw, make_draw
-from wdmoe.simulation.passing import Replay
-from wdmoe.simulation.placing import Holders, holders_of
-from wdmoe.simulation.scenario import Scenario, Variant
+from wdmoe.simulation.channel_draw import Draw, make_draw
+from wdmoe.simulation.placement import Holders, holders_of
+from wdmoe.simulation.replay import Replay
+from wdmoe.simulation.scenario import Scenario, Variant, find_trace
 from wdmoe.simulation.statistics import mean_and_interval
-from wdmoe.simulation.traces import find_trace
 from wdmoe.solver.layer.plan import LayerPlan, carried_out, plan_layer
 from wdmoe.wireless.analog_code import Spectrum
 

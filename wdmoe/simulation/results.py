@@ -32,11 +32,10 @@ from wdmoe.results.folder import (
     write_manifest,
 )
 from wdmoe.simulation.figures import draw_figures
-from wdmoe.simulation.passing import OUTCOMES
-from wdmoe.simulation.scenario import Scenario, parse_scenario
+from wdmoe.simulation.replay import OUTCOMES
+from wdmoe.simulation.scenario import Scenario, find_trace, parse_scenario
 from wdmoe.simulation.statistics import Summary, records_text, summarise
 from wdmoe.simulation.study import Progress, Study, run_study
-from wdmoe.simulation.traces import find_trace
 
 # Writes more files into the folder; gives their names, and what the manifest shall say beside them.
 Beside = Callable[[Path, Sequence[Summary]], tuple[list[str], dict[str, Any]]]

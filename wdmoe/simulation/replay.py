@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from wdmoe.config import RANKS
 from wdmoe.results.gate_trace import GateTrace
-from wdmoe.simulation.drawing import Draw
-from wdmoe.simulation.placing import Holders
+from wdmoe.simulation.channel_draw import Draw
+from wdmoe.simulation.placement import Holders
 from wdmoe.simulation.scenario import Scenario, Variant
 from wdmoe.solver.layer.plan import carried_out, plan_layer
 from wdmoe.solver.ranking import rank_weights

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from wdmoe.receipt import Receipt, StageSeconds
 from wdmoe.records import TextDelta
-from wdmoe.serving.jobs import Job
+from wdmoe.serving.requests import Job
+
+STATES = ("ok", "degraded", "waiting")
 
 
 def whole_answer(job: Job, texts: Sequence[str], reasons: Sequence[str], receipt: Receipt) -> dict[str, Any]:
@@ -108,3 +110,24 @@ def _chunk_kind(job: Job) -> str:
 def _head(job: Job, kind: str) -> dict[str, Any]:
     prefix = "chatcmpl" if job.chat else "cmpl"
     return {"id": f"{prefix}-{job.request_id}", "object": kind, "created": job.created, "model": job.model}
+
+
+def device_count(status: Mapping[str, object]) -> int:
+    """Devices that take part."""
+    devices = status.get("devices")
+    return len(devices) if isinstance(devices, (list, tuple)) else 0
+
+
+def health(status: Mapping[str, object]) -> dict[str, object]:
+    """The body of /health.
+
+    The engine states what it knows under these names; all are optional, and more may follow:
+
+    - `state`: "ok", "degraded" (an expert has no device) or "waiting" (no expert has one);
+    - `devices`: a list of objects, one for each device that takes part (`name` among their fields).
+    """
+    devices = device_count(status)
+    state = status.get("state")
+    if state not in STATES:
+        state = "ok" if devices else "waiting"
+    return {"status": state, "devices": devices}

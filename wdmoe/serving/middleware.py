@@ -9,8 +9,8 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from wdmoe.serving.errors import Problem, problem_from
 from wdmoe.serving.metrics import Metrics
-from wdmoe.serving.problems import Problem, problem_from
 
 _log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from wdmoe.errors import ConfigError
-from wdmoe.simulation.drawing import make_draw
+from wdmoe.simulation.channel_draw import make_draw
 from wdmoe.simulation.figures import STYLE, save_figure
 from wdmoe.simulation.scenario import Scenario, Variant, parse_scenario
 from wdmoe.simulation.statistics import Summary, records_text

@@ -15,12 +15,11 @@ from starlette.types import Receive, Scope, Send
 from wdmoe.errors import CancelledRequestError
 from wdmoe.receipt import Receipt
 from wdmoe.records import Finished, TextDelta, TextEngine
-from wdmoe.serving import answers
+from wdmoe.serving import responses
+from wdmoe.serving.errors import problem_from, shutting_down
 from wdmoe.serving.generation import Step, run
-from wdmoe.serving.jobs import Job
-from wdmoe.serving.limits import ServingLimits
 from wdmoe.serving.metrics import Metrics
-from wdmoe.serving.problems import problem_from, shutting_down
+from wdmoe.serving.requests import Job, ServingLimits
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -81,9 +80,9 @@ class Reply(Response):
                     ends[step.index] = step.event
                     self._service.metrics.finished(step.event.reason, step.event.receipt)
         ordered = [ends[index] for index in range(len(texts))]
-        receipt = answers.merge_receipts([end.receipt for end in ordered])
+        receipt = responses.merge_receipts([end.receipt for end in ordered])
         reasons = [end.reason for end in ordered]
-        body = answers.whole_answer(self._job, ["".join(parts) for parts in texts], reasons, receipt)
+        body = responses.whole_answer(self._job, ["".join(parts) for parts in texts], reasons, receipt)
         await JSONResponse(body)(scope, receive, send)
 
     async def _send_stream(self, send: Send) -> None:
@@ -95,12 +94,12 @@ class Reply(Response):
                 first = step.index not in begun
                 begun.add(step.index)
                 if isinstance(step.event, TextDelta):
-                    event = answers.chunk(self._job, step.index, step.event.text, first=first, token=step.event)
+                    event = responses.chunk(self._job, step.index, step.event.text, first=first, token=step.event)
                     await _send_event(send, event)  # also without text: a token was made, and somebody may count
                     continue
                 receipts.append(step.event.receipt)
                 self._service.metrics.finished(step.event.reason, step.event.receipt)
-                end = answers.chunk(
+                end = responses.chunk(
                     self._job,
                     step.index,
                     "",
@@ -110,7 +109,7 @@ class Reply(Response):
                 )
                 await _send_event(send, end)
         if self._job.include_usage:
-            await _send_event(send, answers.usage_chunk(self._job, answers.merge_receipts(receipts)))
+            await _send_event(send, responses.usage_chunk(self._job, responses.merge_receipts(receipts)))
         await _send_text(send, "[DONE]", last=True)
 
     async def _start(self, send: Send) -> None:
