@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
+from wdmoe.arrays import Float32Array, FloatArray, Int32Array
 from wdmoe.solver.combining import group_by_device
-from wdmoe.transport.codec.messages import Activations, Float32Array, Int32Array
+from wdmoe.transport.codec.messages import Activations
 from wdmoe.transport.exchange import Exchange, Order, Reply
 from wdmoe.transport.routing import DeviceRoute
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

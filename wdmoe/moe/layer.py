@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import Float32Array, FloatArray, Int32Array
 from wdmoe.errors import ExpertsUnavailableError
 from wdmoe.moe.bandwidth_share import Air
 from wdmoe.moe.combine import Answer, Share, arrived_weight, combine
@@ -24,13 +25,12 @@ from wdmoe.moe.health import DeviceHealth
 from wdmoe.moe.select import Chosen, Costs, Demand, choose, substitute
 from wdmoe.receipt import Ledger
 from wdmoe.solver.combining import is_finite
-from wdmoe.transport.codec.messages import Activations, Float32Array, Int32Array
+from wdmoe.transport.codec.messages import Activations
 from wdmoe.transport.exchange import Exchange
 from wdmoe.transport.routing import Routing
 
 log = logging.getLogger(__name__)
 
-FloatArray = npt.NDArray[np.float64]
 NOTHING = 1e-6  # share of a token's gate weight below which it counts as unanswered
 
 

@@ -8,15 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import Float32Array, FloatArray, Int32Array
 from wdmoe.errors import BundleError
 from wdmoe.solver.bandwidth import Links
 from wdmoe.solver.bottleneck import shed_bottleneck
 from wdmoe.solver.budget import select_within_budget
 from wdmoe.solver.ranking import rank_weights
 from wdmoe.solver.selection import prune_experts
-from wdmoe.transport.codec.messages import Float32Array, Int32Array
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.broadcast.quality.metrics import FloatArray
+from wdmoe.arrays import FloatArray
 from wdmoe.errors import ConfigError
 
 FORMAT = 1

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from wdmoe.arrays import Float32Array, Int32Array
 from wdmoe.backbone.evaluation.trace_recorder import TraceRecorder
 from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.backbone.runtime.engine import Engine
@@ -38,7 +39,7 @@ from wdmoe.receipt import Ledger
 from wdmoe.records import ExpertId
 from wdmoe.solver.placement.file import read_placement, write_placement
 from wdmoe.transport.channel import Envelope
-from wdmoe.transport.codec.messages import Float32Array, Int32Array, Message
+from wdmoe.transport.codec.messages import Message
 from wdmoe.transport.exchange import Exchange
 from wdmoe.transport.routing import Routing
 from wdmoe.transport.security.admission import Admission

@@ -17,9 +17,10 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import Pixels
 from wdmoe.broadcast.codec.png import png_bytes
 from wdmoe.broadcast.codec.reception import Reception, SymbolStore, plan_reception
-from wdmoe.broadcast.codec.tiling import Blender, Pixels
+from wdmoe.broadcast.codec.tiling import Blender
 from wdmoe.errors import ExpertError, PeerBusyError, ProtocolError, TransportError, WdmoeError
 from wdmoe.nodes.device.broadcast_decoder import OnnxDecoder
 from wdmoe.nodes.device.expert_cache import ExpertCache
