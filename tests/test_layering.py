@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "errors": 0,
     "units": 0,
+    "arrays": 1,
     "config": 1,
+    "layer_call": 1,
     "receipt": 1,
     "records": 1,
     "results": 1,
