@@ -16,7 +16,7 @@ import numpy as np
 
 from wdmoe.errors import BundleError, TransportError, WdmoeError
 from wdmoe.nodes.authentication import Entrance
-from wdmoe.nodes.tasks import run_together
+from wdmoe.tasks import run_together
 from wdmoe.transport.channel import ControlStation, Envelope
 from wdmoe.transport.codec.messages import Attached, Chunk, Failure, Fetch, Goodbye, Hello, Message, Ping, Pong, Welcome
 from wdmoe.transport.membership import (

@@ -13,9 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from wdmoe.backbone.evaluation.trace_recorder import TraceRecorder
@@ -35,6 +33,7 @@ from wdmoe.nodes.base_station.placement import Wishes
 from wdmoe.nodes.base_station.status import describe
 from wdmoe.records import ExpertId
 from wdmoe.solver.placement.file import read_placement, write_placement
+from wdmoe.tasks import OpenedInSteps
 from wdmoe.transport.channel import Envelope
 from wdmoe.transport.codec.messages import Message
 from wdmoe.transport.exchange import Exchange
@@ -52,37 +51,24 @@ MOST_TRACED_TOKENS = 32_768  # some 35 MB with the default model, ten times that
 SWITCH_INTERVAL_S = 0.0005  # the model thread must get the GIL back soon after the network woke it
 
 
-class BaseStation:
-    """One running base station. `engine` answers requests once devices serve the experts."""
+class BaseStation(OpenedInSteps):
+    """One running base station. `engine` answers requests once devices serve the experts.
+
+    At the end it stops taking work, ends what runs and says goodbye to the devices.
+
+    Raises (from `async with`):
+        BundleError: the bundle cannot be used.
+        ConfigError: a setting, key file or placement file cannot be used.
+        TransportError: an address cannot be bound.
+    """
 
     engine: Engine
 
     def __init__(self, settings: StationSettings) -> None:
+        super().__init__()
         self._settings = settings
         self._options = SocketOptions()
         self._routing = Routing()
-        self._stack = AsyncExitStack()
-
-    async def __aenter__(self) -> BaseStation:
-        """Open everything.
-
-        Raises:
-            BundleError: the bundle cannot be used.
-            ConfigError: a setting, key file or placement file cannot be used.
-            TransportError: an address cannot be bound.
-        """
-        try:
-            await self._open()
-        except BaseException:
-            await self._stack.aclose()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop taking work, end what runs, say goodbye to the devices, close."""
-        await self._stack.aclose()
 
     async def run(self) -> None:
         """Serve until cancelled; a bug in the control plane comes out here."""

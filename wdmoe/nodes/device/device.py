@@ -25,8 +25,8 @@ from wdmoe.nodes.device.expert_store import Holdings
 from wdmoe.nodes.device.join import Dialer, introduce, open_dialer
 from wdmoe.nodes.device.rules import retry_delay_s
 from wdmoe.nodes.device.session import DeviceSession, SentAwayError
-from wdmoe.nodes.tasks import in_thread, run_together
 from wdmoe.records import DeviceReport
+from wdmoe.tasks import in_thread, run_together
 from wdmoe.transport.channel import ControlLink
 from wdmoe.transport.codec.messages import Goodbye, Hello, Place, Welcome
 

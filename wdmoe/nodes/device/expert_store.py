@@ -13,8 +13,8 @@ from wdmoe.errors import ExpertError
 from wdmoe.moe.expert import ExpertRunner
 from wdmoe.nodes.device.expert_cache import ExpertCache
 from wdmoe.nodes.device.rules import Changes, WantedExpert, changes, wanted_experts
-from wdmoe.nodes.tasks import in_thread, run_together
 from wdmoe.records import ExpertId
+from wdmoe.tasks import in_thread, run_together
 from wdmoe.transport.codec.messages import Place
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from wdmoe.nodes.device.expert_fetch import ExpertFetcher
 from wdmoe.nodes.device.expert_store import Holdings
 from wdmoe.nodes.device.hardware import resident_bytes
 from wdmoe.nodes.device.rules import wanted_experts
-from wdmoe.nodes.tasks import run_together, run_until_first
+from wdmoe.tasks import run_together, run_until_first
 from wdmoe.transport.channel import ControlLink
 from wdmoe.transport.codec.messages import (
     Chunk,
