@@ -26,7 +26,7 @@ from wdmoe.config import StationSettings
 from wdmoe.errors import ConfigError, TransportError, WdmoeError
 from wdmoe.moe.layer import ExpertLayers
 from wdmoe.nodes.addresses import data_bind, dial_endpoints, remember_endpoints
-from wdmoe.nodes.authentication import Entrance, GuardedEntrance, OpenEntrance
+from wdmoe.nodes.authentication import Authentication, CurveAuthentication, NoAuthentication
 from wdmoe.nodes.base_station.control_plane import ControlPlane
 from wdmoe.nodes.base_station.layer_rules import layer_rules
 from wdmoe.nodes.base_station.placement import Wishes
@@ -124,7 +124,7 @@ class BaseStation(OpenedInSteps):
         self.control = ControlPlane(
             self._control_channel,
             self.bundle,
-            self._entrance,
+            self._authentication,
             self,
             data_port=int(self._data.endpoint.rsplit(":", 1)[1]),
             lease_s=settings.lease_s,
@@ -155,7 +155,7 @@ class BaseStation(OpenedInSteps):
         self._stack.callback(context.term)
         security: StationSecurity | None = None
         self.admission: Admission | None = None
-        self._entrance: Entrance = OpenEntrance()
+        self._authentication: Authentication = NoAuthentication()
         if settings.insecure:
             log.warning("no encryption: anyone on this network may read, inject and join")
         else:
@@ -164,7 +164,7 @@ class BaseStation(OpenedInSteps):
             door = Door(context, self.admission)
             self._stack.callback(door.close)
             security = StationSecurity(self._keys, door)
-            self._entrance = GuardedEntrance(self.admission)
+            self._authentication = CurveAuthentication(self.admission)
         self._control_channel = open_control_station(context, settings.bind, security, options)
         self._stack.callback(self._control_channel.close)
         bind = data_bind(self._control_channel.endpoint, settings.bind, settings.data_port)

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 from wdmoe.broadcast.codec.blocks import share_of
 from wdmoe.errors import ProtocolError, TransportError
 from wdmoe.nodes.addresses import data_bind, dial_endpoints
-from wdmoe.nodes.authentication import GuardedEntrance
+from wdmoe.nodes.authentication import CurveAuthentication
 from wdmoe.nodes.broadcast_station.listeners import Audience, Listener
 from wdmoe.nodes.broadcast_station.symbol_source import SymbolSource
 from wdmoe.nodes.device.broadcast_receiver import DECODER
@@ -211,7 +211,7 @@ class BroadcastStation(OpenedInSteps, Host):
         self._stack.callback(self._transmitter.close)
         self._endpoints = dial_endpoints(channel.endpoint, self._site.advertise)
         terms = Terms(model=MODEL_NAME, lease_s=self._site.lease_s, max_message_bytes=SocketOptions().max_message_bytes)
-        self._sessions = Sessions(channel, GuardedEntrance(self._admission), terms, self)
+        self._sessions = Sessions(channel, CurveAuthentication(self._admission), terms, self)
         self._stack.push_async_callback(self._sessions.say_goodbye, "the broadcast is over")
 
     # ---- what this station adds to its sessions

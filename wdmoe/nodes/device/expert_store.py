@@ -36,7 +36,7 @@ class _Tally:
     failed: list[str] = field(default_factory=list)
 
 
-class Holdings:
+class ExpertStore:
     """The experts of this device. They outlive sessions: what is still wanted after one is ready at once."""
 
     def __init__(self, runner: ExpertRunner, cache: ExpertCache, memory_bytes: int) -> None:
