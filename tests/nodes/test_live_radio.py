@@ -87,9 +87,8 @@ def test_policies_know_a_device_by_its_part_of_an_equal_band() -> None:
     assert air.links(other_s).table[4].tolist() == other_s.tolist()
     alone = air.share([0, 5, 0], other_s)
     assert alone[1] == pytest.approx(BAND_HZ)
-    np.testing.assert_array_equal(
-        SharedBand(routes(), bits, BAND_HZ, equal=True).share([0, 5, 0], other_s), [each_hz] * 3
-    )
+    equal = SharedBand(routes(), bits, BAND_HZ, equal=True)
+    np.testing.assert_array_equal(equal.share([0, 5, 0], other_s), [each_hz] * 3)
     own = SharedBand(routes(), bits, 0.0, equal=False)
     assert not own.each_s.any()
     assert not own.links(other_s).table[:2].any()
