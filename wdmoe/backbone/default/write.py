@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from wdmoe.backbone.bundle import STATION_FOLDER
 from wdmoe.backbone.default.card import decided_card
-from wdmoe.backbone.export import ExportProgress, ExportSettings, WeightsInMemory, export_tensors
+from wdmoe.backbone.export.export import ExportProgress, ExportSettings, WeightsInMemory, export_tensors
+from wdmoe.backbone.export.station_files import small_files
+from wdmoe.backbone.format.bundle import STATION_FOLDER
 from wdmoe.backbone.split.checkpoint import moe_fields, moe_model, write_checkpoint
 from wdmoe.backbone.split.decided import apply_decisions, split_settings
 from wdmoe.backbone.split.decisions import Decisions
 from wdmoe.backbone.split.dense import DenseModel, read_dense
 from wdmoe.backbone.split.settings import Progress, SplitSettings, quiet
-from wdmoe.backbone.station_files import small_files
 
 _ARCHITECTURE = "GraniteMoeSharedForCausalLM"
 _FAMILY = "granitemoeshared"

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from wdmoe.backbone import text_windows
 from wdmoe.backbone.perplexity import window_perplexity
-from wdmoe.backbone.split import text
 from wdmoe.backbone.split.calibrate import dense_model
 from wdmoe.backbone.split.checkpoint import moe_model
 from wdmoe.backbone.split.decided import apply_decisions
@@ -117,7 +117,9 @@ def distil(
     """
     progress("read", 0.0)
     source = read_dense(dense)
-    windows = _windows(source, settings.text, text.SHIPPED_CALIBRATION, settings.training.window, settings.tokens)
+    windows = _windows(
+        source, settings.text, text_windows.SHIPPED_CALIBRATION, settings.training.window, settings.tokens
+    )
     held_out = _held_out(source, settings, settings.held_out)
     _refuse_overlap(windows, held_out)
     fingerprint = _fingerprint(source, settings, windows)
@@ -247,11 +249,13 @@ def _texts(source: DenseModel, settings: DistilSettings, held_out: torch.Tensor)
 
 
 def _held_out(source: DenseModel, settings: DistilSettings, files: tuple[Path, ...]) -> torch.Tensor:
-    return _windows(source, files, text.SHIPPED_HELD_OUT, settings.split.window, settings.split.held_out_tokens)
+    return _windows(source, files, text_windows.SHIPPED_HELD_OUT, settings.split.window, settings.split.held_out_tokens)
 
 
 def _windows(source: DenseModel, files: tuple[Path, ...], shipped: str, length: int, tokens: int) -> torch.Tensor:
-    return text.token_windows(text.read_documents(files, shipped), source.tokenizer, length, tokens // length)
+    return text_windows.token_windows(
+        text_windows.read_documents(files, shipped), source.tokenizer, length, tokens // length
+    )
 
 
 def _refuse_overlap(windows: torch.Tensor, held_out: torch.Tensor) -> None:

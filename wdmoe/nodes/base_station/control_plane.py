@@ -1,0 +1,251 @@
+"""The base station's control plane: its devices' sessions, and which experts they hold.
+
+Decisions are made elsewhere (`placement`); here they meet the sessions. One event loop owns all of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Protocol
+
+import numpy as np
+
+from wdmoe.backbone.format.bundle import Bundle
+from wdmoe.nodes.authentication import Authentication
+from wdmoe.nodes.base_station.placement import (
+    Arrangement,
+    Catalogue,
+    Holder,
+    Wishes,
+    arrange,
+    holdings,
+    knows_link,
+    routing,
+    wanted,
+)
+from wdmoe.nodes.sessions import Host, ServedFile, Sessions, Terms
+from wdmoe.records import ExpertId
+from wdmoe.transport.channel import ControlStation, Envelope
+from wdmoe.transport.codec.messages import Attach, Failure, Fetch, Hello, Message, Place, Ready
+from wdmoe.transport.membership import Device, Roster
+from wdmoe.transport.routing import Routing
+
+log = logging.getLogger(__name__)
+
+SETTLE_S = 0.4  # devices that join within this time are placed together, so that little is fetched in vain
+NEEDS_SNR = "this base station shares a band (--bandwidth), so a device must say how strong its link is: --link-snr"
+
+
+class DataPlane(Protocol):
+    """What the control plane asks of the model thread. Thread-safe."""
+
+    def publish(self, table: Routing) -> None:
+        """Use this table from now on."""
+        ...
+
+    def send(self, route: bytes, message: Message) -> None:
+        """Send on a data connection, if it is still there."""
+        ...
+
+
+class ControlPlane(Host):
+    """Run `run` until cancelled; call `attached` and `data_gone` on its loop with news from the data plane."""
+
+    def __init__(
+        self,
+        channel: ControlStation,
+        bundle: Bundle,
+        authentication: Authentication,
+        data: DataPlane,
+        *,
+        data_port: int,
+        lease_s: float,
+        max_message_bytes: int,
+        wishes: Wishes,
+        shares_band: bool = False,
+    ) -> None:
+        """Nothing is owned. `shares_band`: a device must say how strong its link is."""
+        terms = Terms(
+            model=bundle.manifest.model,
+            lease_s=lease_s,
+            max_message_bytes=max_message_bytes,
+            data_port=data_port,
+            manifest_sha256=bundle.manifest.digest,
+        )
+        self._sessions = Sessions(channel, authentication, terms, self)
+        self._bundle = bundle
+        self._authentication = authentication
+        self._data = data
+        self._wishes = wishes
+        self._shares_band = shares_band
+        self._catalogue = _catalogue(bundle)
+        self.arrangement = Arrangement()
+        self.routing = Routing()
+        self._generation = 0
+        self._placing: asyncio.TimerHandle | None = None
+        self.lost_devices = 0
+
+    @property
+    def roster(self) -> Roster:
+        """Who takes part now."""
+        return self._sessions.roster
+
+    async def run(self) -> None:
+        """Serve until cancelled; then say goodbye."""
+        try:
+            await self._sessions.run()
+        finally:
+            if self._placing is not None:
+                self._placing.cancel()
+            await self._sessions.say_goodbye("the base station stops")
+
+    def wanted(self) -> dict[str, set[ExpertId]]:
+        """device_id -> experts it shall hold, copies too."""
+        return wanted(self._holders(), self.arrangement)
+
+    # ---- news from the data plane ----
+
+    def attached(self, envelope: Envelope) -> None:
+        """A device opened a data connection, or repeats that it did."""
+        message = envelope.message
+        if isinstance(message, Attach):
+            key = self._authentication.identify(envelope, message.session)
+            now = time.monotonic()
+            self._sessions.apply(
+                self.roster.attach(key=key, session=message.session, data_route=envelope.route, now=now)
+            )
+
+    def data_gone(self, route: bytes) -> None:
+        """A data connection is gone."""
+        device = self.roster.by_data_route(route)
+        if device is not None:
+            self._sessions.apply(self.roster.detach(key=device.key, data_route=route))
+
+    # ---- what this station adds to its sessions ----
+
+    def refuses(self, hello: Hello) -> str:
+        """A shared band needs to know each link."""
+        return NEEDS_SNR if self._shares_band and not knows_link(hello.report) else ""
+
+    def file(self, device: Device, fetch: Fetch) -> ServedFile | None:
+        """An expert that was placed on this device."""
+        expert = ExpertId(fetch.layer, fetch.expert)
+        if expert not in device.placed:
+            return None
+        size = self._bundle.expert_file(expert).size
+        return ServedFile(size=size, read=lambda offset, length: self._bundle.read_expert(expert, offset, length))
+
+    def welcomed(self, device: Device) -> None:
+        """It came over another connection, where its last Place may have been lost."""
+        if device.generation >= 0:
+            self._send_place(device)
+
+    def joined(self, device: Device) -> None:
+        """It gets experts soon."""
+        report = device.report
+        log.info("%s joined: %s, %s, %.1f GFLOP/s", report.name, report.hardware, report.provider, report.flops / 1e9)
+        self._place_soon()
+
+    def lost(self, device: Device, reason: str) -> None:
+        """Others take over its experts soon."""
+        self.lost_devices += 1
+        log.warning("%s lost: %s", device.report.name, reason)
+        self._place_soon()
+
+    def changed(self) -> None:
+        """Others serve what this device served, or it serves more."""
+        self._rearrange()
+
+    def other(self, envelope: Envelope, device: Device | None) -> None:
+        """Ready, and what is only worth a line in the log."""
+        message = envelope.message
+        name = device.report.name if device is not None else "a stranger"
+        if isinstance(message, Ready):
+            key = device.key if device is not None else envelope.key
+            self._sessions.apply(
+                self.roster.ready(
+                    key=key,
+                    route=envelope.route,
+                    generation=message.generation,
+                    experts=[ExpertId(layer, expert) for layer, expert in message.experts.tolist()],
+                    now=time.monotonic(),
+                )
+            )
+        elif isinstance(message, Failure):
+            log.warning("%s says: %s", name, message.reason)
+        else:
+            log.warning("%s sent a %s, which a device never does", name, type(message).__name__)
+
+    def send_data(self, route: bytes, message: Message) -> None:
+        """See `DataPlane`."""
+        self._data.send(route, message)
+
+    # ---- which device holds what ----
+
+    def _place_soon(self) -> None:
+        if self._placing is None:
+            self._placing = asyncio.get_running_loop().call_later(SETTLE_S, self._place)
+
+    def _place(self) -> None:
+        """Choose homes for all experts, now that the devices have changed."""
+        self._placing = None
+        hosts, before = self._holders(), self.arrangement
+        self.arrangement = arrange(self._catalogue, hosts, before, self._wishes)
+        unplaced = self.arrangement.unplaced
+        if unplaced and hosts and unplaced != before.unplaced:
+            log.warning(
+                "%d of %d experts fit on no device; add devices or memory", len(unplaced), len(self._catalogue.experts)
+            )
+        self._rearrange()
+
+    def _rearrange(self) -> None:
+        """Tell devices what to hold where that changed, and publish who serves what."""
+        for device_id, experts in holdings(self._holders(), self.arrangement).items():
+            device = next(d for d in self.roster.live() if d.device_id == device_id)
+            if device.generation < 0 or device.placed != frozenset(experts):
+                self._tell(device, experts)
+        self.routing = routing(self._catalogue, self._holders(), self.arrangement.targets)
+        self._data.publish(self.routing)
+
+    def _tell(self, device: Device, experts: tuple[ExpertId, ...]) -> None:
+        if not experts and device.generation < 0:
+            return  # nothing has been decided for a newcomer yet
+        self._generation += 1
+        # The roster's news of this is of our own making: `_rearrange` publishes it.
+        self._sessions.adopt(self.roster.place(key=device.key, generation=self._generation, experts=experts))
+        self._send_place(self.roster.devices[device.key])
+
+    def _send_place(self, device: Device) -> None:
+        # What it is home to comes first: answers need not wait for copies.
+        experts = sorted(
+            device.placed, key=lambda expert: (self.arrangement.targets.get(expert) != device.device_id, expert)
+        )
+        files = [self._bundle.expert_file(expert) for expert in experts]
+        place = Place(
+            generation=device.generation,
+            experts=np.array(experts, np.int32).reshape(-1, 2),
+            sha256=np.array([list(bytes.fromhex(f.sha256)) for f in files], np.uint8).reshape(-1, 32),
+            size=np.array([f.size for f in files], np.int64),
+            hidden=self._bundle.manifest.hidden,
+        )
+        self._sessions.post(device.route, place)
+
+    def _holders(self) -> list[Holder]:
+        return [
+            Holder(device_id=d.device_id, report=d.report, ready=d.ready, route=d.data_route)
+            for d in self.roster.live()
+        ]
+
+
+def _catalogue(bundle: Bundle) -> Catalogue:
+    files = {file.id: file for file in bundle.manifest.experts}
+    return Catalogue(
+        experts=tuple(sorted(files)),
+        # A CPU unpacks fp16 and int8 to fp32 when it loads them: four bytes for each multiply-add.
+        weight_bytes={expert: max(file.size, 2 * file.flops_per_token) for expert, file in files.items()},
+        load={expert: float(file.flops_per_token) for expert, file in files.items()},
+        experts_per_layer=dict(bundle.manifest.experts_per_layer),
+        top_k=bundle.manifest.top_k,
+    )
