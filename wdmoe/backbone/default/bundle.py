@@ -40,10 +40,10 @@ def default_bundle(
         return folder
 
     def make() -> None:
-        from wdmoe.backbone.default.write import write_default_bundle  # torch: seconds, and only here needed
+        from wdmoe.backbone.default.write import write_decided_bundle  # torch: seconds, and only here needed
         from wdmoe.backbone.export.export import ExportSettings
 
         settings = ExportSettings(precision=precision, name=NAME)
-        write_default_bundle(default_source(), shipped_decisions(), folder, settings, splitting, exporting)
+        write_decided_bundle(default_source(), shipped_decisions(), folder, settings, splitting, exporting)
 
     return make_once(folder, manifest.is_file, make)

@@ -59,9 +59,9 @@ def default_checkpoint(progress: Progress = quiet) -> Path:
         return folder
 
     def make() -> None:
-        from wdmoe.backbone.default.write import write_default_checkpoint
+        from wdmoe.backbone.default.write import write_decided_checkpoint
 
-        write_default_checkpoint(default_source(), shipped_decisions(), folder, progress)
+        write_decided_checkpoint(default_source(), shipped_decisions(), folder, progress)
 
     return make_once(folder, folder.is_dir, make)
 

@@ -24,7 +24,7 @@ _FAMILY = "granitemoeshared"
 
 
 @torch.no_grad()
-def write_default_checkpoint(dense: Path, decisions: Decisions, out: Path, progress: Progress = quiet) -> None:
+def write_decided_checkpoint(dense: Path, decisions: Decisions, out: Path, progress: Progress = quiet) -> None:
     """Write the checkpoint folder that transformers loads; `out` appears whole or not at all.
 
     Args:
@@ -43,7 +43,7 @@ def write_default_checkpoint(dense: Path, decisions: Decisions, out: Path, progr
 
 
 @torch.no_grad()
-def write_default_bundle(
+def write_decided_bundle(
     dense: Path,
     decisions: Decisions,
     out: Path,

@@ -21,7 +21,7 @@ from safetensors.numpy import load, save
 
 from wdmoe.errors import BundleError
 
-FORMAT = "1"
+FORMAT = 1
 MATRICES = {  # our short names, and the modules of a Llama layer
     "gate": "mlp.gate_proj",
     "up": "mlp.up_proj",
@@ -112,10 +112,9 @@ def parse_decisions(data: bytes) -> Decisions:
     try:
         tensors = load(data)
         length = int.from_bytes(data[:8], "little")
-        marks = json.loads(data[8 : 8 + length])["__metadata__"]
-        about = json.loads(marks["about"])
-        if marks["format"] != FORMAT:
-            raise BundleError(f"the decisions are of format {marks['format']}, this wdmoe reads {FORMAT}")
+        about = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["decisions"])
+        if (found := about.pop("format")) != FORMAT:
+            raise BundleError(f"the decisions are of format {found}, this wdmoe reads {FORMAT}")
         decisions = Decisions(tensors=tensors, digest=hashlib.sha256(data).hexdigest(), **about)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"not a file of decisions: {error}") from error
@@ -131,14 +130,15 @@ def decisions_bytes(decisions: Decisions) -> bytes:
     """
     _check(decisions)
     about = {
+        "format": FORMAT,
         "source_sha256": decisions.source_sha256,
         "experts": decisions.experts,
         "top_k": decisions.top_k,
         "gate_temperature": decisions.gate_temperature,
         "figures": dict(decisions.figures),
     }
-    # one metadata entry beside the format, as the library writes several in no fixed order
-    return bytes(save(dict(decisions.tensors), {"format": FORMAT, "about": json.dumps(about, sort_keys=True)}))
+    # one entry of metadata, as the library writes several in no fixed order
+    return bytes(save(dict(decisions.tensors), {"decisions": json.dumps(about, sort_keys=True)}))
 
 
 def _check(decisions: Decisions) -> None:

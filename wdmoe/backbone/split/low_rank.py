@@ -20,7 +20,7 @@ def eight_bits(a: torch.Tensor, b: torch.Tensor, seed: int = 0) -> dict[str, tor
         `a` (rank, in) and `b` (out, rank) int8, `row_scale` (out,) and `column_scale` (in,) float32.
     """
     left, right = _balanced(a.double(), b.double())
-    turn = _rotation(len(a), seed)
+    turn = _rotation(left.shape[1], seed)
     left, right = left @ turn, turn.T @ right
     row_scale = (left.abs().amax(1) / _LARGEST).clamp_min(1e-20).float()
     column_scale = (right.abs().amax(0) / _LARGEST).clamp_min(1e-20).float()
@@ -35,7 +35,7 @@ def eight_bits(a: torch.Tensor, b: torch.Tensor, seed: int = 0) -> dict[str, tor
 def _balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, rank) and (rank, in) of the same product, both with the square roots of its singular values."""
     outer, inner = torch.linalg.qr(b), torch.linalg.qr(a.T)
-    left, values, right = torch.linalg.svd(outer.R @ inner.R.T)
+    left, values, right = torch.linalg.svd(outer.R @ inner.R.T, full_matrices=False)
     root = values.sqrt()
     return outer.Q @ left * root, (root[:, None] * right) @ inner.Q.T
 

@@ -52,8 +52,9 @@ def trainable(source: DenseModel, ranks: Mapping[str, int], seed: int) -> Weight
     found: Weights = {"final_norm": source.weights["model.norm.weight"].clone()}
     for layer in range(source.config.num_hidden_layers):
         at = f"model.layers.{layer}."
-        for matrix, rank in ranks.items():
+        for matrix, wanted in ranks.items():
             rows, columns = source.weights[f"{at}{MATRICES[matrix]}.weight"].shape
+            rank = min(wanted, rows, columns)
             found[f"{layer}.{matrix}.a"] = torch.randn(rank, columns, generator=chooser) * columns**-0.5
             found[f"{layer}.{matrix}.b"] = torch.zeros(rows, rank)
         found[f"{layer}.input_norm"] = source.weights[f"{at}input_layernorm.weight"].clone()
