@@ -70,7 +70,8 @@ def load_run(file: Path, fingerprint: list[str]) -> Run | None:
                 if name:
                     kinds[kind][name] = state.get_tensor(key)
             cut = Cut(state.get_tensor("owners"), state.get_tensor("routers"), marks["top_k"])
-        trainee = Trainee(*kinds.values(), step=marks["step"], seconds=marks["seconds"])
+        weights, first, second = kinds.values()
+        trainee = Trainee(weights, first, second, marks["step"], marks["seconds"])
         return Run(cut, trainee, marks["curve"])
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} cannot be read; delete it to start anew") from error

@@ -42,7 +42,8 @@ def _balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 def _rotation(size: int, seed: int) -> torch.Tensor:
     chooser = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(size, size, generator=chooser, dtype=torch.float64)).Q
+    turn: torch.Tensor = torch.linalg.qr(torch.randn(size, size, generator=chooser, dtype=torch.float64)).Q
+    return turn
 
 
 def _whole(x: torch.Tensor) -> torch.Tensor:
