@@ -14,14 +14,13 @@ from starlette.types import ASGIApp
 
 from wdmoe.errors import WdmoeError
 from wdmoe.records import TextEngine
-from wdmoe.serving.guard import Guard
-from wdmoe.serving.health import device_count, health
-from wdmoe.serving.jobs import plan_chat, plan_completion
-from wdmoe.serving.limits import ServingLimits
+from wdmoe.serving.errors import Problem, problem_from
 from wdmoe.serving.metrics import Metrics
-from wdmoe.serving.problems import Problem, problem_from
-from wdmoe.serving.reply import Reply, Service
+from wdmoe.serving.middleware import Guard
+from wdmoe.serving.requests import ServingLimits, plan_chat, plan_completion
+from wdmoe.serving.responses import device_count, health
 from wdmoe.serving.schemas import ChatRequest, CompletionRequest
+from wdmoe.serving.streaming import Reply, Service
 
 
 def create_app(
