@@ -112,8 +112,8 @@ def verify(folder: Path, draws: int | None) -> None:
     """Check a bundle's files and graphs, or results of a simulation or of the broadcast comparison.
 
     Of a bundle every file must be what its manifest says, and every expert's graph must be sound. Results of
-    wdmoe-node simulate must have unchanged files, and running the scenario again must give the same figures;
-    so must those of tools/broadcast_region and tools/broadcast_losses, for as many pairs of pictures as --draws
+    wdmoe-node simulate must have unchanged files, and running the scenario again must give the same figures; so must
+    those of tools/study/broadcast_region and tools/study/broadcast_losses, for as many pairs of pictures as --draws
     says.
 
     \b
