@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.source_tree import Import, Sources, cycles, reached
+from tests.lab.source_tree import Import, Sources, cycles, reached
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").exists())
 LAYERS = {
