@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +19,8 @@ import numpy as np
 import psutil
 import pytest
 from hypothesis import settings
+
+from tests.lab.waiting import free_ports
 
 SEED = 20240623
 GRACE_S = 5.0  # how long what a test started may take to end after it
@@ -67,11 +68,8 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture
 def free_port() -> int:
-    """A TCP port that the operating system says is free. Where a server can bind port 0, do that instead."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port that nobody listens at."""
+    return free_ports(1)
 
 
 @pytest.fixture(autouse=True)

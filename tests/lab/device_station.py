@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tests.lab.expert_files import ExpertFile
+from tests.lab.waiting import PATIENCE_S
 from wdmoe.errors import PeerGoneError
 from wdmoe.records import ExpertId
 from wdmoe.transport.channel import Envelope
@@ -39,7 +40,6 @@ from wdmoe.transport.security.zap import Door
 from wdmoe.transport.zmq.channels import open_control_station, open_data_station
 from wdmoe.transport.zmq.sockets import StationSecurity, new_context
 
-PATIENCE_S = 20.0
 DIGEST = "ab" * 32
 
 Experts = dict[ExpertId, ExpertFile]

@@ -13,7 +13,8 @@ import pytest
 
 from tests.backbone.test_spine import greedy
 from tests.lab.families import save_tiny
-from tests.lab.fleet import PATIENCE_S, Fleet
+from tests.lab.fleet import Fleet
+from tests.lab.waiting import PATIENCE_S
 from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.errors import ExpertsUnavailableError
 from wdmoe.nodes.base_station.base_station import BaseStation

@@ -262,6 +262,8 @@ def bs(bundle: str, http: tuple[str, int], **flags: Any) -> None:
     elif flags["allocation"]:
         raise click.UsageError("--allocation says how --bandwidth is shared: give that too, as in --bandwidth 20MHz")
     with needs_extra("bs"):
+        import fastapi  # noqa: F401 - what is missing is said at once, not after the seconds that torch takes
+
         from wdmoe.cli.bundles import find_bundle
         from wdmoe.nodes.base_station.base_station import BaseStation
         from wdmoe.nodes.tasks import run_together
