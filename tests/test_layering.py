@@ -20,6 +20,7 @@ LAYERS = {
     "units": 0,
     "arrays": 1,
     "config": 1,
+    "layer_call": 1,
     "receipt": 1,
     "records": 1,
     "results": 1,

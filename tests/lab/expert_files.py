@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto, helper, numpy_helper
 
-FloatArray = npt.NDArray[np.float32]
+from wdmoe.arrays import FloatArray
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,10 +20,11 @@ from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.cli.main import cli
 from wdmoe.config import POLICIES, RANKS, StationSettings
 from wdmoe.errors import BundleError, ConfigError
+from wdmoe.layer_call import Demand, LayerCall
 from wdmoe.moe.health import DeviceHealth
-from wdmoe.moe.select import Costs, Demand, choose
+from wdmoe.moe.select import Costs, choose
 from wdmoe.nodes.base_station.layer_rules import layer_rules
-from wdmoe.receipt import Ledger, Receipt
+from wdmoe.receipt import Receipt
 from wdmoe.records import GenerationRequest, Sampling, TextDelta
 from wdmoe.solver import select_experts, shed_bottleneck
 from wdmoe.solver.bandwidth import Links, with_compute
@@ -85,9 +86,10 @@ class Watched:
         self.runs.append(run)
         return reply
 
-    def _layer(self, layer: int, tokens: Any, demand: Demand, ledger: Ledger, meanwhile: Any) -> Any:
+    def _layer(self, call: LayerCall) -> Any:
+        tokens, demand = call.tokens, call.demand
         before = len(self.runs)
-        out = self._run(layer, tokens, demand, ledger, meanwhile)
+        out = self._run(call)
         asked = np.zeros(len(tokens))
         self.layers.append(self.runs[before:])
         for run in self.layers[-1]:

@@ -10,7 +10,7 @@ import pytest
 from wdmoe.nodes.base_station.placement import (
     Arrangement,
     Catalogue,
-    Host,
+    Holder,
     Wishes,
     arrange,
     choose_standbys,
@@ -39,11 +39,11 @@ def catalogue(flop: float = SMALL_FLOP) -> Catalogue:
     )
 
 
-def host(name: str, memory: int = 10**9, flops: float = 30e9, **more: object) -> Host:
+def host(name: str, memory: int = 10**9, flops: float = 30e9, **more: object) -> Holder:
     report = DeviceReport(
         name=name, hardware="", system="", provider="cpu", threads=1, memory_bytes=memory, flops=flops
     )
-    return Host(device_id=f"id-{name}", report=report, **more)  # type: ignore[arg-type]
+    return Holder(device_id=f"id-{name}", report=report, **more)  # type: ignore[arg-type]
 
 
 def devices_of_layer(targets: dict[ExpertId, str], layer: int) -> set[str]:

@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray
 from wdmoe.solver.bandwidth import Links, allocate_bandwidth, with_compute
 from wdmoe.solver.layer.radio_state import air_s
 from wdmoe.transport.routing import DeviceRoute
-
-FloatArray = npt.NDArray[np.float64]
 
 
 class Air:

@@ -24,22 +24,22 @@ async def run_together(*parts: Coroutine[Any, Any, None]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def run_unless(replaced: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
-    """Run work to its end, or until `replaced` is set: then it is cancelled and awaited.
+async def run_until_first(*parts: Coroutine[Any, Any, object]) -> None:
+    """Run all parts until one of them has returned or raised: then the others are cancelled and awaited.
 
     Raises:
-        Exception: what the work raised.
+        Exception: what that part raised.
     """
-    working = asyncio.ensure_future(work)
-    waiting = asyncio.ensure_future(replaced.wait())
+    tasks = [asyncio.ensure_future(part) for part in parts]
     try:
-        await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            working.result()
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task.done():
+                task.result()
     finally:
-        working.cancel()
-        waiting.cancel()
-        await asyncio.gather(working, waiting, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def in_thread(work: Callable[[], Value]) -> Value:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray
 from wdmoe.simulation.scenario import ChannelSetup, ModelSetup, RadioSetup, Scenario
 from wdmoe.solver.layer.radio_state import Air
 from wdmoe.wireless.channel import Channel, draw_fading
@@ -23,8 +24,6 @@ from wdmoe.wireless.pathloss import free_space_db, log_distance_db
 from wdmoe.wireless.rates import SHANNON, RateLaw
 from wdmoe.wireless.shadowing import draw_shadowing_db
 from wdmoe.wireless.tr38901 import SCENARIOS, los_probability, path_loss_db, shadowing_sigma_db
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

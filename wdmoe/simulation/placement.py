@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray
 from wdmoe.errors import ConfigError
 from wdmoe.simulation.scenario import DeviceSetup, Variant
 from wdmoe.solver.layer.radio_state import Air
@@ -13,7 +14,6 @@ from wdmoe.solver.placement.greedy import place_greedily
 from wdmoe.solver.placement.problem import PlacementProblem
 
 Holders = npt.NDArray[np.bool_]  # (layers, experts, devices)
-FloatArray = npt.NDArray[np.float64]
 _LONGEST_S = 1e9
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.broadcast.datasets.pictures import SIDE, Pixels
+from wdmoe.arrays import Pixels
+from wdmoe.broadcast.datasets.pictures import SIDE
 from wdmoe.config import cache_home
 from wdmoe.errors import ConfigError, MissingExtraError
 

@@ -16,10 +16,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import Pixels
 from wdmoe.config import cache_home
 from wdmoe.errors import ConfigError, MissingExtraError
 
-Pixels = npt.NDArray[np.uint8]
 Numbers = npt.NDArray[np.int64]
 PairKind = Literal["same picture", "same class", "different class"]
 

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
@@ -27,18 +27,16 @@ from wdmoe.backbone.runtime.station import load_station
 from wdmoe.config import StationSettings
 from wdmoe.errors import ConfigError, TransportError, WdmoeError
 from wdmoe.moe.layer import ExpertLayers
-from wdmoe.moe.select import Demand
 from wdmoe.nodes.addresses import data_bind, dial_endpoints, remember_endpoints
 from wdmoe.nodes.authentication import Entrance, GuardedEntrance, OpenEntrance
 from wdmoe.nodes.base_station.control_plane import ControlPlane
 from wdmoe.nodes.base_station.layer_rules import layer_rules
 from wdmoe.nodes.base_station.placement import Wishes
 from wdmoe.nodes.base_station.status import describe
-from wdmoe.receipt import Ledger
 from wdmoe.records import ExpertId
 from wdmoe.solver.placement.file import read_placement, write_placement
 from wdmoe.transport.channel import Envelope
-from wdmoe.transport.codec.messages import Float32Array, Int32Array, Message
+from wdmoe.transport.codec.messages import Message
 from wdmoe.transport.exchange import Exchange
 from wdmoe.transport.routing import Routing
 from wdmoe.transport.security.admission import Admission
@@ -135,7 +133,7 @@ class BaseStation:
         exchange = Exchange(self._data, self._data_news, self._data_gone)
         self._exchange = exchange
         self.layers = ExpertLayers(exchange, lambda: self._routing, rules)
-        attach(model.model, model.experts, model.routers, self._run_layer)
+        attach(model.model, model.experts, model.routers, self.layers.run)
         self._record(model.model)
         self.control = ControlPlane(
             self._control_channel,
@@ -224,19 +222,6 @@ class BaseStation:
         return {name: frozenset(experts) for name, experts in placement.items()}
 
     # ---- between the planes ----
-
-    def _run_layer(
-        self,
-        layer: int,
-        tokens: Float32Array,
-        experts: Int32Array,
-        weights: Float32Array,
-        gate: Float32Array | None,
-        ledger: Ledger,
-        meanwhile: Callable[[], object] | None,
-    ) -> Float32Array:
-        """`wdmoe.backbone.runtime.experts_seam.RunLayer`, on the model thread."""
-        return self.layers.run(layer, tokens, Demand(experts, weights, gate), ledger, meanwhile)
 
     def publish(self, table: Routing) -> None:
         """`DataPlane.publish`: one assignment, so the model thread sees the old table or the new one, never a mix."""

@@ -10,10 +10,10 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from wdmoe.arrays import Pixels
 from wdmoe.broadcast.codec.decoder_export import decoder_graph
 from wdmoe.broadcast.codec.image_file import read_picture
 from wdmoe.broadcast.codec.model_file import load_model
-from wdmoe.broadcast.codec.tiling import Pixels
 from wdmoe.broadcast.quality.operating_point import choose_alpha
 from wdmoe.broadcast.quality.quality_law import LAW_FILE, load_law
 from wdmoe.errors import ConfigError

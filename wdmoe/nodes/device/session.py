@@ -17,7 +17,7 @@ from wdmoe.nodes.device.expert_fetch import ExpertFetcher
 from wdmoe.nodes.device.expert_store import Holdings
 from wdmoe.nodes.device.hardware import resident_bytes
 from wdmoe.nodes.device.rules import wanted_experts
-from wdmoe.nodes.tasks import run_together, run_unless
+from wdmoe.nodes.tasks import run_together, run_until_first
 from wdmoe.transport.channel import ControlLink
 from wdmoe.transport.codec.messages import (
     Chunk,
@@ -135,7 +135,7 @@ class DeviceSession:
             self._placed.clear()
             if self._place is not None:
                 follow = self._holdings.follow(self._place, self._fetcher.fetch, self._news.set, self._complain)
-                await run_unless(self._placed, follow)
+                await run_until_first(follow, self._placed.wait())
 
     async def _beat(self) -> None:
         """Ping, and say what is ready: when that changed, and with every ping, in case one was lost."""

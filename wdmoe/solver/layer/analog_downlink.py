@@ -14,12 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray, IntArray
 from wdmoe.solver.layer.radio_state import Air
-
-IntArray = npt.NDArray[np.integer]
-FloatArray = npt.NDArray[np.float64]
 
 TRANSFORMS = ("none", "klt")
 BESIDE_BITS = 16  # of each number that travels beside a block

@@ -28,14 +28,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray, IntArray
 from wdmoe.solver.bandwidth import Links, allocate_bandwidth
 from wdmoe.solver.layer.analog_downlink import Analog, Cast, cast, cast_again
 from wdmoe.solver.layer.quantization import BITS, as_widest_of_device, distortion, round_within, vector_bits
 from wdmoe.solver.layer.radio_state import Air, air_s
 from wdmoe.solver.layer.superposition import superpose
-
-IntArray = npt.NDArray[np.integer]
-FloatArray = npt.NDArray[np.float64]
 
 MULTICASTS = ("none", "weakest", "superposition")
 _TURNS = 8  # of finding out which devices wait for the link and which for compute; two or three are usual

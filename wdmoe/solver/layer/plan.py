@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
 
+from wdmoe.arrays import BoolArray, FloatArray, Int32Array
 from wdmoe.solver.bottleneck import shed_bottleneck
 from wdmoe.solver.budget import select_at_most_dropped, select_within_budget
 from wdmoe.solver.layer.latency import (
@@ -26,9 +26,6 @@ from wdmoe.solver.replicas import choose_copies
 from wdmoe.solver.selection import POLICIES, prune_experts
 from wdmoe.solver.substitution import replace_far
 
-Int32Array = npt.NDArray[np.int32]
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
 _LONGEST_S = 1e9  # stands for a device that nothing gets through to, where a policy wants a number
 
 

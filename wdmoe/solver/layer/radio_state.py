@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray
 from wdmoe.solver.bandwidth import Links, seconds_per_token
 from wdmoe.solver.layer.quantization import vector_bits
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
