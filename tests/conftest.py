@@ -35,29 +35,28 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Their tests start base stations and devices, or make the default model: they have the machine to themselves.
-ALONE = {
-    "test_alive",
-    "test_broadcast_live",
-    "test_nodes",
-    "test_default_model",
-    "test_demo",
-    "test_device_node",
-    "test_live_radio",
-    "test_placement_live",
-    "test_quality",
-    "test_right",
-    "test_right_default",
-    "test_station_load",
-}
+# Files that take longest: workers begin with them, so that none is left with one of them at the end.
+LONGEST = (
+    "backbone/test_default_model.py",
+    "nodes/test_demo.py",
+    "nodes/test_alive.py",
+    "nodes/test_broadcast_live.py",
+    "cli/test_nodes.py",
+    "nodes/test_right.py",
+    "broadcast/test_front_comparison.py",
+    "simulation/test_quality.py",
+    "nodes/test_right_default.py",
+    "solver/test_bandwidth.py",
+    "simulation/test_simulation.py",
+    "backbone/test_distil.py",
+)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark them; `tools/check` runs the others in several workers."""
-    for item in items:
-        if item.path.stem in ALONE:
-            item.add_marker(pytest.mark.alone)
+    """Put them first; all others keep their order."""
+    rank = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture

@@ -130,7 +130,8 @@ class Station:
     async def run(self, expert: int, tokens: Any, **fields: Any) -> Result | Failure:
         """Send a Run for all tokens and wait for its reply."""
         attempt = await self.start_run(expert, tokens, **fields)
-        return await self.until(lambda: self.reply(attempt))
+        reply: Result | Failure = await self.until(lambda: self.reply(attempt))
+        return reply
 
     async def start_run(
         self, expert: int, tokens: Any, *, layer: int = 0, remaining_s: float = 10.0, bandwidth_hz: float = 0.0

@@ -114,7 +114,7 @@ def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def _pop_through(stack: list[str], last: str) -> list[str]:
-    group = []
+    group: list[str] = []
     while not group or group[-1] != last:
         group.append(stack.pop())
     return group
