@@ -25,6 +25,8 @@ LAYERS = {
     "receipt": 1,
     "records": 1,
     "results": 1,
+    "tasks": 1,
+    "former_paths": 1,
     "solver": 2,
     "transport": 2,
     "wireless": 2,

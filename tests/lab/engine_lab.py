@@ -106,9 +106,7 @@ class Lab:
         all_rules = LayerRules(**{**defaults, **(rules or {})})
         self.layers = ExpertLayers(exchange, lambda: self.routing, all_rules)
         self.station = load_station(bundle)
-        attach(
-            self.station.model, self.station.experts, self.station.routers, lambda call: self.layers.run(call)
-        )  # a test may replace run
+        attach(self.station.model, self.station.experts, self.station.routers, self._run)
         self.thread = ModelThread(exchange, max_active=2, max_waiting=2)
         self.engine = Engine(self.station, self.thread, dict, policy=all_rules.policy, prefill_chunk=self.prefill_chunk)
         for device in self.devices:

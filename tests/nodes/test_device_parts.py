@@ -25,8 +25,8 @@ from wdmoe.nodes.device.expert_fetch import CHUNK_BYTES, OUTSTANDING, ExpertFetc
 from wdmoe.nodes.device.expert_opening import expert_opener
 from wdmoe.nodes.device.link_emulation import Lane
 from wdmoe.nodes.device.rules import WantedExpert, changes, retry_delay_s, wanted_experts
-from wdmoe.nodes.tasks import in_thread, run_together
 from wdmoe.records import ExpertId
+from wdmoe.tasks import in_thread, run_together
 from wdmoe.transport.codec.messages import Attach, Attached, Chunk, Failure, Fetch, Place, Result, Run
 from wdmoe.transport.memory import MemoryDataLink, MemoryDataStation
 

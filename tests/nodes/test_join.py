@@ -20,7 +20,7 @@ from wdmoe.nodes.device.broadcast_receiver import RadioSite
 from wdmoe.nodes.device.compute_thread import ComputeThread
 from wdmoe.nodes.device.expert_cache import ExpertCache
 from wdmoe.nodes.device.expert_opening import expert_opener
-from wdmoe.nodes.device.expert_store import Holdings
+from wdmoe.nodes.device.expert_store import ExpertStore
 from wdmoe.nodes.device.join import introduce, open_dialer
 from wdmoe.nodes.device.session import DeviceSession, SentAwayError
 from wdmoe.records import DeviceReport, ExpertId
@@ -160,7 +160,7 @@ def in_session(script: Script, compute: ComputeThread, folder: Path) -> None:
     async def main() -> None:
         station = MemoryControlStation()
         link = station.connect()
-        holdings = Holdings(compute._runner, ExpertCache(folder, 1 << 20), 1 << 20)
+        holdings = ExpertStore(compute._runner, ExpertCache(folder, 1 << 20), 1 << 20)
         radio = RadioSite(open_tuner=None, cache=holdings._cache, threads=1, save=None)  # never asked to listen
         session = DeviceSession(link, WELCOME, holdings, compute, None, lambda place: None, radio)
         task = asyncio.ensure_future(session.run())

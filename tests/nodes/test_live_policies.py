@@ -30,7 +30,7 @@ from wdmoe.solver import select_experts, shed_bottleneck
 from wdmoe.solver.bandwidth import Links, with_compute
 from wdmoe.solver.layer.plan import Policy, plan_layer
 from wdmoe.solver.layer.quantization import vector_bits
-from wdmoe.solver.layer.radio_state import Air
+from wdmoe.solver.layer.radio_state import RadioState
 from wdmoe.solver.ranking import rank_weights
 from wdmoe.transport.codec.messages import Message, Run
 from wdmoe.transport.routing import DeviceRoute
@@ -181,7 +181,7 @@ def test_bottleneck_sheds_light_work_of_the_slow_device() -> None:
 def test_the_live_node_keeps_what_the_simulators_plan_keeps(policy: str, rank: str, rng: np.random.Generator) -> None:
     tokens, count, top_k, temperature = 24, 8, 3, 0.3
     snr_hz = 1e6 * 10 ** rng.uniform(0, 3, (2, count))
-    air = Air(
+    air = RadioState(
         downlink_snr_hz=snr_hz[0],
         uplink_snr_hz=snr_hz[1],
         total_hz=20e6,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.lab.wire_examples import same
-from wdmoe.nodes.authentication import GuardedEntrance
+from wdmoe.nodes.authentication import CurveAuthentication
 from wdmoe.nodes.sessions import Host, ServedFile, Sessions, Terms
 from wdmoe.records import DeviceReport
 from wdmoe.transport.codec.messages import Chunk, Failure, Fetch, Goodbye, Hello, Message, Ping, Pong, Ready, Welcome
@@ -62,7 +62,7 @@ class Site:
         self.admission = Admission(state)
         self.host = Recorder()
         terms = Terms(model="tiny", lease_s=LEASE_S, max_message_bytes=1 << 20)
-        self.sessions = Sessions(self.channel, GuardedEntrance(self.admission), terms, self.host)
+        self.sessions = Sessions(self.channel, CurveAuthentication(self.admission), terms, self.host)
 
     def enrolment_key(self) -> str:
         return self.admission.create_token(new_key_pair(), ["tcp://127.0.0.1:5555"], 60.0).enrolment.public

@@ -266,8 +266,8 @@ def bs(bundle: str, http: tuple[str, int], **flags: Any) -> None:
 
         from wdmoe.cli.bundles import find_bundle
         from wdmoe.nodes.base_station.base_station import BaseStation
-        from wdmoe.nodes.tasks import run_together
         from wdmoe.serving.server import serve_http
+        from wdmoe.tasks import run_together
     tell_events()
     host, port = http
     settings = StationSettings(bundle=find_bundle(bundle), http_host=host, http_port=port, **_stated(flags))

@@ -16,7 +16,7 @@ from wdmoe.solver.layer.radio_state import air_s
 from wdmoe.transport.routing import DeviceRoute
 
 
-class Air:
+class SharedBand:
     """The links of the devices of one routing table. Without a band to share, all they cost is measured."""
 
     def __init__(self, devices: tuple[DeviceRoute, ...], vector_bits: float, total_hz: float, equal: bool) -> None:

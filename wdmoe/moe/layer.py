@@ -19,7 +19,7 @@ import numpy.typing as npt
 from wdmoe.arrays import Float32Array, FloatArray, Int32Array
 from wdmoe.errors import ExpertsUnavailableError
 from wdmoe.layer_call import LayerCall
-from wdmoe.moe.bandwidth_share import Air
+from wdmoe.moe.bandwidth_share import SharedBand
 from wdmoe.moe.combine import Answer, Share, arrived_weight, combine
 from wdmoe.moe.dispatch import Part, Work, dispatch
 from wdmoe.moe.health import DeviceHealth
@@ -64,7 +64,7 @@ class ExpertLayers:
         self.rules = rules
         self.health = DeviceHealth()
         self._seen = Routing()
-        self._last_air: Air | None = None
+        self._last_air: SharedBand | None = None
 
     def run(self, call: LayerCall) -> Float32Array:
         """Compute one layer for some tokens.
@@ -125,17 +125,17 @@ class ExpertLayers:
         links = air.links(other_s) if self.rules.policy == "budget" else None
         return Costs(device_of, air.each_s + other_s, links, air.total_hz or 1.0)
 
-    def _other_s(self, air: Air, tokens: Sequence[int]) -> FloatArray:
+    def _other_s(self, air: SharedBand, tokens: Sequence[int]) -> FloatArray:
         """(devices,) seconds of a token beside the air in orders of so many; 0 while no device was measured."""
         measured_s = self.health.other_s(air.devices, tokens)
         return np.zeros(len(air.devices)) if measured_s is None else measured_s
 
-    def _air(self, routing: Routing, tokens: Activations) -> Air:
+    def _air(self, routing: Routing, tokens: Activations) -> SharedBand:
         """Of this routing table, which need not be the newest: another request may have seen that meanwhile."""
         air = self._last_air
         if air is None or air.devices is not routing.devices:
             bits = 8.0 * tokens.itemsize * tokens.shape[1]
-            air = Air(routing.devices, bits, self.rules.bandwidth_hz, self.rules.equal_bandwidth)
+            air = SharedBand(routing.devices, bits, self.rules.bandwidth_hz, self.rules.equal_bandwidth)
             self._last_air = air
         return air
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from wdmoe.errors import BundleError, TransportError, WdmoeError
-from wdmoe.nodes.authentication import Entrance
-from wdmoe.nodes.tasks import run_together
+from wdmoe.nodes.authentication import Authentication
+from wdmoe.tasks import run_together
 from wdmoe.transport.channel import ControlStation, Envelope
 from wdmoe.transport.codec.messages import Attached, Chunk, Failure, Fetch, Goodbye, Hello, Message, Ping, Pong, Welcome
 from wdmoe.transport.membership import (
@@ -93,10 +93,10 @@ class Host:
 class Sessions:
     """Run `run` until cancelled. `roster` says who takes part."""
 
-    def __init__(self, channel: ControlStation, entrance: Entrance, terms: Terms, host: Host) -> None:
+    def __init__(self, channel: ControlStation, authentication: Authentication, terms: Terms, host: Host) -> None:
         """Nothing is owned."""
         self._channel = channel
-        self._entrance = entrance
+        self._authentication = authentication
         self._terms = terms
         self._host = host
         self._outbox: asyncio.Queue[tuple[bytes, Message]] = asyncio.Queue()
@@ -147,7 +147,7 @@ class Sessions:
         while True:
             await asyncio.sleep(self._terms.lease_s / TICKS_PER_LEASE)
             for device in self.roster.live():
-                if not self._entrance.is_admitted(device.key):
+                if not self._authentication.is_admitted(device.key):
                     self.apply(self.roster.revoke(key=device.key))
             self.apply(self.roster.tick(now=time.monotonic()))
 
@@ -187,14 +187,14 @@ class Sessions:
             log.warning("refused %r: %s", hello.report.name, reason)
             self.post(envelope.route, Goodbye(reason=reason, retry=False))
             return
-        if self._entrance.is_enrolment(envelope.key):
+        if self._authentication.is_enrolment(envelope.key):
             self._enrol(envelope, hello)
             return
-        key = self._entrance.identify(envelope, hello.session)
+        key = self._authentication.identify(envelope, hello.session)
         self.apply(
             self.roster.hello(
                 key=key,
-                device_id=self._entrance.device_id(key),
+                device_id=self._authentication.device_id(key),
                 session=hello.session,
                 route=envelope.route,
                 report=hello.report,
@@ -204,7 +204,7 @@ class Sessions:
 
     def _enrol(self, envelope: Envelope, hello: Hello) -> None:
         try:
-            self._entrance.enrol(envelope.key, hello.enrol_key, hello.report.name)
+            self._authentication.enrol(envelope.key, hello.enrol_key, hello.report.name)
         except WdmoeError as error:
             log.warning("refused to enrol %r: %s", hello.report.name, error)
             self.post(envelope.route, Goodbye(reason=str(error), retry=False))

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from wdmoe.backbone.format.bundle import Bundle
-from wdmoe.nodes.authentication import Entrance
+from wdmoe.nodes.authentication import Authentication
 from wdmoe.nodes.base_station.placement import (
     Arrangement,
     Catalogue,
@@ -57,7 +57,7 @@ class ControlPlane(Host):
         self,
         channel: ControlStation,
         bundle: Bundle,
-        entrance: Entrance,
+        authentication: Authentication,
         data: DataPlane,
         *,
         data_port: int,
@@ -74,9 +74,9 @@ class ControlPlane(Host):
             data_port=data_port,
             manifest_sha256=bundle.manifest.digest,
         )
-        self._sessions = Sessions(channel, entrance, terms, self)
+        self._sessions = Sessions(channel, authentication, terms, self)
         self._bundle = bundle
-        self._entrance = entrance
+        self._authentication = authentication
         self._data = data
         self._wishes = wishes
         self._shares_band = shares_band
@@ -111,7 +111,7 @@ class ControlPlane(Host):
         """A device opened a data connection, or repeats that it did."""
         message = envelope.message
         if isinstance(message, Attach):
-            key = self._entrance.identify(envelope, message.session)
+            key = self._authentication.identify(envelope, message.session)
             now = time.monotonic()
             self._sessions.apply(
                 self.roster.attach(key=key, session=message.session, data_route=envelope.route, now=now)

@@ -22,7 +22,7 @@ from wdmoe.nodes.broadcast_station.settings import LOCAL_BIND, BroadcastSettings
 from wdmoe.nodes.broadcast_station.station import BroadcastStation, Job, Progress, Site
 from wdmoe.nodes.broadcast_station.symbol_source import SymbolSource
 from wdmoe.nodes.local.process import Child, ChildError, end_all
-from wdmoe.nodes.tasks import in_thread
+from wdmoe.tasks import in_thread
 
 NAMES = ("user-1", "user-2")  # of the local device processes
 _LOCAL_LEASE_S = 15.0  # both share this machine with the encoder; one that ended is seen at once

@@ -13,21 +13,19 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeAlias
 
 from wdmoe.broadcast.codec.blocks import share_of
 from wdmoe.errors import ProtocolError, TransportError
 from wdmoe.nodes.addresses import data_bind, dial_endpoints
-from wdmoe.nodes.authentication import GuardedEntrance
+from wdmoe.nodes.authentication import CurveAuthentication
 from wdmoe.nodes.broadcast_station.listeners import Audience, Listener
 from wdmoe.nodes.broadcast_station.symbol_source import SymbolSource
 from wdmoe.nodes.device.broadcast_receiver import DECODER
 from wdmoe.nodes.sessions import Host, ServedFile, Sessions, Terms
-from wdmoe.nodes.tasks import in_thread, run_until_first
+from wdmoe.tasks import OpenedInSteps, in_thread, run_until_first
 from wdmoe.transport.channel import Envelope
 from wdmoe.transport.codec.messages import (
     Failure,
@@ -83,37 +81,22 @@ class Site:
     wait_s: float = 120.0  # for devices to join
 
 
-class BroadcastStation(Host):
-    """One broadcast."""
+class BroadcastStation(OpenedInSteps, Host):
+    """One broadcast. At the end it says goodbye to the devices.
+
+    Raises (from `async with`):
+        ConfigError: the state folder or a key file cannot be used.
+        TransportError: an address cannot be bound.
+    """
 
     def __init__(self, job: Job, site: Site) -> None:
+        super().__init__()
         self._job, self._site = job, site
         self._plan = job.source.plan
         self._number = secrets.randbits(64)
         self.audience = Audience(self._plan.grids, site.names)
         self.bytes_on_air = 0
         self._sent = 0  # blocks
-        self._stack = AsyncExitStack()
-
-    async def __aenter__(self) -> BroadcastStation:
-        """Open everything.
-
-        Raises:
-            ConfigError: the state folder or a key file cannot be used.
-            TransportError: an address cannot be bound.
-        """
-        try:
-            await self._open()
-        except BaseException:
-            await self._stack.aclose()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Say goodbye to the devices, close."""
-        await self._stack.aclose()
 
     @property
     def join_text(self) -> str:
@@ -228,7 +211,7 @@ class BroadcastStation(Host):
         self._stack.callback(self._transmitter.close)
         self._endpoints = dial_endpoints(channel.endpoint, self._site.advertise)
         terms = Terms(model=MODEL_NAME, lease_s=self._site.lease_s, max_message_bytes=SocketOptions().max_message_bytes)
-        self._sessions = Sessions(channel, GuardedEntrance(self._admission), terms, self)
+        self._sessions = Sessions(channel, CurveAuthentication(self._admission), terms, self)
         self._stack.push_async_callback(self._sessions.say_goodbye, "the broadcast is over")
 
     # ---- what this station adds to its sessions

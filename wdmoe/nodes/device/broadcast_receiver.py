@@ -25,8 +25,8 @@ from wdmoe.errors import ExpertError, PeerBusyError, ProtocolError, TransportErr
 from wdmoe.nodes.device.broadcast_decoder import OnnxDecoder
 from wdmoe.nodes.device.expert_cache import ExpertCache
 from wdmoe.nodes.device.rules import WantedExpert
-from wdmoe.nodes.tasks import in_thread, run_together, run_until_first
 from wdmoe.records import ExpertId
+from wdmoe.tasks import in_thread, run_together, run_until_first
 from wdmoe.transport.codec.messages import Failure, Message, Pilot, Rows, Shown, Symbols, Tune, Tuned
 from wdmoe.transport.zmq.pubsub import Tuner
 

@@ -12,7 +12,7 @@ from wdmoe.solver.layer.quantization import vector_bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Air:
+class RadioState:
     """The radio and the devices as one layer meets them; arrays are (devices,) float64.
 
     With `downlink_efficiency` and `uplink_efficiency` (bit/s/Hz over the whole band) the rate is proportional to the

@@ -1,12 +1,45 @@
-"""Coroutines that live and end together. `asyncio.TaskGroup` needs Python 3.11, boards have 3.10."""
+"""Coroutines that live and end together, and programs that open step by step.
+
+`asyncio.TaskGroup` needs Python 3.11, boards have 3.10.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from types import TracebackType
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
+Self = TypeVar("Self", bound="OpenedInSteps")
+
+
+class OpenedInSteps(ABC):
+    """An async context manager that opens onto a stack: what is open when a step fails is closed again."""
+
+    def __init__(self) -> None:
+        self._stack = AsyncExitStack()
+
+    @abstractmethod
+    async def _open(self) -> None:
+        """Open everything; push onto `_stack` what closes each part."""
+
+    async def __aenter__(self: Self) -> Self:
+        """Open everything; errors are those of the parts."""
+        try:
+            await self._open()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close everything, the last part first."""
+        await self._stack.aclose()
 
 
 async def run_together(*parts: Coroutine[Any, Any, None]) -> None:
