@@ -17,7 +17,6 @@ from tests.lab.source_tree import Import, Sources, cycles, reached
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").exists())
 LAYERS = {
     "errors": 0,
-    "former_paths": 0,
     "units": 0,
     "arrays": 1,
     "config": 1,
@@ -46,7 +45,7 @@ INNER_ORDER = {
     "backbone": "format, checkpoint, cached_folder, text_windows, perplexity < families < meta_model, split"
     " < evaluation < export, runtime < default < record_trace",
     "broadcast": "codec, datasets < quality < baselines, training < study",
-    "nodes": "authentication, addresses, tasks, local < sessions, device < base_station, broadcast_station, demo",
+    "nodes": "authentication, addresses, local < sessions, device < base_station, broadcast_station, demo",
     "simulation": "* < reports",
 }
 FACES = {"wdmoe.solver"}  # hand public names on to programs outside
@@ -253,13 +252,13 @@ def test_of_what_breaks_a_rule_there_is_nothing(rule: Rule, sources: Sources) ->
 # For each rule a file that breaks it, in a tree that is right otherwise.
 SPOILT: dict[str, tuple[str, str]] = {
     "without_digit": ("wdmoe/extra.py", ""),
-    "upwards": ("wdmoe/solver/ranking.py", "def late():\n    import wdmoe.nodes.tasks\n"),
+    "upwards": ("wdmoe/solver/ranking.py", "def late():\n    import wdmoe.nodes.local\n"),
     "against_the_inner_order": ("wdmoe/transport/codec/wire.py", "from wdmoe.transport.zmq import sockets\n"),
     "between_steps_of_moe": ("wdmoe/moe/select.py", "from wdmoe.moe.expert import run\n"),
     "work_in_an_init": ("wdmoe/moe/__init__.py", "ready = True\n"),
-    "through_a_face": ("wdmoe/nodes/tasks.py", "from wdmoe.solver import ranks\n"),
-    "production_with_oracles": ("wdmoe/nodes/tasks.py", "from wdmoe.solver.reference.native import top_k\n"),
-    "foreign_bytes_and_asserts": ("wdmoe/nodes/tasks.py", "def ran(text):\n    eval(text)\n"),
+    "through_a_face": ("wdmoe/nodes/local/process.py", "from wdmoe.solver import ranks\n"),
+    "production_with_oracles": ("wdmoe/nodes/local/process.py", "from wdmoe.solver.reference.native import top_k\n"),
+    "foreign_bytes_and_asserts": ("wdmoe/nodes/local/process.py", "def ran(text):\n    eval(text)\n"),
     "heavy_on_a_board": ("wdmoe/transport/codec/wire.py", "class Wire:\n    import torch.nn\n"),
     "import_cycles": ("wdmoe/arrays.py", "from wdmoe import records\n"),
     "crowded_folders": ("wdmoe/cli/more.py", ""),
