@@ -230,11 +230,12 @@ def _drawn(document: str) -> set[str]:
     block = re.search(r"^```\w*\nwdmoe/[^\n]*\n(.*?)^```", document, re.MULTILINE | re.DOTALL)
     names, parent = set(), ""
     for indent, cell in re.findall(r"^( {2}| {4})(\S+(?: \S+)*)", block.group(1) if block else "", re.MULTILINE):
+        words = [word.rstrip(",") for word in cell.split()]
         if len(indent) == 4:
-            names |= {f"{parent}.{name.rstrip('/')}" for name in cell.split() if name.endswith("/")}
+            names |= {f"{parent}.{word.rstrip('/')}" for word in words if word.endswith("/")}
         else:
-            names |= {name.rstrip("/").removesuffix(".py") for name in cell.split()}
-            parent = cell.split()[0].rstrip("/")
+            names |= {word.rstrip("/").removesuffix(".py") for word in words}
+            parent = words[0].rstrip("/")
     return names
 
 
