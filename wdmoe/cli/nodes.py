@@ -262,7 +262,7 @@ def bs(bundle: str, http: tuple[str, int], **flags: Any) -> None:
     elif flags["allocation"]:
         raise click.UsageError("--allocation says how --bandwidth is shared: give that too, as in --bandwidth 20MHz")
     with needs_extra("bs"):
-        from wdmoe.cli.bundles import find_bundle
+        from wdmoe.cli.bundles import alias_of, find_bundle
         from wdmoe.nodes import base_station
         from wdmoe.nodes.together import run_together
         from wdmoe.serving.server import serve_http
@@ -275,7 +275,8 @@ def bs(bundle: str, http: tuple[str, int], **flags: Any) -> None:
             _tell_how_to_join(station.join_text, settings.insecure)
             parts = [station.run()]
             if port >= 0:
-                parts.append(serve_http(station.engine, host, port, settings.api_key, ready=_tell_url))
+                aliases = [alias_of(bundle)]
+                parts.append(serve_http(station.engine, host, port, settings.api_key, aliases=aliases, ready=_tell_url))
             await run_together(*parts)
 
     run_until_stopped(serve())
