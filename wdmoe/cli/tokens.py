@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 from pathlib import Path
 
 import click
@@ -71,11 +72,35 @@ def list_devices(state: Path) -> None:
     print_table(("device", "fingerprint", "admitted"), rows)
 
 
-@token.command()
+class _AnyName(click.Command):
+    """A command whose one argument may begin with a dash, as a device's name or key may."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put words that look like options and are none behind `--`, where click takes them as they are."""
+        takes_value = {name: not option.is_flag for option in self._options(ctx) for name in option.opts}
+        options, names = [], []
+        words = iter(args)
+        for word in words:
+            if word == "--":
+                names += words
+            elif not word.startswith("-") or word.partition("=")[0] not in takes_value:
+                names.append(word)
+            else:
+                options.append(word)
+                options += itertools.islice(words, 1 if takes_value.get(word) else 0)
+        return super().parse_args(ctx, [*options, "--", *names])
+
+    def _options(self, ctx: click.Context) -> list[click.Option]:
+        return [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+
+
+@token.command(cls=_AnyName)
 @_STATE
 @click.argument("device")
 def revoke(state: Path, device: str) -> None:
-    """Shut out DEVICE: a name, a fingerprint, or the start of one. At once, also while it works.
+    """Shut out DEVICE: its name, its public key, its fingerprint, or the start of that.
+
+    It takes effect at once, also while the device works.
 
     \b
     Example:
