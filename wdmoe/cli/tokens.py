@@ -78,7 +78,8 @@ class _AnyName(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put words that look like options and are none behind `--`, where click takes them as they are."""
         takes_value = {name: not option.is_flag for option in self._options(ctx) for name in option.opts}
-        options, names = [], []
+        options: list[str] = []
+        names: list[str] = []
         words = iter(args)
         for word in words:
             if word == "--":
