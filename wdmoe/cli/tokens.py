@@ -24,9 +24,9 @@ _STATE = click.option(
 @click.group(invoke_without_command=True)
 @click.pass_context
 def token(ctx: click.Context) -> None:
-    """Make join tokens, list who was admitted, and shut devices out.
+    """Make join tokens, list the admitted devices, and shut devices out.
 
-    Without a subcommand it makes a token. Works while the base station runs, and before.
+    Without a subcommand it makes a token. It works while the base station runs, and before.
     """
     if ctx.invoked_subcommand is None:
         ctx.invoke(create)
@@ -38,13 +38,15 @@ def token(ctx: click.Context) -> None:
     "--endpoint",
     "endpoints",
     multiple=True,
-    help="Where devices reach the base station; may be repeated, best first.  "
-    "[default: where it was reached last, else this machine's addresses, port 5555]",
+    help="Address where devices reach the base station; may be repeated, best first.  "
+    "[default: the addresses of its last run, else this machine's addresses with port 5555]",
 )
-@click.option("--ttl", type=TIME, default="24h", show_default=True, help="How long devices may join with it.")
-@click.option("--uses", type=click.IntRange(min=1), help="How many devices may join.  [default: any number]")
+@click.option("--ttl", type=TIME, default="24h", show_default=True, help="How long devices may join with this token.")
+@click.option(
+    "--uses", type=click.IntRange(min=1), help="How many devices may join with this token.  [default: any number]"
+)
 def create(state: Path, endpoints: tuple[str, ...], ttl: float, uses: int | None) -> None:
-    """Print a new join token. It is a secret: whoever has it may join until it expires.
+    """Print a new join token. Keep it secret: whoever has it may join until it expires.
 
     \b
     Examples:
@@ -110,5 +112,5 @@ def revoke(state: Path, device: str) -> None:
     from wdmoe.transport.admission import Admission
 
     for gone in Admission(state).revoke(device):
-        click.echo(f"{printable(gone.name)} ({gone.fingerprint}) may not join any more")
-    click.echo("all join tokens have ended; devices that joined stay admitted")
+        click.echo(f"{printable(gone.name)} ({gone.fingerprint}) is shut out")
+    click.echo("All join tokens are void now. The other devices stay admitted.")
