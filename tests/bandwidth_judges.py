@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from wdmoe.solver import Links
-from wdmoe.solver import bandwidth_reference as reference
+from wdmoe.solver.reference import bandwidth as reference
 
 TOTAL_HZ = 100e6
 BITS = 65536.0

@@ -15,10 +15,8 @@ import numpy as np
 from tests.expert_files import ExpertFile
 from wdmoe.errors import PeerGoneError
 from wdmoe.records import ExpertId
-from wdmoe.transport.admission import Admission
 from wdmoe.transport.channel import Envelope
-from wdmoe.transport.keys import station_keys
-from wdmoe.transport.messages import (
+from wdmoe.transport.codec.messages import (
     Attach,
     Attached,
     Chunk,
@@ -35,9 +33,11 @@ from wdmoe.transport.messages import (
     Run,
     Welcome,
 )
-from wdmoe.transport.sockets import StationSecurity, new_context
-from wdmoe.transport.zap import Door
-from wdmoe.transport.zeromq import open_control_station, open_data_station
+from wdmoe.transport.security.admission import Admission
+from wdmoe.transport.security.keys import station_keys
+from wdmoe.transport.security.zap import Door
+from wdmoe.transport.zmq.channels import open_control_station, open_data_station
+from wdmoe.transport.zmq.sockets import StationSecurity, new_context
 
 PATIENCE_S = 20.0
 DIGEST = "ab" * 32

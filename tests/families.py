@@ -13,8 +13,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from wdmoe.backbone.bundle import Bundle
-from wdmoe.backbone.station import Station
+from wdmoe.backbone.format.bundle import Bundle
+from wdmoe.backbone.runtime.station import Station
 from wdmoe.records import ExpertId
 
 ExpertsFunction = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

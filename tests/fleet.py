@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from wdmoe.config import StationSettings
 from wdmoe.errors import WdmoeError
-from wdmoe.nodes.base_station import BaseStation
+from wdmoe.nodes.base_station.base_station import BaseStation
 
 T = TypeVar("T")
 PATIENCE_S = 60.0

@@ -8,20 +8,20 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from wdmoe.backbone.bridge import attach
-from wdmoe.backbone.bundle import Bundle
-from wdmoe.backbone.engine import Engine
-from wdmoe.backbone.model_thread import ModelThread
-from wdmoe.backbone.station import load_station
+from wdmoe.backbone.format.bundle import Bundle
+from wdmoe.backbone.runtime.engine import Engine
+from wdmoe.backbone.runtime.experts_seam import attach
+from wdmoe.backbone.runtime.model_thread import ModelThread
+from wdmoe.backbone.runtime.station import load_station
 from wdmoe.errors import ExpertError
 from wdmoe.moe.expert import ExpertRunner
 from wdmoe.moe.layer import ExpertLayers, LayerRules
 from wdmoe.moe.providers import OnnxExpert, cpu_chain
 from wdmoe.moe.select import Demand
 from wdmoe.records import ExpertId
+from wdmoe.transport.codec.messages import Attach, Failure, Message, Result, Run
 from wdmoe.transport.exchange import Exchange
 from wdmoe.transport.memory import MemoryDataStation
-from wdmoe.transport.messages import Attach, Failure, Message, Result, Run
 from wdmoe.transport.routing import DeviceRoute, Routing
 
 Spoil = Callable[[Run, Message], Message | None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from wdmoe.broadcast.study import Material
+from wdmoe.broadcast.study.study import Material
 
 SIDE = 32
 

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from wdmoe.errors import RequestError
-from wdmoe.records import Finished, GenerationRequest, Receipt, StageSeconds, TextDelta
-from wdmoe.serving.limits import ServingLimits
+from wdmoe.receipt import Receipt, StageSeconds
+from wdmoe.records import Finished, GenerationRequest, TextDelta
+from wdmoe.serving.requests import ServingLimits
 from wdmoe.serving.server import serve_http
 
 MODEL = "echo-moe"

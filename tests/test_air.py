@@ -12,9 +12,9 @@ import zmq
 
 from tests.zmq_lab import Lab, lab
 from wdmoe.errors import ProtocolError, RefusedError, TransportError
-from wdmoe.transport.air import Transmitter, Tuner, open_transmitter, open_tuner
-from wdmoe.transport.messages import Pilot, Symbols
-from wdmoe.transport.sockets import LinkSecurity, SocketOptions
+from wdmoe.transport.codec.messages import Pilot, Symbols
+from wdmoe.transport.zmq.pubsub import Transmitter, Tuner, open_transmitter, open_tuner
+from wdmoe.transport.zmq.sockets import LinkSecurity, SocketOptions
 
 __all__ = ["lab"]
 PATIENCE_S = 20.0

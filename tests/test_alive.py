@@ -14,11 +14,12 @@ import pytest
 from tests.families import save_tiny
 from tests.fleet import PATIENCE_S, Fleet
 from tests.test_spine import greedy
-from wdmoe.backbone.export import ExportSettings, export_bundle
+from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.errors import ExpertsUnavailableError
-from wdmoe.nodes.base_station import BaseStation
-from wdmoe.nodes.device_session import BEATS_PER_LEASE
-from wdmoe.records import Finished, GenerationRequest, Receipt, Sampling, TextDelta
+from wdmoe.nodes.base_station.base_station import BaseStation
+from wdmoe.nodes.device.session import BEATS_PER_LEASE
+from wdmoe.receipt import Receipt
+from wdmoe.records import Finished, GenerationRequest, Sampling, TextDelta
 
 PROMPT = tuple(range(40, 60))
 DEADLINE_S = 20.0  # so long that a slow machine meets it; devices that are gone are not waited for

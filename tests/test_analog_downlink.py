@@ -10,16 +10,16 @@ import pytest
 import torch
 from families import tiny_config, tiny_model
 
-from wdmoe.backbone.analog_air import Broadcast, Codes, fit_spectra, record_hidden
-from wdmoe.backbone.planned_experts import EXACT, Order, PlannedExperts
+from wdmoe.backbone.evaluation.analog_downlink import Broadcast, Codes, fit_spectra, record_hidden
+from wdmoe.backbone.evaluation.simulated_experts import EXACT, Order, PlannedExperts
 from wdmoe.errors import ConfigError
 from wdmoe.simulation.quality import measure
 from wdmoe.simulation.scenario import Scenario, parse_scenario
 from wdmoe.simulation.study import run_study
-from wdmoe.solver.air import Air
-from wdmoe.solver.analog_downlink import Analog, block_symbols, cast
-from wdmoe.solver.layer_time import MULTICASTS, Levers, broadcast_s
-from wdmoe.solver.plan import Policy, carried_out, plan_layer
+from wdmoe.solver.layer.analog_downlink import Analog, block_symbols, cast
+from wdmoe.solver.layer.latency import MULTICASTS, Levers, broadcast_s
+from wdmoe.solver.layer.plan import Policy, carried_out, plan_layer
+from wdmoe.solver.layer.radio_state import Air
 from wdmoe.wireless.analog import analog_distortion
 
 ENDLESS = 1e100  # an SNR at which no digit is lost

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wdmoe.solver import Links, allocate_bandwidth, allocate_bandwidth_many
-from wdmoe.solver import bandwidth_reference as reference
+from wdmoe.solver.reference import bandwidth as reference
 
 JUDGE_RTOL = 1e-6  # what the general solvers are asked to agree within
 GAP = 1e-8

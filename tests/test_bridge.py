@@ -14,7 +14,7 @@ from families import save_tiny
 
 from wdmoe.backbone.record_trace import record_trace
 from wdmoe.errors import ConfigError
-from wdmoe.simulation.bridge import at_mean_snr, hears_no_noise, mean_snr_db
+from wdmoe.simulation.reports.snr_sweep import at_mean_snr, hears_no_noise, mean_snr_db
 from wdmoe.simulation.results import verify_results
 from wdmoe.simulation.scenario import load_scenario, parse_scenario
 
@@ -49,7 +49,7 @@ def test_the_tool_from_flags_to_a_folder(repository: Path, monkeypatch: pytest.M
     model = save_tiny("mixtral", tmp_path / "tiny")
     text, trace = tmp_path / "text.txt", tmp_path / "trace.npz"
     text.write_text(TEXT)
-    record_trace(str(model), (text,), WINDOW, WINDOW, False, lambda *_: None).save(trace)
+    record_trace(model, (text,), WINDOW, WINDOW, False, lambda *_: None).save(trace)
     source = load_scenario("bridge").source
     for old, new in (('"default"', f'"{trace}"'), ("tokens = 128", f"tokens = {WINDOW}"), ("draws = 50", "draws = 2")):
         assert old in source

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wdmoe.broadcast.aims import choose_alpha, parse_aim
-from wdmoe.broadcast.compare import FLOOR_DB
-from wdmoe.broadcast.law import LAW_FILE, SHAPE, Law, LawError, load_law, save_law
+from wdmoe.broadcast.quality.front_comparison import FLOOR_DB
+from wdmoe.broadcast.quality.operating_point import choose_alpha, parse_aim
+from wdmoe.broadcast.quality.quality_law import LAW_FILE, SHAPE, Law, LawError, load_law, save_law
 from wdmoe.errors import ConfigError
 
 SNR, RATE, SHARE = st.floats(-5, 30), st.floats(0.05, 0.4), st.floats(0, 1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from wdmoe.broadcast.classical import (
+from wdmoe.broadcast.baselines.classical import (
     Ladder,
     build_ladder,
     channel_uses,
@@ -12,8 +12,8 @@ from wdmoe.broadcast.classical import (
     same_to_both,
     sweep,
 )
-from wdmoe.broadcast.codecs import Avif, HevcIntra, Jpeg2000
-from wdmoe.broadcast.metrics import psnr_db
+from wdmoe.broadcast.baselines.codecs import Avif, HevcIntra, Jpeg2000
+from wdmoe.broadcast.quality.metrics import psnr_db
 from wdmoe.errors import ConfigError
 
 CODECS = [

@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy.special import exp1
 
-from wdmoe.broadcast.classical import SCHEMES, Ladder, even_shares, sweep
-from wdmoe.broadcast.classical_fading import (
+from wdmoe.broadcast.baselines.classical import SCHEMES, Ladder, even_shares, sweep
+from wdmoe.broadcast.baselines.classical_fading import (
     PEAK,
     at_block_rates,
     at_chosen_rates,
@@ -17,8 +17,8 @@ from wdmoe.broadcast.classical_fading import (
     snr_of_bits,
     snr_to_decode,
 )
-from wdmoe.broadcast.evaluation import rows_of
-from wdmoe.broadcast.radio import Radio
+from wdmoe.broadcast.quality.alpha_sweep import rows_of
+from wdmoe.broadcast.quality.channel_draws import Radio
 from wdmoe.errors import ConfigError
 from wdmoe.wireless.broadcast import capacity_bits, effective_snr_db, superposition_bits
 

@@ -12,30 +12,39 @@ from click.testing import CliRunner
 
 from tests.made_up_pictures import made_up, made_up_material
 from tests.one_thread import one_thread
-from wdmoe.broadcast import ladders as ladders_module
-from wdmoe.broadcast import study as study_module
-from wdmoe.broadcast.classical import SCHEMES
-from wdmoe.broadcast.classical_fading import TOLD_BLOCKS, TOLD_MEAN
-from wdmoe.broadcast.codecs import Jpeg2000
-from wdmoe.broadcast.compare import equal_quality, lead_along, leads, standings
-from wdmoe.broadcast.evaluation import alpha_sweep
-from wdmoe.broadcast.experiment import load_model, save_model
-from wdmoe.broadcast.four_users import ALONE, run_four
-from wdmoe.broadcast.front import Front, front_of
-from wdmoe.broadcast.jobs import measure_all
-from wdmoe.broadcast.ladders import kept_ladders
-from wdmoe.broadcast.metrics import psnr_db
-from wdmoe.broadcast.model import BroadcastCodec, ModelSettings
-from wdmoe.broadcast.photographs import HEIGHT, SOURCES, WHOLE, WIDTH, load_photographs, tile_pairs, tiled, untiled
-from wdmoe.broadcast.radio import Radio
-from wdmoe.broadcast.results import ARRAYS, Parts, Plan, fronts_of, save_results, start_folder
-from wdmoe.broadcast.single_user import Scrambler, sent_alone, sent_once, superposition, time_division
-from wdmoe.broadcast.study import JOINT, ONCE, Setting, Study, all_settings
-from wdmoe.broadcast.tables import texts_of
-from wdmoe.broadcast.verify import verify_results
+from wdmoe.broadcast.baselines import bitrate_ladders as ladders_module
+from wdmoe.broadcast.baselines.bitrate_ladders import kept_ladders
+from wdmoe.broadcast.baselines.classical import SCHEMES
+from wdmoe.broadcast.baselines.classical_fading import TOLD_BLOCKS, TOLD_MEAN
+from wdmoe.broadcast.baselines.codecs import Jpeg2000
+from wdmoe.broadcast.baselines.single_user import Scrambler, sent_alone, sent_once, superposition, time_division
+from wdmoe.broadcast.codec.model import BroadcastCodec, ModelSettings
+from wdmoe.broadcast.codec.model_file import load_model, save_model
+from wdmoe.broadcast.quality.alpha_sweep import alpha_sweep
+from wdmoe.broadcast.quality.channel_draws import Radio
+from wdmoe.broadcast.quality.front_comparison import equal_quality, lead_along, leads, standings
+from wdmoe.broadcast.quality.metrics import psnr_db
+from wdmoe.broadcast.quality.pareto_front import Front, front_of
+from wdmoe.broadcast.study import study as study_module
+from wdmoe.broadcast.study.four_users import ALONE, run_four
+from wdmoe.broadcast.study.jobs import measure_all
+from wdmoe.broadcast.study.photographs import (
+    HEIGHT,
+    SOURCES,
+    WHOLE,
+    WIDTH,
+    load_photographs,
+    tile_pairs,
+    tiled,
+    untiled,
+)
+from wdmoe.broadcast.study.results import ARRAYS, Parts, Plan, fronts_of, save_results, start_folder
+from wdmoe.broadcast.study.study import JOINT, ONCE, Setting, Study, all_settings
+from wdmoe.broadcast.study.tables import texts_of
+from wdmoe.broadcast.study.verify import verify_results
 from wdmoe.cli.models import verify
 from wdmoe.errors import ConfigError, MissingExtraError
-from wdmoe.results_folder import MANIFEST
+from wdmoe.results.folder import MANIFEST
 
 __all__ = ["one_thread"]
 SMALL = ModelSettings(width=16, heads=2, encoder_depth=1, decoder_depth=1, condition=8)

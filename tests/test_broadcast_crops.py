@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from wdmoe.broadcast.batches import BatchSource, Draws
-from wdmoe.broadcast.crops import Crops, Places, load_wallpapers, sha256_of_pixels
+from wdmoe.broadcast.datasets.crops import Crops, Places, load_wallpapers, sha256_of_pixels
+from wdmoe.broadcast.training.batches import BatchSource, Draws
 from wdmoe.errors import ConfigError, MissingExtraError
 
 CPU = torch.device("cpu")

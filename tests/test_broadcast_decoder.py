@@ -13,12 +13,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from wdmoe.broadcast.decoder_export import INPUTS, IR_VERSION, OPSET, decoder_graph
-from wdmoe.broadcast.fading import awgn, rayleigh
-from wdmoe.broadcast.hearing import Ear
-from wdmoe.broadcast.model import BroadcastCodec, ModelSettings
+from wdmoe.broadcast.codec.channel import awgn, rayleigh
+from wdmoe.broadcast.codec.decoder_export import INPUTS, IR_VERSION, OPSET, decoder_graph
+from wdmoe.broadcast.codec.model import BroadcastCodec, ModelSettings
+from wdmoe.broadcast.codec.receiver import Ear
 from wdmoe.errors import ConfigError, ExpertError
-from wdmoe.nodes.broadcast.decoder import OnnxDecoder
+from wdmoe.nodes.device.broadcast_decoder import OnnxDecoder
 from wdmoe.wireless.broadcast import broadcast_awgn, broadcast_rayleigh
 
 TOLERANCE = 1e-4  # of the ONNX decoders against PyTorch
@@ -75,7 +75,7 @@ def test_another_process_writes_the_same_bytes() -> None:
     code = """
         import hashlib
         from tests.test_broadcast_decoder import SMALL, shaken
-        from wdmoe.broadcast.decoder_export import decoder_graph
+        from wdmoe.broadcast.codec.decoder_export import decoder_graph
         print(hashlib.sha256(decoder_graph(shaken(SMALL))).hexdigest())
     """
     words = [sys.executable, "-c", textwrap.dedent(code)]
@@ -123,7 +123,7 @@ def a_block(rng: np.random.Generator, uses: int = 64 * 8) -> np.ndarray:
 
 @pytest.mark.parametrize("fades", [False, True])
 def test_an_ear_is_the_channel_that_the_codec_was_trained_on(fades: bool, rng: np.random.Generator) -> None:
-    """The same draws through `wdmoe.broadcast.fading`."""
+    """The same draws through `wdmoe.broadcast.codec.channel`."""
     symbols, ear = a_block(rng), Ear(user=1, snr_db=7.0, fades=fades, seed=5)
     heard, snr_db = ear.hear(12, symbols)
     again = np.random.default_rng([5, 1, 12])

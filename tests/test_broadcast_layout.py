@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.one_thread import one_thread
-from wdmoe.broadcast.fading import awgn, draw_unit
-from wdmoe.broadcast.layout import PILOTS, Layout, from_symbols, to_symbols
-from wdmoe.broadcast.model import BroadcastCodec, ModelSettings
-from wdmoe.broadcast.principal import Principal, assumed_principal, divisions, fit_principal
+from wdmoe.broadcast.codec.channel import awgn, draw_unit
+from wdmoe.broadcast.codec.layout import PILOTS, Layout, from_symbols, to_symbols
+from wdmoe.broadcast.codec.model import BroadcastCodec, ModelSettings
+from wdmoe.broadcast.codec.principal import Principal, assumed_principal, divisions, fit_principal
 from wdmoe.errors import ConfigError
 
 __all__ = ["one_thread"]

@@ -24,23 +24,23 @@ from PIL import Image
 from tests.fleet import Device, two_free_ports
 from tests.test_broadcast_decoder import SMALL, shaken
 from tests.test_broadcast_radio import REPORT
-from wdmoe.broadcast.aims import choose_alpha
-from wdmoe.broadcast.experiment import save_model
-from wdmoe.broadcast.hearing import Ear
-from wdmoe.broadcast.law import LAW_FILE, load_law
-from wdmoe.broadcast.reading import read_picture
-from wdmoe.broadcast.tiling import Blender
+from wdmoe.broadcast.codec.image_file import read_picture
+from wdmoe.broadcast.codec.model_file import save_model
+from wdmoe.broadcast.codec.receiver import Ear
+from wdmoe.broadcast.codec.tiling import Blender
+from wdmoe.broadcast.quality.operating_point import choose_alpha
+from wdmoe.broadcast.quality.quality_law import LAW_FILE, load_law
 from wdmoe.errors import BundleError, ConfigError, TransportError, WdmoeError
-from wdmoe.nodes.broadcast.audience import Audience
-from wdmoe.nodes.broadcast.results import prepare_folder, write_results
-from wdmoe.nodes.broadcast.run import Sending, broadcast, prepare
-from wdmoe.nodes.broadcast.settings import SHIPPED_MODEL, BroadcastSettings
-from wdmoe.nodes.broadcast.station import BroadcastStation, Progress, Site
-from wdmoe.nodes.joining import introduce
-from wdmoe.transport.keys import new_key_pair
-from wdmoe.transport.messages import Fetch, Hello, Rows, Tune, Tuned
-from wdmoe.transport.sockets import LinkSecurity, new_context
-from wdmoe.transport.zeromq import open_control_link
+from wdmoe.nodes.broadcast_station.listeners import Audience
+from wdmoe.nodes.broadcast_station.results import prepare_folder, write_results
+from wdmoe.nodes.broadcast_station.run import Sending, broadcast, prepare
+from wdmoe.nodes.broadcast_station.settings import SHIPPED_MODEL, BroadcastSettings
+from wdmoe.nodes.broadcast_station.station import BroadcastStation, Progress, Site
+from wdmoe.nodes.device.join import introduce
+from wdmoe.transport.codec.messages import Fetch, Hello, Rows, Tune, Tuned
+from wdmoe.transport.security.keys import new_key_pair
+from wdmoe.transport.zmq.channels import open_control_link
+from wdmoe.transport.zmq.sockets import LinkSecurity, new_context
 
 PATIENCE_S = 90.0
 COMMAND = [sys.executable, "-m", "wdmoe", "broadcast"]
@@ -241,7 +241,7 @@ def test_what_cannot_be_done_is_said_before_anything_starts(
 
 
 def test_without_a_model_it_says_how_to_get_one(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wdmoe.nodes.broadcast.settings.SHIPPED_MODEL", tmp_path / "codec.safetensors")
+    monkeypatch.setattr("wdmoe.nodes.broadcast_station.settings.SHIPPED_MODEL", tmp_path / "codec.safetensors")
     plan = dataclasses.replace(settings(tmp_path, model, ((9, 9), (9, 9))), model=None)
     with pytest.raises(BundleError, match="--model FILE"):
         prepare(plan, print)

@@ -14,20 +14,20 @@ from click.testing import CliRunner
 
 from tests.made_up_pictures import made_up
 from tests.one_thread import one_thread
-from wdmoe.broadcast.batches import Draws
-from wdmoe.broadcast.beginning import untrained
-from wdmoe.broadcast.experiment import load_model, save_model
-from wdmoe.broadcast.loss_plan import LossPlan, Pool
-from wdmoe.broadcast.loss_results import start_losses, verify_losses
-from wdmoe.broadcast.loss_study import LossStudy
-from wdmoe.broadcast.loss_tables import loss_texts
-from wdmoe.broadcast.losses import LOSSES
-from wdmoe.broadcast.model import BroadcastCodec, ModelSettings
-from wdmoe.broadcast.results import ARRAYS, fronts_of
-from wdmoe.broadcast.training import Training
+from wdmoe.broadcast.codec.model import BroadcastCodec, ModelSettings
+from wdmoe.broadcast.codec.model_file import load_model, save_model
+from wdmoe.broadcast.study.loss_plan import LossPlan, Pool
+from wdmoe.broadcast.study.loss_results import start_losses, verify_losses
+from wdmoe.broadcast.study.loss_study import LossStudy
+from wdmoe.broadcast.study.loss_tables import loss_texts
+from wdmoe.broadcast.study.results import ARRAYS, fronts_of
+from wdmoe.broadcast.training.batches import Draws
+from wdmoe.broadcast.training.initialisation import untrained
+from wdmoe.broadcast.training.losses import LOSSES
+from wdmoe.broadcast.training.training import Training
 from wdmoe.cli.models import verify
 from wdmoe.errors import ConfigError, WdmoeError
-from wdmoe.results_folder import MANIFEST, read_manifest, sha256_of
+from wdmoe.results.folder import MANIFEST, read_manifest, sha256_of
 
 __all__ = ["one_thread"]
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "broadcast_losses"

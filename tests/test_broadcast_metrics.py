@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wdmoe.broadcast.metrics import MOST_PSNR_DB, hypervolume, hypervolume_interval, ms_ssim, psnr_db, ssim
+from wdmoe.broadcast.quality.metrics import MOST_PSNR_DB, hypervolume, hypervolume_interval, ms_ssim, psnr_db, ssim
 from wdmoe.errors import ConfigError
 
 points = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=8)

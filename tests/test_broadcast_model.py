@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.one_thread import one_thread
-from wdmoe.broadcast.fading import awgn, draw_unit, rayleigh
-from wdmoe.broadcast.losses import LOSSES, region
-from wdmoe.broadcast.model import BroadcastCodec, ModelSettings
+from wdmoe.broadcast.codec.channel import awgn, draw_unit, rayleigh
+from wdmoe.broadcast.codec.model import BroadcastCodec, ModelSettings
+from wdmoe.broadcast.training.losses import LOSSES, region
 from wdmoe.errors import ConfigError
 from wdmoe.wireless.broadcast import broadcast_awgn
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from wdmoe.broadcast.pictures import CLASSES, PAIR_KINDS, Pictures, load_pictures, pair_up, split_pictures
+from wdmoe.broadcast.datasets.pictures import CLASSES, PAIR_KINDS, Pictures, load_pictures, pair_up, split_pictures
 from wdmoe.errors import ConfigError, MissingExtraError
 
 LABELS = np.repeat(np.arange(len(CLASSES)), 1000)  # the order in which the package has them

@@ -17,18 +17,18 @@ import pytest
 from tests.test_broadcast_decoder import SMALL, shaken
 from tests.wire_examples import a_tune
 from tests.zmq_lab import Lab, lab
-from wdmoe.broadcast.decoder_export import decoder_graph
-from wdmoe.broadcast.tiling import OVERLAP, Grid
+from wdmoe.broadcast.codec.decoder_export import decoder_graph
+from wdmoe.broadcast.codec.tiling import OVERLAP, Grid
 from wdmoe.errors import ExpertError, PeerBusyError, ProtocolError
-from wdmoe.nodes.broadcast.audience import Audience
-from wdmoe.nodes.broadcast.radio import Radio, RadioSite
-from wdmoe.nodes.broadcast.source import SymbolSource
-from wdmoe.nodes.device_rules import WantedExpert
-from wdmoe.nodes.expert_cache import ExpertCache
+from wdmoe.nodes.broadcast_station.listeners import Audience
+from wdmoe.nodes.broadcast_station.symbol_source import SymbolSource
+from wdmoe.nodes.device.broadcast_receiver import Radio, RadioSite
+from wdmoe.nodes.device.expert_cache import ExpertCache
+from wdmoe.nodes.device.rules import WantedExpert
 from wdmoe.records import DeviceReport
-from wdmoe.transport.air import Transmitter, open_transmitter, open_tuner
+from wdmoe.transport.codec.messages import Failure, Message, Pilot, Rows, Shown, Symbols, Tune, Tuned
 from wdmoe.transport.membership import Device
-from wdmoe.transport.messages import Failure, Message, Pilot, Rows, Shown, Symbols, Tune, Tuned
+from wdmoe.transport.zmq.pubsub import Transmitter, open_transmitter, open_tuner
 
 __all__ = ["lab"]
 PATIENCE_S = 30.0
@@ -274,7 +274,8 @@ def rows(first: int, count: int, width: int = 20) -> Rows:
 
 
 def test_a_device_needs_neither_torch_nor_pillow_for_it() -> None:
-    code = "import sys, wdmoe.nodes.device; print(sorted({'torch', 'PIL', 'onnx', 'matplotlib'} & set(sys.modules)))"
+    heavy = "{'torch', 'PIL', 'onnx', 'matplotlib'}"
+    code = f"import sys, wdmoe.nodes.device.device; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

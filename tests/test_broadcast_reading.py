@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wdmoe.broadcast.metrics import psnr_db, ssim
-from wdmoe.broadcast.png import png_bytes
-from wdmoe.broadcast.quality import picture_psnr_db, picture_ssim
-from wdmoe.broadcast.reading import read_picture
-from wdmoe.broadcast.sheet import SheetRow, draw_sheet
+from wdmoe.broadcast.codec.contact_sheet import SheetRow, draw_sheet
+from wdmoe.broadcast.codec.image_file import read_picture
+from wdmoe.broadcast.codec.png import png_bytes
+from wdmoe.broadcast.quality.large_pictures import picture_psnr_db, picture_ssim
+from wdmoe.broadcast.quality.metrics import psnr_db, ssim
 from wdmoe.errors import ConfigError
 
 RED = (200, 30, 40)

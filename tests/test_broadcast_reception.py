@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.wire_examples import a_tune
-from wdmoe.broadcast.blocks import BlockPlan, share_of
-from wdmoe.broadcast.reception import MOST_BLOCKS, Reception, SymbolStore, plan_reception
-from wdmoe.broadcast.tiling import Grid, cut
+from wdmoe.broadcast.codec.blocks import BlockPlan, share_of
+from wdmoe.broadcast.codec.reception import MOST_BLOCKS, Reception, SymbolStore, plan_reception
+from wdmoe.broadcast.codec.tiling import Grid, cut
 from wdmoe.errors import ProtocolError
-from wdmoe.transport.messages import Symbols
+from wdmoe.transport.codec.messages import Symbols
 
 USES = 8
 

@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 
 from tests.made_up_pictures import made_up
 from tests.one_thread import one_thread
-from wdmoe.broadcast.batches import as_pictures
-from wdmoe.broadcast.evaluation import alpha_sweep, mean_psnr
-from wdmoe.broadcast.experiment import load_model
-from wdmoe.broadcast.law import LAW_FILE, load_law
-from wdmoe.broadcast.model import BroadcastCodec, ModelSettings
-from wdmoe.broadcast.radio import Radio
-from wdmoe.broadcast.results import DATA, JOINT_FILE
+from wdmoe.broadcast.codec.model import BroadcastCodec, ModelSettings, as_pictures
+from wdmoe.broadcast.codec.model_file import load_model
+from wdmoe.broadcast.quality.alpha_sweep import alpha_sweep, mean_psnr
+from wdmoe.broadcast.quality.channel_draws import Radio
+from wdmoe.broadcast.quality.quality_law import LAW_FILE, load_law
+from wdmoe.broadcast.study.results import DATA, JOINT_FILE
 
 __all__ = ["one_thread"]
 SHIPPED = DATA / JOINT_FILE

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wdmoe.broadcast.tiling import OVERLAP, SIDE, Blender, Grid, _windows, cut
+from wdmoe.broadcast.codec.tiling import OVERLAP, SIDE, Blender, Grid, _windows, cut
 from wdmoe.errors import ConfigError
 
 SIDES = st.integers(1, 150)

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from tests.one_thread import one_thread
-from wdmoe.broadcast.batches import BatchSource, Draws, as_pictures
-from wdmoe.broadcast.evaluation import alpha_sweep, as_pixels
-from wdmoe.broadcast.experiment import MODEL, load_model, save_model, write_results, write_settings
-from wdmoe.broadcast.model import BroadcastCodec, ModelSettings
-from wdmoe.broadcast.radio import Radio
-from wdmoe.broadcast.training import Team, Trainer, Training, fingerprint_of
+from wdmoe.broadcast.codec.model import BroadcastCodec, ModelSettings, as_pictures, as_pixels
+from wdmoe.broadcast.codec.model_file import load_model, save_model
+from wdmoe.broadcast.quality.alpha_sweep import alpha_sweep
+from wdmoe.broadcast.quality.channel_draws import Radio
+from wdmoe.broadcast.training.batches import BatchSource, Draws
+from wdmoe.broadcast.training.run_folder import MODEL, write_results, write_settings
+from wdmoe.broadcast.training.training import Team, Trainer, Training, fingerprint_of
 from wdmoe.errors import BundleError, ConfigError
-from wdmoe.results_folder import MANIFEST
+from wdmoe.results.folder import MANIFEST
 
 __all__ = ["one_thread"]
 MODEL_SETTINGS = ModelSettings(side=16, width=16, heads=2, encoder_depth=1, decoder_depth=1, condition=8)

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.budget_cases import SLACK, TOTAL_HZ, small_case, some_links
-from wdmoe.solver import _native, budget_reference
+from wdmoe.solver import _native
 from wdmoe.solver.bandwidth import Links
 from wdmoe.solver.budget import BudgetChoice, select_at_most_dropped, select_within_budget
-from wdmoe.solver.exhaustive import best_within_budget
-from wdmoe.solver.hertz import needed_hz
+from wdmoe.solver.reference import budget as budget_reference
+from wdmoe.solver.reference.exhaustive import best_within_budget
+from wdmoe.solver.required_bandwidth import needed_hz
 
 
 def seconds(links: Links, bandwidth_hz: np.ndarray) -> Any:

@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import families
-from wdmoe.backbone.bundle import (
+from wdmoe.backbone.export.export import ExportSettings, export_bundle
+from wdmoe.backbone.format.bundle import (
     MANIFEST_NAME,
     MAX_READ_BYTES,
     Bundle,
     manifest_bytes,
     parse_manifest,
 )
-from wdmoe.backbone.export import ExportSettings, export_bundle
-from wdmoe.backbone.onnx_graph import onnx
+from wdmoe.backbone.format.onnx_graph import onnx
 from wdmoe.errors import BundleError
 from wdmoe.records import ExpertId
 

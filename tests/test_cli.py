@@ -114,9 +114,9 @@ def test_a_folder_that_is_no_model(tmp_path):
 
 
 def test_tokens_are_made_listed_and_revoked(tmp_path):
-    from wdmoe.transport.admission import Admission
-    from wdmoe.transport.keys import new_key_pair
-    from wdmoe.transport.tokens import parse_token
+    from wdmoe.transport.security.admission import Admission
+    from wdmoe.transport.security.join_tokens import parse_token
+    from wdmoe.transport.security.keys import new_key_pair
 
     state = ("--state", str(tmp_path / "bs"))
     made = run("token", "create", *state, "--endpoint", "tcp://192.0.2.7:5555", "--ttl", "10min", "--uses", "1")
@@ -135,8 +135,8 @@ def test_tokens_are_made_listed_and_revoked(tmp_path):
 
 
 def test_names_and_keys_that_begin_with_a_dash(tmp_path):
-    from wdmoe.transport.admission import Admission
-    from wdmoe.transport.keys import new_key_pair
+    from wdmoe.transport.security.admission import Admission
+    from wdmoe.transport.security.keys import new_key_pair
 
     state = ("--state", str(tmp_path / "bs"))
     admission = Admission(tmp_path / "bs")

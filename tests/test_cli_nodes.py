@@ -19,7 +19,7 @@ import pytest
 from tests.families import save_tiny
 from tests.fleet import NODE, two_free_ports
 from tests.test_cli import fails, run
-from wdmoe.solver.placing.file import read_placement
+from wdmoe.solver.placement.file import read_placement
 
 PATIENCE_S = 60.0
 

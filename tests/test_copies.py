@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wdmoe.solver.copies import choose_copies
-from wdmoe.solver.replacing import replace_far
+from wdmoe.solver.replicas import choose_copies
+from wdmoe.solver.substitution import replace_far
 
 
 def end_s(device: np.ndarray, token_s: np.ndarray, busy_s: np.ndarray) -> float:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wdmoe.backbone import default_model
+from wdmoe.backbone.default import model as default_model
 from wdmoe.backbone.split.dense import read_dense
 from wdmoe.backbone.split.settings import SplitSettings
 from wdmoe.errors import BundleError, MissingExtraError
@@ -99,7 +99,7 @@ def test_gguf_is_read_as_transformers_reads_it() -> None:
 def test_two_processes_make_it_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     code = (
-        "from wdmoe.backbone.default_model import default_checkpoint\n"
+        "from wdmoe.backbone.default.model import default_checkpoint\n"
         "from wdmoe.backbone.split.settings import SplitSettings\n"
         "made = []\n"
         "note = lambda stage, done: made.append(stage)\n"
@@ -116,6 +116,6 @@ def test_two_processes_make_it_once(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_finding_a_bundle_that_is_there_takes_no_torch() -> None:
-    asked = "import sys, wdmoe.backbone.default_bundle; print('torch' in sys.modules)"
+    asked = "import sys, wdmoe.backbone.default.bundle; print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True, timeout=60)
     assert said.stdout.strip() == "False", "it costs the demo seconds on every start"

@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from tests.families import save_tiny
-from wdmoe.backbone.export import ExportSettings, export_bundle
-from wdmoe.nodes.child import Child, ChildError
+from wdmoe.backbone.export.export import ExportSettings, export_bundle
+from wdmoe.nodes.local.process import Child, ChildError
 
 DEMO = [sys.executable, "-m", "wdmoe", "demo"]
 PATIENCE_S = 90.0

@@ -15,8 +15,8 @@ from wdmoe.nodes.demo.links import equal_links, radio_links, unequal_links
 from wdmoe.nodes.demo.plan import DemoSettings, RunPlan, plan_runs
 from wdmoe.nodes.demo.report import report
 from wdmoe.nodes.demo.view import DemoView
-from wdmoe.nodes.station_client import Token
-from wdmoe.records import Receipt, StageSeconds
+from wdmoe.nodes.local.station_client import Token
+from wdmoe.receipt import Receipt, StageSeconds
 
 
 def settings(tmp_path, **changes):

@@ -16,16 +16,16 @@ from wdmoe.config import DeviceSettings, LinkEmulation
 from wdmoe.errors import ConfigError, ProtocolError, TransportError
 from wdmoe.moe.expert import ExpertRunner
 from wdmoe.moe.providers import OnnxExpert, cpu_chain
-from wdmoe.nodes.broadcast.radio import RadioSite
-from wdmoe.nodes.compute_thread import ComputeThread
-from wdmoe.nodes.device_session import DeviceSession, SentAwayError
-from wdmoe.nodes.expert_cache import ExpertCache
-from wdmoe.nodes.holdings import Holdings
-from wdmoe.nodes.joining import introduce, open_dialer
-from wdmoe.nodes.opener import expert_opener
+from wdmoe.nodes.device.broadcast_receiver import RadioSite
+from wdmoe.nodes.device.compute_thread import ComputeThread
+from wdmoe.nodes.device.expert_cache import ExpertCache
+from wdmoe.nodes.device.expert_opening import expert_opener
+from wdmoe.nodes.device.expert_store import Holdings
+from wdmoe.nodes.device.join import introduce, open_dialer
+from wdmoe.nodes.device.session import DeviceSession, SentAwayError
 from wdmoe.records import DeviceReport, ExpertId
+from wdmoe.transport.codec.messages import Failure, Goodbye, Hello, Message, Ping, Place, Pong, Ready, Welcome
 from wdmoe.transport.memory import MemoryControlLink, MemoryControlStation
-from wdmoe.transport.messages import Failure, Goodbye, Hello, Message, Ping, Place, Pong, Ready, Welcome
 
 REPORT = DeviceReport(
     name="kit", hardware="board", system="Linux", provider="cpu", threads=1, memory_bytes=1 << 30, flops=1e9
@@ -66,7 +66,7 @@ def answered(*answers: Message, after: int = 1) -> Welcome:
 
 
 def test_repeats_hello_until_welcome(monkeypatch):
-    monkeypatch.setattr("wdmoe.nodes.joining.HELLO_AGAIN_S", 0.01)
+    monkeypatch.setattr("wdmoe.nodes.device.join.HELLO_AGAIN_S", 0.01)
     assert answered(WELCOME, after=4).data_port == 5556
     assert answered(dataclasses.replace(WELCOME, session=6), Pong(sequence=1), WELCOME).session == 5
 
@@ -82,15 +82,15 @@ def test_repeats_hello_until_welcome(monkeypatch):
     ],
 )
 def test_says_why_it_is_not_welcome(monkeypatch, answer, error, reason):
-    monkeypatch.setattr("wdmoe.nodes.joining.HELLO_AGAIN_S", 0.02)
-    monkeypatch.setattr("wdmoe.nodes.joining.HELLO_PATIENCE_S", 0.1)
+    monkeypatch.setattr("wdmoe.nodes.device.join.HELLO_AGAIN_S", 0.02)
+    monkeypatch.setattr("wdmoe.nodes.device.join.HELLO_PATIENCE_S", 0.1)
     with pytest.raises(error, match=reason):
         answered(answer)
 
 
 def test_says_that_nobody_is_there(monkeypatch):
-    monkeypatch.setattr("wdmoe.nodes.joining.HELLO_PATIENCE_S", 0.05)
-    monkeypatch.setattr("wdmoe.nodes.joining.HELLO_AGAIN_S", 0.02)
+    monkeypatch.setattr("wdmoe.nodes.device.join.HELLO_PATIENCE_S", 0.05)
+    monkeypatch.setattr("wdmoe.nodes.device.join.HELLO_AGAIN_S", 0.02)
 
     async def main() -> None:
         station = MemoryControlStation()
@@ -103,8 +103,8 @@ def test_says_that_nobody_is_there(monkeypatch):
 
 
 def test_a_key_file_that_others_can_read_is_refused(tmp_path, monkeypatch):
-    from wdmoe.transport.admission import Admission
-    from wdmoe.transport.keys import station_keys
+    from wdmoe.transport.security.admission import Admission
+    from wdmoe.transport.security.keys import station_keys
 
     token = Admission(tmp_path / "bs").create_token(station_keys(tmp_path / "bs"), ["tcp://127.0.0.1:1"], 60.0)
     settings = DeviceSettings(join=token.text(), state=tmp_path / "device")
@@ -207,7 +207,7 @@ def test_silence_and_mere_refusals_end_a_session(compute, tmp_path, answer):
 
 
 def test_without_an_engine_the_cpu_goes_on(rng, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("wdmoe.nodes.opener.choose_provider", lambda wanted, probe: "tensorrt")
+    monkeypatch.setattr("wdmoe.nodes.device.expert_opening.choose_provider", lambda wanted, probe: "tensorrt")
     expert = make_expert(rng)
     opener = expert_opener(DeviceSettings(join="", cache=tmp_path))
     assert opener.provider == "tensorrt"

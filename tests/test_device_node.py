@@ -21,9 +21,9 @@ from tests.device_station import Station, ids, running, station
 from tests.expert_files import constant_expert, make_expert
 from wdmoe.config import DeviceSettings, LinkEmulation
 from wdmoe.errors import ConfigError, RefusedError
-from wdmoe.nodes.device import run_device
+from wdmoe.nodes.device.device import run_device
 from wdmoe.records import ExpertId
-from wdmoe.transport.messages import Chunk, Failure, Goodbye, Hello, Ping, Result
+from wdmoe.transport.codec.messages import Chunk, Failure, Goodbye, Hello, Ping, Result
 
 HIDDEN = 16
 BIG_INNER = 6000  # a file of several chunks
@@ -46,7 +46,7 @@ def settings(tmp_path):
 
 @pytest.fixture(autouse=True)
 def _quick_warm_up(monkeypatch):
-    monkeypatch.setattr("wdmoe.nodes.hardware.WARM_UP_S", 0.01)
+    monkeypatch.setattr("wdmoe.nodes.device.hardware.WARM_UP_S", 0.01)
 
 
 def run_async(work: Callable[[], Awaitable[None]]) -> None:
@@ -396,7 +396,7 @@ DEVICE = """
 import asyncio, json, logging, signal, sys
 from pathlib import Path
 from wdmoe.config import DeviceSettings
-from wdmoe.nodes.device import run_device
+from wdmoe.nodes.device.device import run_device
 
 async def main():
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
@@ -449,6 +449,6 @@ def test_a_killed_device_comes_back_as_itself_with_its_cache(tmp_path, experts, 
 
 
 def test_importing_the_node_needs_no_heavy_package():
-    code = "import sys, wdmoe.nodes.device; sys.exit(str({'torch', 'transformers', 'onnx'} & set(sys.modules)))"
+    code = "import sys, wdmoe.nodes.device.device; sys.exit(str({'torch', 'transformers', 'onnx'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip() == "set()"

@@ -18,16 +18,16 @@ from wdmoe.errors import ExpertError, PeerBusyError, ProtocolError, RefusedError
 from wdmoe.moe.background_build import BackgroundBuild
 from wdmoe.moe.expert import ExpertRunner
 from wdmoe.moe.providers import OnnxExpert, cpu_chain
-from wdmoe.nodes import hardware
-from wdmoe.nodes.compute_thread import ComputeThread
-from wdmoe.nodes.device_rules import WantedExpert, changes, retry_delay_s, wanted_experts
-from wdmoe.nodes.expert_fetch import CHUNK_BYTES, OUTSTANDING, ExpertFetcher
-from wdmoe.nodes.link_emulation import Lane
-from wdmoe.nodes.opener import expert_opener
-from wdmoe.nodes.together import in_thread, run_together
+from wdmoe.nodes.device import hardware
+from wdmoe.nodes.device.compute_thread import ComputeThread
+from wdmoe.nodes.device.expert_fetch import CHUNK_BYTES, OUTSTANDING, ExpertFetcher
+from wdmoe.nodes.device.expert_opening import expert_opener
+from wdmoe.nodes.device.link_emulation import Lane
+from wdmoe.nodes.device.rules import WantedExpert, changes, retry_delay_s, wanted_experts
+from wdmoe.nodes.tasks import in_thread, run_together
 from wdmoe.records import ExpertId
+from wdmoe.transport.codec.messages import Attach, Attached, Chunk, Failure, Fetch, Place, Result, Run
 from wdmoe.transport.memory import MemoryDataLink, MemoryDataStation
-from wdmoe.transport.messages import Attach, Attached, Chunk, Failure, Fetch, Place, Result, Run
 
 HIDDEN = 16
 PATIENCE_S = 20.0
@@ -300,7 +300,7 @@ def test_takes_the_next_connection_and_drops_the_old_one(compute):
 
 
 def test_a_refused_connection_is_opened_again(compute, monkeypatch, crashes):
-    monkeypatch.setattr("wdmoe.nodes.compute_thread.REFUSED_RETRY_S", 0.01)
+    monkeypatch.setattr("wdmoe.nodes.device.compute_thread.REFUSED_RETRY_S", 0.01)
     station, opened = MemoryDataStation(), []
 
     def open_link() -> MemoryDataLink:

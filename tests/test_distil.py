@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_split import WORDS, write_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from wdmoe.backbone.export import ExportSettings, export_bundle
+from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.split.distil import DistilSettings, distil_checkpoint
 from wdmoe.backbone.split.distil_training import Training
 from wdmoe.backbone.split.settings import SplitSettings

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from wdmoe.transport.codec.messages import Attach, Failure, Message, Result, Run
 from wdmoe.transport.exchange import Exchange, Order, Reply
 from wdmoe.transport.memory import Faults, MemoryDataLink, MemoryDataStation
-from wdmoe.transport.messages import Attach, Failure, Message, Result, Run
 
 HIDDEN = 4
 

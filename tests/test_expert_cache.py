@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.full_disk import PAGE, fill, small_disk
-from wdmoe.nodes.expert_cache import ExpertCache
+from wdmoe.nodes.device.expert_cache import ExpertCache
 
 KIB = 1024
 
@@ -122,7 +122,7 @@ WRITER = """
 import hashlib, sys
 from pathlib import Path
 from tests.full_disk import PAGE, fill, small_disk
-from wdmoe.nodes.expert_cache import ExpertCache
+from wdmoe.nodes.device.expert_cache import ExpertCache
 cache = ExpertCache(Path(sys.argv[1]), 20_000)
 for round in range(20):
     for number in range(10):

@@ -8,8 +8,8 @@ from transformers.integrations.moe import use_experts_implementation
 from transformers.models.muse_spark.configuration_muse_spark import MuseSparkTextConfig
 from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 
-from wdmoe.backbone.expert_export import LayerExperts
-from wdmoe.backbone.onnx_graph import onnx
+from wdmoe.backbone.export.expert_export import LayerExperts
+from wdmoe.backbone.format.onnx_graph import onnx
 from wdmoe.errors import BundleError
 
 EXPERTS, HIDDEN, INNER = 3, 16, 12

@@ -17,7 +17,7 @@ from wdmoe.errors import ConfigError, ExpertError
 from wdmoe.moe.expert import ExpertRunner
 from wdmoe.moe.providers import OnnxExpert, TensorRtSite, choose_provider, cpu_chain, tensorrt_chain
 from wdmoe.records import ExpertId
-from wdmoe.transport.messages import Run
+from wdmoe.transport.codec.messages import Run
 
 HIDDEN = 16
 FLOAT32_TOLERANCE, FLOAT16_TOLERANCE = 1e-5, 2e-3
@@ -209,7 +209,7 @@ import psutil
 from pathlib import Path
 from wdmoe.moe.expert import ExpertRunner
 from wdmoe.moe.providers import OnnxExpert, cpu_chain
-from wdmoe.nodes.holdings import _return_memory
+from wdmoe.nodes.device.expert_store import _return_memory
 from wdmoe.records import ExpertId
 file, process = Path(sys.argv[1]), psutil.Process()
 runner = ExpertRunner(lambda model, sha256: OnnxExpert(model, 1, cpu_chain()))

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from tests import families
 from tests.full_disk import PAGE, fill, small_disk
 from tests.test_cli import fails, run
-from wdmoe.backbone import export, journal
-from wdmoe.backbone.bundle import MANIFEST_NAME, Bundle
-from wdmoe.backbone.export import ExportSettings, export_bundle
-from wdmoe.backbone.journal import JOURNAL_NAME, Journal
-from wdmoe.backbone.station import load_station
+from wdmoe.backbone.export import export, resume
+from wdmoe.backbone.export.export import ExportSettings, export_bundle
+from wdmoe.backbone.export.resume import JOURNAL_NAME, Journal
+from wdmoe.backbone.format.bundle import MANIFEST_NAME, Bundle
+from wdmoe.backbone.runtime.station import load_station
 from wdmoe.errors import BundleError, ConfigError
 
 
@@ -164,7 +164,7 @@ def test_file_damaged_between_two_runs_is_made_again(source, tmp_path):
 def test_killed_export_goes_on(source, tmp_path):
     out = tmp_path / "killed"
     code = (
-        "import sys; from pathlib import Path; from wdmoe.backbone.export import *;"
+        "import sys; from pathlib import Path; from wdmoe.backbone.export.export import *;"
         "export_bundle(Path(sys.argv[1]), Path(sys.argv[2]), ExportSettings())"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -264,7 +264,7 @@ def test_disk_that_is_full_at_a_line_of_the_journal(tmp_path):
 
 
 def test_disk_full_says_what_to_do(tmp_path):
-    with pytest.raises(BundleError, match="disk is full") as caught, journal._disk(tmp_path):
+    with pytest.raises(BundleError, match="disk is full") as caught, resume._disk(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert "run the same command again" in str(caught.value)
 

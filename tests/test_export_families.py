@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests import families
-from wdmoe.backbone.bundle import Bundle
-from wdmoe.backbone.export import ExportSettings, export_bundle
-from wdmoe.backbone.station import load_station
+from wdmoe.backbone.export.export import ExportSettings, export_bundle
+from wdmoe.backbone.format.bundle import Bundle
+from wdmoe.backbone.runtime.station import load_station
 
 LOGITS_TOLERANCE = 1e-4
 NORMALISING = {

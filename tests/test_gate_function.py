@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers.activations import ACT2CLS, ACT2FN
 
-from wdmoe.backbone.gate_function import trace
-from wdmoe.backbone.onnx_graph import OPERATORS, Linear, build_expert, quantise, run_graph
+from wdmoe.backbone.export.gate_function import trace
+from wdmoe.backbone.format.onnx_graph import OPERATORS, Linear, build_expert, quantise, run_graph
 from wdmoe.errors import BundleError
 
 HIDDEN, INNER = 16, 12

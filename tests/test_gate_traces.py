@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from tests.test_split import write_tokenizer
+from wdmoe.backbone.evaluation.trace_recorder import TraceRecorder
 from wdmoe.backbone.record_trace import record_trace
-from wdmoe.backbone.trace_recorder import TraceRecorder
 from wdmoe.errors import BundleError, ConfigError
-from wdmoe.gate_trace import GateTrace
-from wdmoe.simulation.traces import shipped_trace
+from wdmoe.results.gate_trace import GateTrace
+from wdmoe.simulation.scenario import shipped_trace
 
 
 def a_trace(**changes: object) -> GateTrace:
@@ -249,13 +249,13 @@ def test_a_checkpoint_reads_a_file(checkpoint: Path, tmp_path: Path) -> None:
     words = tmp_path / "words.txt"
     words.write_text(" ".join(f"w{i % 50}" for i in range(100)))
     stages: list[str] = []
-    trace = record_trace(str(checkpoint), (words,), 64, 32, False, lambda stage, _: stages.append(stage))
+    trace = record_trace(checkpoint, (words,), 64, 32, False, lambda stage, _: stages.append(stage))
     assert (trace.gate.shape, trace.model) == ((2, 64, 4), checkpoint.name)
     assert {"load", "read"} == set(stages)
     with pytest.raises(ConfigError, match="at least one window"):
-        record_trace(str(checkpoint), (words,), 8, 32, False, lambda *_: None)
+        record_trace(checkpoint, (words,), 8, 32, False, lambda *_: None)
     with pytest.raises(BundleError, match="no checkpoint"):
-        record_trace(str(tmp_path), (words,), 64, 32, False, lambda *_: None)
+        record_trace(tmp_path, (words,), 64, 32, False, lambda *_: None)
 
 
 def test_the_shipped_trace_is_whole_and_is_the_one_described() -> None:

@@ -19,13 +19,13 @@ from tests.test_zmq_traps import FAST, port_of, raw_dealer
 from tests.wire_examples import a_result, a_run, every_kind
 from tests.zmq_lab import WAIT_S, Lab, ask, hear, lab, until
 from wdmoe.errors import ProtocolError, RefusedError
-from wdmoe.transport.framing import MAX_TENSORS, join, split
-from wdmoe.transport.keys import new_key_pair
-from wdmoe.transport.messages import PROTOCOL_VERSION, Attach, Attached, Failure, Run
-from wdmoe.transport.schema import BY_NUMBER
-from wdmoe.transport.sockets import LinkSecurity
-from wdmoe.transport.wire import MAX_HEADER_BYTES, Limits, decode, encode
-from wdmoe.transport.zeromq import ZmqDataLink, ZmqDataStation
+from wdmoe.transport.codec.framing import MAX_TENSORS, join, split
+from wdmoe.transport.codec.messages import PROTOCOL_VERSION, Attach, Attached, Failure, Run
+from wdmoe.transport.codec.schema import BY_NUMBER
+from wdmoe.transport.codec.wire import MAX_HEADER_BYTES, Limits, decode, encode
+from wdmoe.transport.security.keys import new_key_pair
+from wdmoe.transport.zmq.channels import ZmqDataLink, ZmqDataStation
+from wdmoe.transport.zmq.sockets import LinkSecurity
 
 __all__ = ["lab"]
 CASES_PER_KIND = 3000  # of each of the five ways to be odd: 15,000 frames altogether

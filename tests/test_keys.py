@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from tests.full_disk import fill, small_disk
 from tests.test_cli import fails, run
 from wdmoe.errors import ConfigError, RefusedError
-from wdmoe.transport.admission import Admission
-from wdmoe.transport.keys import (
+from wdmoe.transport.security.admission import Admission
+from wdmoe.transport.security.join_tokens import JoinToken, parse_token
+from wdmoe.transport.security.keys import (
     device_keys,
     fingerprint,
     is_key,
@@ -27,7 +28,6 @@ from wdmoe.transport.keys import (
     pair_of_secret,
     station_keys,
 )
-from wdmoe.transport.tokens import JoinToken, parse_token
 
 ENDPOINTS = ("tcp://192.168.1.2:5555", "tcp://10.0.0.1:5555")
 

@@ -14,10 +14,9 @@ LAYERS = {
     "errors": 0,
     "units": 0,
     "config": 1,
-    "gate_trace": 1,
-    "ledger": 1,
+    "receipt": 1,
     "records": 1,
-    "results_folder": 1,
+    "results": 1,
     "solver": 2,
     "transport": 2,
     "wireless": 2,
@@ -33,7 +32,7 @@ LAYERS = {
 FACES = {"wdmoe.broadcast", "wdmoe.solver"}  # hand public names on to programs outside
 # How one expert is computed is a chain of its own: the runner opens models through providers.
 WITHIN_MOE = {("expert", "providers"), ("providers", "expert")}
-LIGHT = ("wdmoe.moe.expert", "wdmoe.nodes.device", "wdmoe.transport.")  # run on boards without torch
+LIGHT = ("wdmoe.moe.expert", "wdmoe.nodes.device.device", "wdmoe.transport.")  # run on boards without torch
 HEAVY = {"torch", "transformers", "accelerate", "safetensors"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "cloudpickle", "joblib"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}

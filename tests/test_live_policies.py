@@ -15,23 +15,23 @@ from click.testing import CliRunner
 
 from tests.families import save_tiny
 from tests.lab import Lab
-from wdmoe.backbone.bundle import Bundle
-from wdmoe.backbone.export import ExportSettings, export_bundle
+from wdmoe.backbone.export.export import ExportSettings, export_bundle
+from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.cli.main import cli
 from wdmoe.config import POLICIES, RANKS, StationSettings
 from wdmoe.errors import BundleError, ConfigError
-from wdmoe.ledger import Ledger
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.moe.select import Costs, Demand, choose
-from wdmoe.nodes.layer_rules import layer_rules
-from wdmoe.records import GenerationRequest, Receipt, Sampling, TextDelta
+from wdmoe.nodes.base_station.layer_rules import layer_rules
+from wdmoe.receipt import Ledger, Receipt
+from wdmoe.records import GenerationRequest, Sampling, TextDelta
 from wdmoe.solver import select_experts, shed_bottleneck
-from wdmoe.solver.air import Air
 from wdmoe.solver.bandwidth import Links, with_compute
-from wdmoe.solver.plan import Policy, plan_layer
+from wdmoe.solver.layer.plan import Policy, plan_layer
+from wdmoe.solver.layer.quantization import vector_bits
+from wdmoe.solver.layer.radio_state import Air
 from wdmoe.solver.ranking import rank_weights
-from wdmoe.solver.rounding import vector_bits
-from wdmoe.transport.messages import Message, Run
+from wdmoe.transport.codec.messages import Message, Run
 from wdmoe.transport.routing import DeviceRoute
 
 PROMPT = tuple(range(40, 60))

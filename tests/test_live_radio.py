@@ -18,17 +18,17 @@ from tests.fleet import PATIENCE_S, Fleet
 from tests.test_alive import ask, until
 from tests.test_live_policies import Watched, opened
 from tests.test_live_policies import ask as ask_lab
-from wdmoe.backbone.bundle import Bundle
-from wdmoe.backbone.export import ExportSettings, export_bundle
+from wdmoe.backbone.export.export import ExportSettings, export_bundle
+from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.cli.main import cli
 from wdmoe.config import DeviceSettings, LinkEmulation, StationSettings
 from wdmoe.errors import ConfigError
-from wdmoe.moe.air import Air
+from wdmoe.moe.bandwidth_share import Air
 from wdmoe.moe.health import DeviceHealth
-from wdmoe.nodes.device import run_device
-from wdmoe.nodes.link_emulation import REPLY_HEADER_BYTES, EmulatedLink, shannon_bps
+from wdmoe.nodes.device.device import run_device
+from wdmoe.nodes.device.link_emulation import REPLY_HEADER_BYTES, EmulatedLink, shannon_bps
 from wdmoe.solver.bandwidth import Links, allocate_bandwidth
-from wdmoe.transport.messages import Result
+from wdmoe.transport.codec.messages import Result
 from wdmoe.transport.routing import DeviceRoute
 from wdmoe.wireless.rates import fixed_power_bps
 

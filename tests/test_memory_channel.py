@@ -12,9 +12,9 @@ import pytest
 from tests.wire_examples import a_result, a_run, every_kind, same
 from wdmoe.errors import PeerBusyError, PeerGoneError, ProtocolError
 from wdmoe.transport.channel import ControlLink, ControlStation, DataLink, DataStation
+from wdmoe.transport.codec.messages import Attach, Attached, Failure, Ping, Pong
+from wdmoe.transport.codec.wire import Limits
 from wdmoe.transport.memory import Faults, MemoryControlStation, MemoryDataStation
-from wdmoe.transport.messages import Attach, Attached, Failure, Ping, Pong
-from wdmoe.transport.wire import Limits
 
 
 def test_data_plane_both_ways() -> None:

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wdmoe.errors import ConfigError
-from wdmoe.simulation.drawing import make_draw
+from wdmoe.simulation.channel_draw import make_draw
 from wdmoe.simulation.results import draws_text
 from wdmoe.simulation.scenario import Scenario, parse_scenario
 from wdmoe.simulation.study import Study, run_study
-from wdmoe.solver.air import Air
-from wdmoe.solver.layer_time import MULTICASTS, Levers
-from wdmoe.solver.plan import Policy, carried_out, plan_layer
+from wdmoe.solver.layer.latency import MULTICASTS, Levers
+from wdmoe.solver.layer.plan import Policy, carried_out, plan_layer
+from wdmoe.solver.layer.radio_state import Air
 from wdmoe.wireless.doppler import jakes_correlation
 
 EXACT = 1 + 1e-9

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wdmoe.solver import _native, reference
+from wdmoe.solver import _native
+from wdmoe.solver.reference import native as reference
 
 BOTH = pytest.mark.parametrize("kernels", [_native, reference], ids=["native", "numpy"])
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.families import reference, save_tiny
-from wdmoe.backbone.bridge import CURRENT_LEDGER, attach
 from wdmoe.backbone.families import experts_modules
-from wdmoe.ledger import Ledger
+from wdmoe.backbone.runtime.experts_seam import CURRENT_LEDGER, attach
+from wdmoe.receipt import Ledger
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from wdmoe.errors import ConfigError
 from wdmoe.records import ExpertId
-from wdmoe.solver.placing.file import check_placement, read_placement, write_placement
-from wdmoe.solver.placing.live import place_experts
+from wdmoe.solver.placement.file import check_placement, read_placement, write_placement
+from wdmoe.solver.placement.live import place_experts
 
 PLENTY = 1e12
 

@@ -11,8 +11,8 @@ from tests.test_cli import fails, run
 from wdmoe.cli.main import cli
 from wdmoe.errors import WdmoeError
 from wdmoe.records import ExpertId
-from wdmoe.simulation.traces import shipped_trace
-from wdmoe.solver.placing.file import check_placement, read_placement
+from wdmoe.simulation.scenario import shipped_trace
+from wdmoe.solver.placement.file import check_placement, read_placement
 
 TRACE = str(shipped_trace())
 EVERY = [ExpertId(layer, expert) for layer in range(30) for expert in range(8)]

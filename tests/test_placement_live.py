@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 from tests.families import save_tiny
 from tests.fleet import Fleet
 from tests.test_alive import PROMPT, ask, names, until
-from wdmoe.backbone.export import ExportSettings, export_bundle
-from wdmoe.backbone.trace_recorder import TraceRecorder
-from wdmoe.gate_trace import GateTrace
-from wdmoe.solver.placing.file import read_placement, write_placement
+from wdmoe.backbone.evaluation.trace_recorder import TraceRecorder
+from wdmoe.backbone.export.export import ExportSettings, export_bundle
+from wdmoe.results.gate_trace import GateTrace
+from wdmoe.solver.placement.file import read_placement, write_placement
 
 TOKENS = 8
 

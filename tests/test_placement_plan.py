@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from wdmoe.records import ExpertId
-from wdmoe.solver.placing.exact import place_exactly
-from wdmoe.solver.placing.file import placement_of
-from wdmoe.solver.placing.greedy import place_greedily
-from wdmoe.solver.placing.plan import PlacementProblem, device_loads, latency_s, layer_bounds_s
-from wdmoe.solver.placing.shares import best_shares
+from wdmoe.solver.placement.exact import place_exactly
+from wdmoe.solver.placement.file import placement_of
+from wdmoe.solver.placement.greedy import place_greedily
+from wdmoe.solver.placement.problem import PlacementProblem, device_loads, latency_s, layer_bounds_s
+from wdmoe.solver.placement.shares import best_shares
 
 PLENTY = 1e12
 

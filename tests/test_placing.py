@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from wdmoe.nodes.placing import (
+from wdmoe.nodes.base_station.placement import (
     Arrangement,
     Catalogue,
     Host,

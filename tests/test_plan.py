@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wdmoe.solver.air import Air
-from wdmoe.solver.layer_time import Levers
-from wdmoe.solver.plan import Policy, plan_layer
+from wdmoe.solver.layer.latency import Levers
+from wdmoe.solver.layer.plan import Policy, plan_layer
+from wdmoe.solver.layer.radio_state import Air
 from wdmoe.solver.selection import POLICIES
 
 DEVICES, EXPERTS, TOP_K = 4, 8, 3

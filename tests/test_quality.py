@@ -17,17 +17,17 @@ from families import reference, save_tiny, tiny_config, tiny_model
 from transformers import AutoTokenizer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from wdmoe.backbone.default_model import default_checkpoint
+from wdmoe.backbone.default.model import default_checkpoint
+from wdmoe.backbone.evaluation.multiple_choice import Question, choice_nats, read_bigbench, read_questions, score
+from wdmoe.backbone.evaluation.simulated_experts import EXACT, Order, PlannedExperts, travelled
 from wdmoe.backbone.perplexity import window_nats, window_perplexity
-from wdmoe.backbone.planned_experts import EXACT, Order, PlannedExperts, travelled
-from wdmoe.backbone.questions import Question, choice_nats, read_bigbench, read_questions, score
 from wdmoe.backbone.record_trace import record_trace
 from wdmoe.errors import ConfigError, MissingExtraError
 from wdmoe.simulation.quality import measure, qualities, with_baseline
 from wdmoe.simulation.results import verify_results
 from wdmoe.simulation.scenario import Scenario, parse_scenario
 from wdmoe.simulation.study import run_study
-from wdmoe.solver.layer_time import Levers
+from wdmoe.solver.layer.latency import Levers
 
 HALF = 2.0**-11  # relative error of one rounding to float16
 IDS = torch.arange(24).reshape(2, 12) % 60
@@ -172,9 +172,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, `text.txt`, and a `scenario.toml` with a trace of its first window."""
     folder = save_tiny("mixtral", tmp_path_factory.mktemp("tiny"))
     (folder / "text.txt").write_text(TEXT)
-    trace = record_trace(
-        str(folder), (folder / "text.txt",), WINDOW, WINDOW, False, lambda *_: None, expert_similarity=True
-    )
+    trace = record_trace(folder, (folder / "text.txt",), WINDOW, WINDOW, False, lambda *_: None, expert_similarity=True)
     trace.save(folder / "trace.npz")
     (folder / "scenario.toml").write_text(SCENARIO.replace("{trace}", str(folder / "trace.npz")))
     return folder

@@ -12,7 +12,7 @@ import torch
 
 from tests.families import FAMILIES, reference, save_tiny
 from tests.fleet import Fleet
-from wdmoe.backbone.export import ExportSettings, export_bundle
+from wdmoe.backbone.export.export import ExportSettings, export_bundle
 
 LOGITS_WITHIN = 1e-4
 NEW_TOKENS = 32

@@ -13,8 +13,8 @@ import torch
 from tests.families import reference
 from tests.fleet import Fleet
 from tests.test_right import LENGTHS, LOGITS_WITHIN, LONG, generate
-from wdmoe.backbone.default_bundle import default_bundle
-from wdmoe.backbone.default_model import default_checkpoint
+from wdmoe.backbone.default.bundle import default_bundle
+from wdmoe.backbone.default.model import default_checkpoint
 
 pytestmark = [
     pytest.mark.slow,

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wdmoe.backbone.planned_experts import Order, travelled
-from wdmoe.solver.air import Air
-from wdmoe.solver.layer_time import Levers
-from wdmoe.solver.plan import LayerPlan, Policy, plan_layer
-from wdmoe.solver.rounding import BITS, as_widest_of_device, distortion, round_within, vector_bits
+from wdmoe.backbone.evaluation.simulated_experts import Order, travelled
+from wdmoe.solver.layer.latency import Levers
+from wdmoe.solver.layer.plan import LayerPlan, Policy, plan_layer
+from wdmoe.solver.layer.quantization import BITS, as_widest_of_device, distortion, round_within, vector_bits
+from wdmoe.solver.layer.radio_state import Air
 
 DEVICES, TOP_K = 4, 3
 HOLDERS = np.repeat(np.eye(DEVICES, dtype=bool), 2, axis=0)

@@ -14,7 +14,7 @@ import pytest
 
 from tests.serving_bench import EchoEngine, serving
 from wdmoe.errors import ConfigError, TransportError
-from wdmoe.serving.limits import ServingLimits
+from wdmoe.serving.requests import ServingLimits
 from wdmoe.serving.server import serve_http
 
 

@@ -13,12 +13,11 @@ from click.testing import CliRunner
 
 from wdmoe.cli.main import cli
 from wdmoe.errors import ConfigError
-from wdmoe.gate_trace import GateTrace
+from wdmoe.results.gate_trace import GateTrace
 from wdmoe.simulation.results import draws_text, save_results, verify_results
-from wdmoe.simulation.scenario import SHIPPED, Scenario, load_scenario, parse_scenario
+from wdmoe.simulation.scenario import SHIPPED, Scenario, find_trace, load_scenario, parse_scenario
 from wdmoe.simulation.statistics import mean_and_interval, summarise
 from wdmoe.simulation.study import run_study
-from wdmoe.simulation.traces import find_trace
 from wdmoe.wireless.compute import expert_flop
 from wdmoe.wireless.pathloss import free_space_db
 

@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from wdmoe.solver import Links, allocate_bandwidth, prune_experts, select_experts, select_within_budget
-from wdmoe.solver import bandwidth_reference as reference
+from wdmoe.solver.reference import bandwidth as reference
 
 GAP = 1e-8  # of many blocks: answers are this close to the least latency
 ROUNDING = 1e-9

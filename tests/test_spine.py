@@ -14,11 +14,12 @@ import torch
 
 from tests.families import reference, save_tiny
 from tests.lab import Lab
-from wdmoe.backbone.bundle import Bundle
-from wdmoe.backbone.export import ExportSettings, export_bundle
+from wdmoe.backbone.export.export import ExportSettings, export_bundle
+from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.errors import ExpertsUnavailableError, OverloadedError, RequestError, TransportError
-from wdmoe.records import Finished, GenerationRequest, Receipt, Sampling, TextDelta
-from wdmoe.transport.messages import Failure, Message, Result, Run
+from wdmoe.receipt import Receipt
+from wdmoe.records import Finished, GenerationRequest, Sampling, TextDelta
+from wdmoe.transport.codec.messages import Failure, Message, Result, Run
 
 PROMPT = tuple(range(40, 60))
 LOGITS_WITHIN = 1e-4

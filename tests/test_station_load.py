@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import families
-from wdmoe.backbone.bundle import Bundle
-from wdmoe.backbone.export import ExportSettings, export_bundle
-from wdmoe.backbone.station import experts_modules, load_station, router_of
+from wdmoe.backbone.export.export import ExportSettings, export_bundle
+from wdmoe.backbone.format.bundle import Bundle
+from wdmoe.backbone.runtime.station import experts_modules, load_station, router_of
 from wdmoe.errors import BundleError, ConfigError
 
 # Experts of 96 MB beside a station of under 1 MB; the child may grow by a fraction of that while loading.
@@ -20,8 +20,8 @@ WIDE = {"intermediate_size": 8192, "num_local_experts": 8, "num_hidden_layers": 
 ROOM_BYTES = 24 << 20
 CHILD = """
 import resource, sys
-from wdmoe.backbone.bundle import Bundle
-from wdmoe.backbone.station import load_station
+from wdmoe.backbone.format.bundle import Bundle
+from wdmoe.backbone.runtime.station import load_station
 load_station(Bundle.open(sys.argv[1]), device="cpu")   # imports and lazily made state
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 station = load_station(Bundle.open(sys.argv[2]), device="cpu")

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from wdmoe.simulation.scenario import load_scenario
 from wdmoe.simulation.study import run_study
-from wdmoe.solver.air import Air
-from wdmoe.solver.layer_time import Levers
-from wdmoe.solver.plan import Policy, plan_layer
-from wdmoe.solver.superposition import broadcast_s, superpose
+from wdmoe.solver.layer.latency import Levers
+from wdmoe.solver.layer.plan import Policy, plan_layer
+from wdmoe.solver.layer.radio_state import Air
+from wdmoe.solver.layer.superposition import broadcast_s, superpose
 from wdmoe.wireless.broadcast import superposition_bits
 
 BAND_HZ = 20e6

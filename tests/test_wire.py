@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from tests.wire_examples import ANY_MESSAGE, MESSAGES, a_result, a_run, every_kind, same
 from wdmoe.errors import ProtocolError, VersionError
-from wdmoe.transport import messages as m
-from wdmoe.transport.fields import Tensor
-from wdmoe.transport.framing import join, split
-from wdmoe.transport.messages import PROTOCOL_VERSION, Message
-from wdmoe.transport.schema import BY_KIND, BY_NUMBER
-from wdmoe.transport.wire import DEFAULT_LIMITS, MAX_HEADER_BYTES, Limits, decode, encode
+from wdmoe.transport.codec import messages as m
+from wdmoe.transport.codec.fields import Tensor
+from wdmoe.transport.codec.framing import join, split
+from wdmoe.transport.codec.messages import PROTOCOL_VERSION, Message
+from wdmoe.transport.codec.schema import BY_KIND, BY_NUMBER
+from wdmoe.transport.codec.wire import DEFAULT_LIMITS, MAX_HEADER_BYTES, Limits, decode, encode
 
 INSECURE = Limits(checksum=True)
 

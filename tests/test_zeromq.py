@@ -17,11 +17,10 @@ from tests.wire_examples import a_run, every_kind, same
 from tests.zmq_lab import WAIT_S, Lab, ask, hear, lab, until
 from wdmoe.errors import PeerBusyError, PeerGoneError, ProtocolError, RefusedError, TransportError
 from wdmoe.transport.channel import ControlLink, ControlStation, DataLink, DataStation, Envelope
-from wdmoe.transport.keys import new_key_pair
-from wdmoe.transport.messages import Attach, Attached, Chunk, Failure, Message, Ping, Pong
-from wdmoe.transport.sockets import LinkSecurity, SocketOptions, StationSecurity, endpoint_of, new_context
-from wdmoe.transport.zap import Door
-from wdmoe.transport.zeromq import (
+from wdmoe.transport.codec.messages import Attach, Attached, Chunk, Failure, Message, Ping, Pong
+from wdmoe.transport.security.keys import new_key_pair
+from wdmoe.transport.security.zap import Door
+from wdmoe.transport.zmq.channels import (
     ZmqControlLink,
     ZmqControlStation,
     open_control_link,
@@ -29,6 +28,7 @@ from wdmoe.transport.zeromq import (
     open_data_link,
     open_data_station,
 )
+from wdmoe.transport.zmq.sockets import LinkSecurity, SocketOptions, StationSecurity, endpoint_of, new_context
 
 __all__ = ["lab"]
 

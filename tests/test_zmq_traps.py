@@ -23,13 +23,13 @@ from tests.wire_examples import a_run, same
 from tests.zmq_lab import WAIT_S, Lab, ask, hear, lab, until
 from wdmoe.errors import PeerBusyError, PeerGoneError, RefusedError, TransportError
 from wdmoe.transport.channel import Envelope
+from wdmoe.transport.codec.framing import join
+from wdmoe.transport.codec.messages import Attach, Attached
+from wdmoe.transport.codec.wire import encode
 from wdmoe.transport.exchange import Exchange
-from wdmoe.transport.framing import join
-from wdmoe.transport.keys import new_key_pair
-from wdmoe.transport.messages import Attach, Attached
-from wdmoe.transport.sockets import LinkSecurity, SocketOptions, new_context
-from wdmoe.transport.wire import encode
-from wdmoe.transport.zeromq import ZmqDataStation, open_data_link, open_data_station
+from wdmoe.transport.security.keys import new_key_pair
+from wdmoe.transport.zmq.channels import ZmqDataStation, open_data_link, open_data_station
+from wdmoe.transport.zmq.sockets import LinkSecurity, SocketOptions, new_context
 
 __all__ = ["lab"]
 FAST = SocketOptions(heartbeat_ms=50, handshake_ms=500, reconnect_ms=20, reconnect_most_ms=100, connect_timeout_ms=300)
@@ -167,10 +167,10 @@ def test_z6_nowhere_and_full_are_errors_of_their_own(lab: Lab) -> None:
 def test_z7_a_stopped_process_is_noticed(lab: Lab) -> None:
     station, security = lab.station(options=FAST), lab.admitted()
     code = f"""
-        from wdmoe.transport.keys import KeyPair
-        from wdmoe.transport.messages import Attach
-        from wdmoe.transport.sockets import LinkSecurity, SocketOptions, new_context
-        from wdmoe.transport.zeromq import open_data_link
+        from wdmoe.transport.security.keys import KeyPair
+        from wdmoe.transport.codec.messages import Attach
+        from wdmoe.transport.zmq.sockets import LinkSecurity, SocketOptions, new_context
+        from wdmoe.transport.zmq.channels import open_data_link
         security = LinkSecurity({security.server_key!r}, KeyPair({security.keys.public!r}, {security.keys.secret!r}))
         link = open_data_link(new_context(), {station.endpoint!r}, security, SocketOptions(heartbeat_ms=50))
         while True:
@@ -309,9 +309,9 @@ def test_z15_routing_ids_cannot_be_guessed() -> None:
     code = """
         import time
         from wdmoe.errors import TransportError
-        from wdmoe.transport.messages import Attach
-        from wdmoe.transport.sockets import new_context
-        from wdmoe.transport.zeromq import open_data_link, open_data_station
+        from wdmoe.transport.codec.messages import Attach
+        from wdmoe.transport.zmq.sockets import new_context
+        from wdmoe.transport.zmq.channels import open_data_link, open_data_station
         context = new_context()
         station = open_data_station(context, "tcp://127.0.0.1:*", None)
         link = open_data_link(context, station.endpoint, None)
@@ -387,9 +387,9 @@ def test_z21_both_ends_close_with_a_full_queue_between_them() -> None:
         from contextlib import suppress
         from tests.wire_examples import a_run
         from wdmoe.errors import TransportError
-        from wdmoe.transport.messages import Attach
-        from wdmoe.transport.sockets import new_context
-        from wdmoe.transport.zeromq import open_data_link, open_data_station
+        from wdmoe.transport.codec.messages import Attach
+        from wdmoe.transport.zmq.sockets import new_context
+        from wdmoe.transport.zmq.channels import open_data_link, open_data_station
 
         run = a_run(hidden=30_000)
         for _ in range(40):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from wdmoe.records import DeviceReport
-from wdmoe.transport import messages as m
-from wdmoe.transport.messages import Message
+from wdmoe.transport.codec import messages as m
+from wdmoe.transport.codec.messages import Message
 
 KEY = "0123456789abcdefghijABCDEFGHIJ.-:+=^!/*?"
 _INDEX = st.integers(0, 2**31 - 1)

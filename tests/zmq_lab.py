@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from wdmoe.errors import TransportError
-from wdmoe.transport.admission import Admission
 from wdmoe.transport.channel import Envelope
-from wdmoe.transport.keys import KeyPair, new_key_pair
-from wdmoe.transport.messages import Attach, Message
-from wdmoe.transport.sockets import Context, LinkSecurity, SocketOptions, StationSecurity, new_context
-from wdmoe.transport.zap import Door
-from wdmoe.transport.zeromq import ZmqDataLink, ZmqDataStation, open_data_link, open_data_station
+from wdmoe.transport.codec.messages import Attach, Message
+from wdmoe.transport.security.admission import Admission
+from wdmoe.transport.security.keys import KeyPair, new_key_pair
+from wdmoe.transport.security.zap import Door
+from wdmoe.transport.zmq.channels import ZmqDataLink, ZmqDataStation, open_data_link, open_data_station
+from wdmoe.transport.zmq.sockets import Context, LinkSecurity, SocketOptions, StationSecurity, new_context
 
 DEFAULTS = SocketOptions()
 WAIT_S = 20.0  # only ends what hangs

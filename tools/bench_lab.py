@@ -45,7 +45,7 @@ async def served(
     `words` are further flags of each device, as for an emulated link; none means no link emulation.
     """
     from wdmoe.config import StationSettings
-    from wdmoe.nodes.base_station import BaseStation
+    from wdmoe.nodes.base_station.base_station import BaseStation
 
     defaults = {"bind": "tcp://127.0.0.1:*", "state": folder / "bs", "deadline_s": 30.0, "threads": 1}
     async with BaseStation(StationSettings(bundle=bundle, **{**defaults, **settings})) as station:

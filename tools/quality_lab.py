@@ -16,10 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from wdmoe.backbone.analog_air import fit_spectra
-from wdmoe.backbone.default_model import default_checkpoint
-from wdmoe.backbone.questions import DELIMITER, Question, read_bigbench, read_questions
-from wdmoe.backbone.split import text as texts
+from wdmoe.backbone import text_windows as texts
+from wdmoe.backbone.default.model import default_checkpoint
+from wdmoe.backbone.evaluation.analog_downlink import fit_spectra
+from wdmoe.backbone.evaluation.multiple_choice import DELIMITER, Question, read_bigbench, read_questions
 from wdmoe.cli.progress import CountProgress, StageProgress
 from wdmoe.errors import BundleError, ConfigError
 from wdmoe.simulation.quality import Measured, Quality, measure, qualities

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from wdmoe.receipt import Receipt
+
 
 class ExpertId(NamedTuple):
     """One expert of one MoE layer. `layer` counts decoder layers, so dense layers leave gaps."""
@@ -27,45 +29,6 @@ class DeviceReport:
     flops: float  # measured by a short warm-up, FLOP/s of one expert run
     downlink_snr_hz: float = 0.0  # received power over noise density of its link, hertz; 0: unknown
     uplink_snr_hz: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageSeconds:
-    """Where the time of some work went. All stages are disjoint; their sum is the elapsed time."""
-
-    bs_compute: float = 0.0  # attention, gate, sampling, packing, combining
-    wire_down: float = 0.0  # base station to the device that answered last
-    device_compute: float = 0.0  # experts of that device
-    wire_up: float = 0.0  # that device to the base station
-    wait: float = 0.0  # queued behind other requests, or for a deadline that passed
-
-    def __add__(self, other: StageSeconds) -> StageSeconds:
-        return StageSeconds(
-            bs_compute=self.bs_compute + other.bs_compute,
-            wire_down=self.wire_down + other.wire_down,
-            device_compute=self.device_compute + other.device_compute,
-            wire_up=self.wire_up + other.wire_up,
-            wait=self.wait + other.wait,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Receipt:
-    """What an answer cost and what it lost. Every answer carries one: quality is never lost silently."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    policy: str = "topk"
-    degraded: bool = False  # an expert the policy chose did not answer in time
-    degraded_tokens: int = 0  # tokens (prompt included) computed without all their chosen experts, counted once
-    dropped_weight: float = 0.0  # mean gate weight per (token, layer) that was not computed: policy and loss together
-    lost_weight: float = 0.0  # the part of dropped_weight that was lost, not chosen
-    retries: int = 0  # dispatches sent again to another device
-    bytes_down: int = 0
-    bytes_up: int = 0
-    first_token_s: float = 0.0
-    elapsed_s: float = 0.0
-    stages: StageSeconds = field(default_factory=StageSeconds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +73,7 @@ class Finished:
 
 
 class TextEngine(Protocol):
-    """What the HTTP face and the demo need of a running model. Implemented by `wdmoe.backbone.engine.Engine`."""
+    """What the HTTP face and the demo need of a running model. `wdmoe.backbone.runtime.engine.Engine` is one."""
 
     @property
     def model_name(self) -> str:

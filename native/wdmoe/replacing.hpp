@@ -16,7 +16,7 @@ struct ReplaceTask {
     double least_similarity, times_faster, most_share;
 };
 
-// In place. experts (tokens, top_k), checked by the caller. wdmoe/solver/replacing.py says what it does.
+// In place. experts (tokens, top_k), checked by the caller. wdmoe/solver/substitution.py says what it does.
 inline void replace_far(const ReplaceTask& task, std::int32_t* experts) {
     std::vector<std::vector<std::int32_t>> substitutes(task.n_experts);  // best first
     for (std::size_t e = 0; e < task.n_experts; ++e) {

@@ -1,5 +1,5 @@
 // Which experts serve which token: top-k, and Algorithm 1 of WDMoE as others re-implemented it. Knows nothing of Python.
-// The NumPy twin (wdmoe/solver/reference.py) does the same operations in the same order: results are equal to the bit.
+// The NumPy twin (wdmoe/solver/reference/native.py) does the same operations in the same order: results are equal to the bit.
 #pragma once
 
 #include <algorithm>

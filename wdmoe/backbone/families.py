@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wdmoe.backbone.bundle import OnDrop
+from wdmoe.backbone.format.bundle import OnDrop
 from wdmoe.config import RANKS
 from wdmoe.errors import BundleError
 

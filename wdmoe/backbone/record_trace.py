@@ -8,16 +8,15 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wdmoe.backbone.default_model import default_checkpoint
-from wdmoe.backbone.split import text as texts
-from wdmoe.backbone.trace_recorder import TraceRecorder
+from wdmoe.backbone import text_windows as texts
+from wdmoe.backbone.evaluation.trace_recorder import TraceRecorder
 from wdmoe.errors import BundleError, ConfigError
-from wdmoe.gate_trace import GateTrace
+from wdmoe.results.gate_trace import GateTrace
 
 
 @torch.no_grad()
 def record_trace(
-    model: str,
+    folder: Path,
     text: tuple[Path, ...],
     tokens: int,
     window: int,
@@ -29,7 +28,7 @@ def record_trace(
     """Let a model read text and record its gates.
 
     Args:
-        model: folder of a transformers MoE checkpoint, or "default".
+        folder: of a transformers MoE checkpoint.
         text: files to read; () for the shipped held-out text.
         tokens: to record; cut to whole windows.
         window: tokens of one sequence.
@@ -42,7 +41,6 @@ def record_trace(
     """
     if tokens < window:
         raise ConfigError(f"tokens ({tokens}) must be at least one window ({window})")
-    folder = default_checkpoint(progress) if model == "default" else Path(model)
     progress("load", 0.0)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

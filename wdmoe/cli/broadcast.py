@@ -14,7 +14,7 @@ from wdmoe.cli.params import DIRECTORY, FILE, TIME
 from wdmoe.cli.running import run_until_stopped
 
 if TYPE_CHECKING:
-    from wdmoe.nodes.broadcast.audience import Audience
+    from wdmoe.nodes.broadcast_station.listeners import Audience
 
 
 class Decibels(click.ParamType):  # type: ignore[type-arg]
@@ -137,10 +137,10 @@ def broadcast(first: Path, second: Path, as_json: bool, **flags: Any) -> int:
     from wdmoe.cli.progress import StageProgress
 
     with needs_extra("broadcast"):
-        from wdmoe.nodes.broadcast.results import SHEET, prepare_folder, write_results
-        from wdmoe.nodes.broadcast.run import broadcast as send
-        from wdmoe.nodes.broadcast.run import prepare
-        from wdmoe.nodes.broadcast.settings import BroadcastSettings
+        from wdmoe.nodes.broadcast_station.results import SHEET, prepare_folder, write_results
+        from wdmoe.nodes.broadcast_station.run import broadcast as send
+        from wdmoe.nodes.broadcast_station.run import prepare
+        from wdmoe.nodes.broadcast_station.settings import BroadcastSettings
 
     stated = {name: value for name, value in flags.items() if value is not None}
     settings = BroadcastSettings(pictures=(first, second), **stated)

@@ -20,7 +20,7 @@ def find_bundle(text: str) -> Path:
     """
     if text != DEFAULT:
         return Path(text)
-    from wdmoe.backbone.default_bundle import default_bundle
+    from wdmoe.backbone.default.bundle import default_bundle
     from wdmoe.cli.progress import ByteProgress, StageProgress
 
     with StageProgress("default model") as splitting, ByteProgress("default bundle") as exporting:

@@ -103,7 +103,7 @@ def demo(bundle: str, cache: Path | None, no_view: bool, as_json: bool, picture:
         raise click.UsageError("--links have rates of their own, with --bandwidth they share a band: give one of them")
     flags["rates_bps"] = flags["rates_bps"] or ()
     signal.signal(signal.SIGTERM, _end)
-    from wdmoe.backbone.bundle import Bundle
+    from wdmoe.backbone.format.bundle import Bundle
     from wdmoe.nodes.demo.figures import as_document
     from wdmoe.nodes.demo.plan import DemoSettings
     from wdmoe.nodes.demo.report import report, save_picture

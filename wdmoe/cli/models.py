@@ -7,13 +7,10 @@ from typing import Any
 
 import click
 
-from wdmoe.broadcast.kind import LOSSES_KIND
-from wdmoe.broadcast.kind import RESULTS_KIND as BROADCAST_KIND
 from wdmoe.cli.failures import needs_extra
 from wdmoe.cli.params import DIRECTORY, FILE
 from wdmoe.config import PRECISIONS
-from wdmoe.results_folder import kind_of
-from wdmoe.simulation.kind import RESULTS_KIND
+from wdmoe.results.folder import BROADCAST_KIND, LOSSES_KIND, SIMULATION_KIND, kind_of
 from wdmoe.units import format_quantity
 
 
@@ -40,7 +37,7 @@ def export(model: Path, bundle: Path, precision: str, name: str) -> None:
       wdmoe-node export ./OLMoE-1B-7B ./olmoe-bundle --name olmoe
     """
     with needs_extra("bs"):
-        from wdmoe.backbone.export import ExportSettings, export_bundle
+        from wdmoe.backbone.export.export import ExportSettings, export_bundle
     from wdmoe.cli.progress import ByteProgress
 
     settings = ExportSettings(precision=precision, name=name)
@@ -130,7 +127,7 @@ def verify(folder: Path, draws: int | None) -> None:
       wdmoe-node verify ./journal-results --draws 10     # a sample; without it every draw
     """
     kind = kind_of(folder)
-    if kind == RESULTS_KIND:
+    if kind == SIMULATION_KIND:
         _verify_results(folder, draws)
     elif kind == BROADCAST_KIND:
         _verify_broadcast(folder, draws)
@@ -155,7 +152,7 @@ def _verify_results(folder: Path, draws: int | None) -> None:
 
 def _verify_broadcast(folder: Path, pairs: int | None) -> None:
     with needs_extra("broadcast"):
-        from wdmoe.broadcast.verify import verify_results
+        from wdmoe.broadcast.study.verify import verify_results
     from wdmoe.cli.progress import StageProgress
 
     with StageProgress(f"verify {folder.name}") as progress:
@@ -169,7 +166,7 @@ def _verify_broadcast(folder: Path, pairs: int | None) -> None:
 
 def _verify_losses(folder: Path, pairs: int | None) -> None:
     with needs_extra("broadcast"):
-        from wdmoe.broadcast.loss_results import verify_losses
+        from wdmoe.broadcast.study.loss_results import verify_losses
     from wdmoe.cli.progress import StageProgress
 
     with StageProgress(f"verify {folder.name}") as progress:
@@ -187,7 +184,7 @@ def _verify_bundle(folder: Path) -> None:
     with needs_extra("bs"):
         import onnx  # noqa: F401 - the check of graphs needs it, far below
 
-        from wdmoe.backbone.bundle import Bundle
+        from wdmoe.backbone.format.bundle import Bundle
     from wdmoe.cli.progress import ByteProgress
 
     opened = Bundle.open(folder)

@@ -99,7 +99,7 @@ def device(downlink: float, uplink: float, link_snr: tuple[float, float] | None,
     link = LinkEmulation(downlink_bps=downlink, uplink_bps=uplink, downlink_snr_hz=snr_down_hz, uplink_snr_hz=snr_up_hz)
     settings = DeviceSettings(link=link, **_stated(flags))
     with needs_extra("device"):
-        from wdmoe.nodes.device import run_device
+        from wdmoe.nodes.device.device import run_device
     tell_events()
     run_until_stopped(run_device(settings))
 
@@ -285,15 +285,15 @@ def bs(bundle: str, http: tuple[str, int], **flags: Any) -> None:
         raise click.UsageError("--allocation says how --bandwidth is shared: give that too, as in --bandwidth 20MHz")
     with needs_extra("bs"):
         from wdmoe.cli.bundles import alias_of, find_bundle
-        from wdmoe.nodes import base_station
-        from wdmoe.nodes.together import run_together
+        from wdmoe.nodes.base_station.base_station import BaseStation
+        from wdmoe.nodes.tasks import run_together
         from wdmoe.serving.server import serve_http
     tell_events()
     host, port = http
     settings = StationSettings(bundle=find_bundle(bundle), http_host=host, http_port=port, **_stated(flags))
 
     async def serve() -> None:
-        async with base_station.BaseStation(settings) as station:
+        async with BaseStation(settings) as station:
             _tell_how_to_join(station.join_text, settings.insecure)
             parts = [station.run()]
             if port >= 0:

@@ -15,8 +15,8 @@ from wdmoe.errors import ConfigError
 from wdmoe.units import format_quantity, parse_quantity
 
 if TYPE_CHECKING:
-    from wdmoe.gate_trace import GateTrace
-    from wdmoe.solver.placing.plan import PlacementProblem, Plan
+    from wdmoe.results.gate_trace import GateTrace
+    from wdmoe.solver.placement.problem import PlacementProblem, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +95,8 @@ def place(
     devices.json:
       {"kit": {"memory": "200MiB", "token": "2ms"}, "desk": {"memory": "1GiB", "token": "1ms"}}
     """
-    from wdmoe.gate_trace import GateTrace
-    from wdmoe.solver.placing.file import placement_of, write_placement
+    from wdmoe.results.gate_trace import GateTrace
+    from wdmoe.solver.placement.file import placement_of, write_placement
 
     devices = _devices(flags, file)
     recorded = GateTrace.load(trace)
@@ -147,7 +147,7 @@ def _place(name: str, memory: str, time: str) -> Place:
 def _problem(trace: GateTrace, devices: tuple[Place, ...], expert_bytes: float, replicas: int) -> PlacementProblem:
     import numpy as np
 
-    from wdmoe.solver.placing.plan import PlacementProblem
+    from wdmoe.solver.placement.problem import PlacementProblem
 
     if expert_bytes <= 0:
         raise ConfigError("--expert-size must be positive, as in 1.3MB")
@@ -162,7 +162,7 @@ def _problem(trace: GateTrace, devices: tuple[Place, ...], expert_bytes: float, 
 
 def _solve(problem: PlacementProblem, exact: bool, time_limit_s: float) -> Plan:
     from wdmoe.cli.progress import StageProgress
-    from wdmoe.solver.placing.greedy import place_greedily
+    from wdmoe.solver.placement.greedy import place_greedily
 
     with StageProgress("place") as progress:
         if not exact:
@@ -170,14 +170,14 @@ def _solve(problem: PlacementProblem, exact: bool, time_limit_s: float) -> Plan:
         if time_limit_s <= 0:
             raise ConfigError("--time-limit must be positive, as in 60s")
         with needs_extra("sim"):
-            from wdmoe.solver.placing.exact import place_exactly
+            from wdmoe.solver.placement.exact import place_exactly
 
             return place_exactly(problem, time_limit_s, progress=progress.reach)
 
 
 def _tell(problem: PlacementProblem, plan: Plan, names: list[str]) -> None:
     """What the plan brings, on standard error: standard output is the file."""
-    from wdmoe.solver.placing.plan import device_loads
+    from wdmoe.solver.placement.problem import device_loads
 
     layers, experts, _ = problem.shape
     loads = device_loads(problem, plan.share)

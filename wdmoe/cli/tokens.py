@@ -54,8 +54,8 @@ def create(state: Path, endpoints: tuple[str, ...], ttl: float, uses: int | None
       wdmoe-node token create --endpoint tcp://192.0.2.7:5555 --ttl 10min
     """
     from wdmoe.nodes.addresses import last_endpoints
-    from wdmoe.transport.admission import Admission
-    from wdmoe.transport.keys import station_keys
+    from wdmoe.transport.security.admission import Admission
+    from wdmoe.transport.security.keys import station_keys
 
     made = Admission(state).create_token(station_keys(state), endpoints or last_endpoints(state), ttl, uses)
     click.echo(made.text())
@@ -65,7 +65,7 @@ def create(state: Path, endpoints: tuple[str, ...], ttl: float, uses: int | None
 @_STATE
 def list_devices(state: Path) -> None:
     """List the devices that were admitted."""
-    from wdmoe.transport.admission import Admission
+    from wdmoe.transport.security.admission import Admission
 
     rows = []
     for device in Admission(state).devices():
@@ -109,7 +109,7 @@ def revoke(state: Path, device: str) -> None:
     Example:
       wdmoe-node token revoke kitchen
     """
-    from wdmoe.transport.admission import Admission
+    from wdmoe.transport.security.admission import Admission
 
     for gone in Admission(state).revoke(device):
         click.echo(f"{printable(gone.name)} ({gone.fingerprint}) is shut out")

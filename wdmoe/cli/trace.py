@@ -43,12 +43,14 @@ def trace(
       wdmoe-node trace default gate.npz --expert-similarity    # for replacing far experts by near ones
     """
     with needs_extra("bs"):
+        from wdmoe.backbone.default.model import default_checkpoint
         from wdmoe.backbone.record_trace import record_trace
     from wdmoe.cli.progress import StageProgress
 
     with StageProgress("trace") as progress:
+        folder = default_checkpoint(progress.reach) if model == "default" else Path(model)
         made = record_trace(
-            model, text, tokens, window, similarity, progress.reach, expert_similarity=expert_similarity
+            folder, text, tokens, window, similarity, progress.reach, expert_similarity=expert_similarity
         )
     made.save(out)
     layers, count, experts = made.gate.shape

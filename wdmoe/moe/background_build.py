@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import numpy as np
 
 from wdmoe.errors import ExpertError
-from wdmoe.transport.messages import Activations, Float32Array
+from wdmoe.transport.codec.messages import Activations, Float32Array
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from wdmoe.solver import combining
-from wdmoe.transport.messages import Activations, Float32Array, Int32Array
+from wdmoe.transport.codec.messages import Activations, Float32Array, Int32Array
 
 
 class Answer(NamedTuple):

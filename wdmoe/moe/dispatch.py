@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.solver.grouping import group_by_device
+from wdmoe.solver.combining import group_by_device
+from wdmoe.transport.codec.messages import Activations, Float32Array, Int32Array
 from wdmoe.transport.exchange import Exchange, Order, Reply
-from wdmoe.transport.messages import Activations, Float32Array, Int32Array
 from wdmoe.transport.routing import DeviceRoute
 
 FloatArray = npt.NDArray[np.float64]

@@ -14,7 +14,7 @@ import numpy as np
 from wdmoe.errors import ExpertError
 from wdmoe.records import ExpertId
 from wdmoe.solver.combining import combine_partials, is_finite
-from wdmoe.transport.messages import Activations, Float32Array, Run
+from wdmoe.transport.codec.messages import Activations, Float32Array, Run
 
 
 class ExpertModel(Protocol):

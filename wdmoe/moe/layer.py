@@ -17,15 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from wdmoe.errors import ExpertsUnavailableError
-from wdmoe.ledger import Ledger
-from wdmoe.moe.air import Air
+from wdmoe.moe.bandwidth_share import Air
 from wdmoe.moe.combine import Answer, Share, arrived_weight, combine
 from wdmoe.moe.dispatch import Part, dispatch
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.moe.select import Chosen, Costs, Demand, choose, substitute
+from wdmoe.receipt import Ledger
 from wdmoe.solver.combining import is_finite
+from wdmoe.transport.codec.messages import Activations, Float32Array, Int32Array
 from wdmoe.transport.exchange import Exchange
-from wdmoe.transport.messages import Activations, Float32Array, Int32Array
 from wdmoe.transport.routing import Routing
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 
 from wdmoe.errors import ConfigError, ExpertError
-from wdmoe.transport.messages import Activations, Float32Array
+from wdmoe.transport.codec.messages import Activations, Float32Array
 
 log = logging.getLogger(__name__)
 

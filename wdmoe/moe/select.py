@@ -14,7 +14,7 @@ from wdmoe.solver.bottleneck import shed_bottleneck
 from wdmoe.solver.budget import select_within_budget
 from wdmoe.solver.ranking import rank_weights
 from wdmoe.solver.selection import prune_experts
-from wdmoe.transport.messages import Float32Array, Int32Array
+from wdmoe.transport.codec.messages import Float32Array, Int32Array
 
 FloatArray = npt.NDArray[np.float64]
 

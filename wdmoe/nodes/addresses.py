@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from wdmoe.errors import ConfigError
-from wdmoe.transport.keys import write_private_json
+from wdmoe.transport.security.keys import write_private_json
 
 MOST_ADDRESSES = 4
 LAST_ENDPOINTS = "endpoints.json"  # in the state folder, so that a token made beside a running station fits it

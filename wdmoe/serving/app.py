@@ -15,15 +15,14 @@ from starlette.types import ASGIApp
 
 from wdmoe.errors import WdmoeError
 from wdmoe.records import TextEngine
-from wdmoe.serving.guard import Guard
-from wdmoe.serving.health import device_count, health
-from wdmoe.serving.jobs import plan_chat, plan_completion
-from wdmoe.serving.limits import ServingLimits
+from wdmoe.serving.errors import problem_from
 from wdmoe.serving.metrics import Metrics
+from wdmoe.serving.middleware import Guard
 from wdmoe.serving.model_names import ModelNames
-from wdmoe.serving.problems import problem_from
-from wdmoe.serving.reply import Reply, Service
+from wdmoe.serving.requests import ServingLimits, plan_chat, plan_completion
+from wdmoe.serving.responses import device_count, health
 from wdmoe.serving.schemas import ChatRequest, CompletionRequest
+from wdmoe.serving.streaming import Reply, Service
 
 
 def create_app(

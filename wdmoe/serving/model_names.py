@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from wdmoe.serving.problems import Problem
+from wdmoe.serving.errors import Problem
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from wdmoe.serving.problems import Problem
+from wdmoe.serving.errors import Problem
 
 # Field -> the values that ask for nothing. Anything else is refused by name.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {

@@ -14,7 +14,7 @@ import uvicorn
 from wdmoe.errors import TransportError
 from wdmoe.records import TextEngine
 from wdmoe.serving.app import create_app
-from wdmoe.serving.limits import ServingLimits
+from wdmoe.serving.requests import ServingLimits
 
 _log = logging.getLogger(__name__)
 

@@ -14,19 +14,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from wdmoe.backbone.analog_air import Broadcast, Codes
+from wdmoe.backbone.evaluation.analog_downlink import Broadcast, Codes
+from wdmoe.backbone.evaluation.multiple_choice import Question, choice_nats, score
+from wdmoe.backbone.evaluation.simulated_experts import Order, PlannedExperts
 from wdmoe.backbone.perplexity import window_nats
-from wdmoe.backbone.planned_experts import Order, PlannedExperts
-from wdmoe.backbone.questions import Question, choice_nats, score
 from wdmoe.errors import ConfigError
-from wdmoe.gate_trace import GateTrace
-from wdmoe.simulation.drawing import Draw, make_draw
-from wdmoe.simulation.passing import Replay
-from wdmoe.simulation.placing import Holders, holders_of
-from wdmoe.simulation.scenario import Scenario, Variant
+from wdmoe.results.gate_trace import GateTrace
+from wdmoe.simulation.channel_draw import Draw, make_draw
+from wdmoe.simulation.placement import Holders, holders_of
+from wdmoe.simulation.replay import Replay
+from wdmoe.simulation.scenario import Scenario, Variant, find_trace
 from wdmoe.simulation.statistics import mean_and_interval
-from wdmoe.simulation.traces import find_trace
-from wdmoe.solver.plan import LayerPlan, carried_out, plan_layer
+from wdmoe.solver.layer.plan import LayerPlan, carried_out, plan_layer
 from wdmoe.wireless.analog_code import Spectrum
 
 FloatArray = npt.NDArray[np.float64]

@@ -22,14 +22,20 @@ from typing import Any
 import numpy as np
 
 from wdmoe.errors import ConfigError
-from wdmoe.results_folder import MANIFEST, check_files, kind_of, read_manifest, sha256_of, write_manifest
+from wdmoe.results.folder import (
+    MANIFEST,
+    SIMULATION_KIND,
+    check_files,
+    kind_of,
+    read_manifest,
+    sha256_of,
+    write_manifest,
+)
 from wdmoe.simulation.figures import draw_figures
-from wdmoe.simulation.kind import RESULTS_KIND
-from wdmoe.simulation.passing import OUTCOMES
-from wdmoe.simulation.scenario import Scenario, parse_scenario
+from wdmoe.simulation.replay import OUTCOMES
+from wdmoe.simulation.scenario import Scenario, find_trace, parse_scenario
 from wdmoe.simulation.statistics import Summary, records_text, summarise
 from wdmoe.simulation.study import Progress, Study, run_study
-from wdmoe.simulation.traces import find_trace
 
 # Writes more files into the folder; gives their names, and what the manifest shall say beside them.
 Beside = Callable[[Path, Sequence[Summary]], tuple[list[str], dict[str, Any]]]
@@ -42,7 +48,7 @@ _CLOSE = 1e-9  # relative: what another processor's logarithms may change
 
 def is_results(folder: Path) -> bool:
     """Whether the folder says that it holds results."""
-    return kind_of(folder) == RESULTS_KIND
+    return kind_of(folder) == SIMULATION_KIND
 
 
 def save_results(study: Study, folder: Path, beside: Beside | None = None, figures: bool = True) -> list[Summary]:
@@ -83,7 +89,7 @@ def verify_results(
         ConfigError: a file was changed, the trace is another one, or a figure differs; one line says which.
     """
     manifest = read_manifest(folder)
-    if manifest.get("kind") != RESULTS_KIND or manifest.get("format") != FORMAT:
+    if manifest.get("kind") != SIMULATION_KIND or manifest.get("format") != FORMAT:
         raise ConfigError(f"{folder}: not results of this program's format {FORMAT}")
     check_files(folder, manifest, _NEEDED)
     scenario = parse_scenario((folder / "scenario.toml").read_text(encoding="utf-8"))
@@ -116,7 +122,7 @@ def draws_text(study: Study) -> str:
 
 def _manifest(scenario: Scenario, files: dict[str, str]) -> dict[str, Any]:
     return {
-        "kind": RESULTS_KIND,
+        "kind": SIMULATION_KIND,
         "format": FORMAT,
         "scenario": scenario.name,
         "seed": scenario.seed,

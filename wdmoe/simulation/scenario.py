@@ -9,10 +9,10 @@ from typing import Any
 
 from wdmoe.config import RANKS
 from wdmoe.errors import ConfigError
-from wdmoe.simulation.reading import Table
-from wdmoe.solver.analog_downlink import TRANSFORMS, Analog
-from wdmoe.solver.layer_time import MULTICASTS, Levers
-from wdmoe.solver.plan import Policy
+from wdmoe.simulation.toml_table import Table
+from wdmoe.solver.layer.analog_downlink import TRANSFORMS, Analog
+from wdmoe.solver.layer.latency import MULTICASTS, Levers
+from wdmoe.solver.layer.plan import Policy
 from wdmoe.solver.selection import POLICIES
 from wdmoe.wireless.doppler import doppler_hz
 from wdmoe.wireless.link import SPENDINGS
@@ -33,6 +33,7 @@ MOST_DRAWS = 1_000_000
 _MOST_BYTES = 1 << 20
 _USUAL = Policy()
 _ANALOG = Analog()
+_SHIPPED_TRACE = "default_model.npz"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,3 +374,13 @@ def _each(table: Table, key: str, default: list[float], count: int, least: float
     if len(values) not in (1, count):
         raise ConfigError(f"[devices] {key} has {len(values)} numbers for {count} devices")
     return tuple(values) if len(values) == count else tuple(values * count)
+
+
+def shipped_trace() -> Path:
+    """File of the default model's trace; `GateTrace.load` reads it. `data/README.md` beside it says what it holds."""
+    return Path(__file__).with_name("data") / _SHIPPED_TRACE
+
+
+def find_trace(name: str) -> Path:
+    """The file that a scenario names; `default` is the shipped one."""
+    return shipped_trace() if name == "default" else Path(name)

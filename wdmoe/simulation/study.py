@@ -13,12 +13,11 @@ import numpy.typing as npt
 from joblib.externals.loky import get_reusable_executor
 
 from wdmoe.errors import ConfigError, MissingExtraError
-from wdmoe.gate_trace import GateTrace
-from wdmoe.simulation.drawing import make_draw
-from wdmoe.simulation.passing import OUTCOMES, Replay, outcome
-from wdmoe.simulation.placing import Holders, holders_of
-from wdmoe.simulation.scenario import Scenario
-from wdmoe.simulation.traces import find_trace
+from wdmoe.results.gate_trace import GateTrace
+from wdmoe.simulation.channel_draw import make_draw
+from wdmoe.simulation.placement import Holders, holders_of
+from wdmoe.simulation.replay import OUTCOMES, Replay, outcome
+from wdmoe.simulation.scenario import Scenario, find_trace
 
 Progress = Callable[[int, int], None]
 

@@ -1,4 +1,4 @@
-"""Types of the native bridge. `wdmoe.solver.reference` is its plain NumPy twin: same names, same answers."""
+"""Types of the native bridge. `wdmoe.solver.reference.native` is its plain NumPy twin: same names, same answers."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -227,7 +227,7 @@ def keep_marked(
     """
 
 def needed_hz(links: FloatArray, flat: bool, token_s: FloatArray) -> FloatArray:
-    """As `wdmoe.solver.hertz.needed_hz`, with links (5, devices) as for `allocate`."""
+    """As `wdmoe.solver.required_bandwidth.needed_hz`, with links (5, devices) as for `allocate`."""
 
 def shed_bottleneck(device: Int32Array, weights: FloatArray, token_s: FloatArray, light: float) -> UInt8Array:
     """What to keep (tokens, top_k); arguments as `resolve` gives them, the rest as `wdmoe.solver.bottleneck`."""
@@ -256,7 +256,7 @@ def choose_least_budget(
 def choose_copies(
     experts: Int32Array, holders: UInt8Array, token_s: FloatArray, busy_s: FloatArray | None = None
 ) -> Int32Array:
-    """As `wdmoe.solver.copies.choose_copies`, which checks what is not checked here: all but shapes and experts.
+    """As `wdmoe.solver.replicas.choose_copies`, which checks what is not checked here: all but shapes and experts.
 
     Time O(assignments top_k + moves experts devices), where moves are what the greedy start is off.
     """
@@ -270,4 +270,4 @@ def replace_far(
     times_faster: float,
     most_share: float,
 ) -> None:
-    """In place, as `wdmoe.solver.replacing.replace_far`, which checks all but shapes."""
+    """In place, as `wdmoe.solver.substitution.replace_far`, which checks all but shapes."""

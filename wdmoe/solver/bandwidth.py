@@ -17,7 +17,7 @@ import numpy.typing as npt
 from wdmoe.solver import _native
 from wdmoe.solver._native import Allocation
 
-__all__ = ["Allocation", "Links", "allocate_bandwidth", "allocate_bandwidth_many"]
+__all__ = ["Allocation", "Links", "allocate_bandwidth", "allocate_bandwidth_many", "seconds_per_token"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -189,6 +189,24 @@ def allocate_bandwidth_many(
     return _native.allocate_many(
         loads, links.table, links.flat, total_hz, fixed, floor, cap, warm, tolerance, iterations
     )
+
+
+def seconds_per_token(links: FloatArray, flat: bool, band_hz: FloatArray) -> FloatArray:
+    """What a token costs on each link for given hertz, without compute.
+
+    Args:
+        links: (5, devices), the table of `Links`.
+        flat: whether the rate is proportional to the band.
+        band_hz: (devices,) hertz.
+    Returns:
+        (devices,) seconds; infinite or NaN where the band is 0.
+    """
+    total = np.zeros(links.shape[1])
+    for bits, snr in ((links[0], links[2]), (links[1], links[3])):
+        used = bits > 0
+        rate = band_hz * (snr if flat else np.log1p(snr / band_hz) / np.log(2))
+        total[used] += bits[used] / rate[used]
+    return total
 
 
 def _checked(name: str, value: npt.ArrayLike | None) -> FloatArray:

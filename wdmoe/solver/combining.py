@@ -1,5 +1,8 @@
-"""Replies of the devices -> one layer output. Types and contracts stand in `_native.pyi`, the code in C++."""
+"""Experts of each token -> work of each device, and back: replies of the devices -> one layer output.
 
-from wdmoe.solver._native import combine, combine_partials, is_finite
+Types and contracts stand in `_native.pyi`, the code in C++.
+"""
 
-__all__ = ["combine", "combine_partials", "is_finite"]
+from wdmoe.solver._native import DeviceWork, Groups, combine, combine_partials, group_by_device, is_finite
+
+__all__ = ["DeviceWork", "Groups", "combine", "combine_partials", "group_by_device", "is_finite"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from wdmoe.transport.messages import Message
+from wdmoe.transport.codec.messages import Message
 
 
 @dataclass(frozen=True, slots=True)

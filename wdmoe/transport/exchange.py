@@ -18,7 +18,7 @@ from greenlet import getcurrent, greenlet
 
 from wdmoe.errors import PeerBusyError, PeerGoneError, ProtocolError
 from wdmoe.transport.channel import DataStation, Envelope
-from wdmoe.transport.messages import Activations, Failure, Float32Array, Int32Array, Message, Result, Run
+from wdmoe.transport.codec.messages import Activations, Failure, Float32Array, Int32Array, Message, Result, Run
 
 log = logging.getLogger(__name__)
 

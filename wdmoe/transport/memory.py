@@ -21,10 +21,10 @@ import numpy as np
 
 from wdmoe.errors import PeerBusyError, PeerGoneError, ProtocolError, TransportError, VersionError
 from wdmoe.transport.channel import Envelope
-from wdmoe.transport.framing import pack, unpack
-from wdmoe.transport.messages import Failure, Message
+from wdmoe.transport.codec.framing import pack, unpack
+from wdmoe.transport.codec.messages import Failure, Message
+from wdmoe.transport.codec.wire import DEFAULT_LIMITS, Limits
 from wdmoe.transport.refusals import Refusals
-from wdmoe.transport.wire import DEFAULT_LIMITS, Limits
 
 _LOG = logging.getLogger(__name__)
 _LINK_QUEUE = 32  # messages; as the two queues of a real link

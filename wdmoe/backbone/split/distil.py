@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from wdmoe.backbone import text_windows
 from wdmoe.backbone.perplexity import window_perplexity
-from wdmoe.backbone.split import text
 from wdmoe.backbone.split.calibrate import dense_model
 from wdmoe.backbone.split.checkpoint import no_progress_bar, write_checkpoint
 from wdmoe.backbone.split.dense import DenseModel, read_dense, sha256_of
@@ -30,12 +30,12 @@ _RUNS_IN_BOTH = 0.05  # that may be the same
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistilSettings:
-    """What is trained, on which text, on which processor."""
+    """What is trained, on which text_windows, on which processor."""
 
     training: Training = Training()  # noqa: RUF009 - frozen
     text: tuple[Path, ...] = ()  # (): the shipped calibration text
     held_out: tuple[Path, ...] = ()  # (): the shipped held-out text
-    tokens: int = 1 << 20  # of text, at most; read again and again if steps need more
+    tokens: int = 1 << 20  # of text_windows, at most; read again and again if steps need more
     held_out_tokens: int = 4096
     held_out_window: int = 512
     device: str = "auto"
@@ -97,9 +97,10 @@ def distil_checkpoint(
     student = read_split(moe)
     source = read_dense(dense)
     tokenizer = _same_tokenizer(source, student, moe)
-    windows = _windows(settings.text, text.SHIPPED_CALIBRATION, tokenizer, settings.training.window, settings.tokens)
+    shipped, window = text_windows.SHIPPED_CALIBRATION, settings.training.window
+    windows = _windows(settings.text, shipped, tokenizer, window, settings.tokens)
     held_out = _windows(
-        settings.held_out, text.SHIPPED_HELD_OUT, tokenizer, settings.held_out_window, settings.held_out_tokens
+        settings.held_out, text_windows.SHIPPED_HELD_OUT, tokenizer, settings.held_out_window, settings.held_out_tokens
     )
     _refuse_overlap(windows, held_out)
     teacher = dense_model(source).to(device)
@@ -175,7 +176,7 @@ def _same_tokenizer(source: DenseModel, student: Any, moe: Path) -> Any:
 
 
 def _windows(files: tuple[Path, ...], shipped: str, tokenizer: Any, length: int, tokens: int) -> torch.Tensor:
-    return text.token_windows(text.read_documents(files, shipped), tokenizer, length, tokens // length)
+    return text_windows.token_windows(text_windows.read_documents(files, shipped), tokenizer, length, tokens // length)
 
 
 def _refuse_overlap(windows: torch.Tensor, held_out: torch.Tensor) -> None:
@@ -244,5 +245,5 @@ was trained to give the dense model's distribution of the next token (Kullback-L
 | perplexity, dense | {report.dense_perplexity:.4f} |
 | perplexity, split | {report.before_perplexity:.4f} ({figures["before_ratio"]:.4f} times) |
 | perplexity, distilled | {report.after_perplexity:.4f} ({figures["after_ratio"]:.4f} times) |
-| measured on | {report.tokens} tokens of other text, windows of {settings.held_out_window} |
+| measured on | {report.tokens} tokens of other text_windows, windows of {settings.held_out_window} |
 """

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from wdmoe.backbone import text_windows
 from wdmoe.backbone.perplexity import window_perplexity
-from wdmoe.backbone.split import text
 from wdmoe.backbone.split.calibrate import Streams, dense_model
 from wdmoe.backbone.split.checkpoint import model_card, moe_model, write_checkpoint
 from wdmoe.backbone.split.dense import DenseModel, read_dense
@@ -60,8 +60,9 @@ def split_checkpoint(dense: Path, out: Path, settings: SplitSettings, progress: 
 def _windows(source: DenseModel, settings: SplitSettings, *, held_out: bool) -> torch.Tensor:
     files = settings.held_out if held_out else settings.calibration
     count = (settings.held_out_tokens if held_out else settings.calibration_tokens) // settings.window
-    shipped = text.SHIPPED_HELD_OUT if held_out else text.SHIPPED_CALIBRATION
-    return text.token_windows(text.read_documents(files, shipped), source.tokenizer, settings.window, count)
+    shipped = text_windows.SHIPPED_HELD_OUT if held_out else text_windows.SHIPPED_CALIBRATION
+    documents = text_windows.read_documents(files, shipped)
+    return text_windows.token_windows(documents, source.tokenizer, settings.window, count)
 
 
 def _split_layers(

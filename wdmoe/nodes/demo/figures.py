@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from wdmoe.nodes.demo.plan import RunPlan, device_names
-from wdmoe.nodes.station_client import Token
-from wdmoe.records import Receipt, StageSeconds
+from wdmoe.nodes.local.station_client import Token
+from wdmoe.receipt import Receipt, StageSeconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

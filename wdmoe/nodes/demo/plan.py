@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wdmoe.backbone.bundle import ExpertFile
+from wdmoe.backbone.format.bundle import ExpertFile
 from wdmoe.config import MOST_HZ, POLICIES, check_budget, check_ranking, is_hertz
 from wdmoe.errors import ConfigError
 from wdmoe.nodes.demo.links import Links, equal_links, radio_links, unequal_links
-from wdmoe.solver.placing.file import write_placement
+from wdmoe.solver.placement.file import write_placement
 
 MOST_DEVICES = 64
 

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from wdmoe.backbone.bundle import Bundle
+from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.errors import RequestError, TransportError
 from wdmoe.nodes.demo.figures import Run
 from wdmoe.nodes.demo.plan import DemoSettings, RunPlan, deal_experts, device_names, placement_text, plan_runs
 from wdmoe.nodes.demo.stage import Stage
 from wdmoe.nodes.demo.view import DemoView
-from wdmoe.nodes.fleet import LAST_WORDS_S, DevicePlan, Fleet, FleetPlan, held_experts
-from wdmoe.nodes.station_client import End, StationClient, Token
+from wdmoe.nodes.local.cluster import LAST_WORDS_S, DevicePlan, Fleet, FleetPlan, held_experts
+from wdmoe.nodes.local.station_client import End, StationClient, Token
 
 WARM_UP_TOKENS = 4  # so that no figure holds a first time, and the policy knows the links
 

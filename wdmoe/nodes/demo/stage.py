@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 
 from wdmoe.nodes.demo.view import DemoView, shown
-from wdmoe.nodes.station_client import Token
+from wdmoe.nodes.local.station_client import Token
 
 FRAMES_PER_S = 8  # each costs a few milliseconds of the machine that is being measured
 _LINE_EVERY_S = 2.0

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from wdmoe.config import LinkEmulation
 from wdmoe.nodes.demo.plan import RunPlan, device_names
-from wdmoe.nodes.link_emulation import shannon_bps
-from wdmoe.nodes.station_client import Token
+from wdmoe.nodes.device.link_emulation import shannon_bps
+from wdmoe.nodes.local.station_client import Token
 from wdmoe.units import format_quantity
 
 _BAR = 16  # characters of the fullest bar

@@ -1,0 +1,44 @@
+"""The bundle of the default model: made once from the split checkpoint and kept in the cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wdmoe.backbone.cached_folder import make_once
+from wdmoe.backbone.default.model import NAME, default_checkpoint
+from wdmoe.backbone.format.bundle import FORMAT_VERSION, MANIFEST_NAME
+from wdmoe.backbone.split.settings import Progress, quiet
+from wdmoe.config import cache_home
+
+_RECIPE = 2  # raised whenever the same checkpoint gives another bundle; 2: with the rank in the manifest
+
+if TYPE_CHECKING:
+    from wdmoe.backbone.export.export import ExportProgress
+
+
+def default_bundle(
+    precision: str = "fp32", splitting: Progress = quiet, exporting: ExportProgress | None = None
+) -> Path:
+    """Its folder; made on the first call (minutes), found on later ones.
+
+    Two processes that call this together make it once: the second waits for the first. What was interrupted is
+    resumed.
+
+    Args:
+        precision: of the experts' weights.
+        splitting: told how far the split is.
+        exporting: told how far the export is.
+    Raises:
+        MissingExtraError, BundleError: see `default_checkpoint`.
+        BundleError: the cache folder cannot be written.
+    """
+    checkpoint = default_checkpoint(splitting)
+    folder = cache_home() / "bundles" / f"{checkpoint.name}-{precision}-v{FORMAT_VERSION}.{_RECIPE}"
+    manifest = folder / MANIFEST_NAME  # written last
+    if manifest.is_file():
+        return folder
+    from wdmoe.backbone.export.export import ExportSettings, export_bundle  # torch: seconds, and only here needed
+
+    settings = ExportSettings(precision=precision, name=NAME)
+    return make_once(folder, manifest.is_file, lambda: export_bundle(checkpoint, folder, settings, exporting))

@@ -1,0 +1,109 @@
+"""Answers requests with the model: implements `wdmoe.records.TextEngine` on top of the model thread."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Future
+from typing import TypeVar
+
+from wdmoe.backbone.runtime.experts_seam import CURRENT_LEDGER
+from wdmoe.backbone.runtime.generation import Event, Job, generate
+from wdmoe.backbone.runtime.model_thread import ModelThread, Task
+from wdmoe.backbone.runtime.prompt import encode_prompt
+from wdmoe.backbone.runtime.station import Station
+from wdmoe.errors import WdmoeError
+from wdmoe.receipt import Ledger
+from wdmoe.records import Finished, GenerationRequest, TextDelta
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Engine:
+    """Text in, text out. Every method may be called from any thread or event loop."""
+
+    def __init__(
+        self,
+        station: Station,
+        thread: ModelThread,
+        status: Callable[[], Mapping[str, object]],
+        *,
+        policy: str,
+        prefill_chunk: int,
+    ) -> None:
+        self._station = station
+        self._thread = thread
+        self._status = status
+        self._policy = policy
+        self._prefill_chunk = prefill_chunk
+
+    @property
+    def model_name(self) -> str:
+        """Name shown to clients."""
+        return self._station.manifest.model
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest prompt plus answer, in tokens."""
+        return self._station.manifest.context_tokens
+
+    def status(self) -> Mapping[str, object]:
+        """See `TextEngine.status`."""
+        return {**self._status(), "requests": self._thread.load}
+
+    def prepare(self, request: GenerationRequest) -> tuple[int, ...]:
+        """See `TextEngine.prepare`."""
+        return encode_prompt(self._station.tokenizer, request, self.context_tokens)
+
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[TextDelta | Finished]:
+        """See `TextEngine.stream`."""
+        prompt_ids = self.prepare(request)
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def emit(event: Event) -> None:
+            if not loop.is_closed():  # a client's loop may end before its request does
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        ledger = Ledger(policy=self._policy, prompt_tokens=len(prompt_ids))
+        job = Job(prompt_ids=prompt_ids, sampling=request.sampling, ledger=ledger, emit=emit)
+        self._thread.submit(Task(run=lambda: self._serve(job), fail=emit, cancel=job.cancel))
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            job.cancel()
+
+    def call(self, work: Callable[[Station, Ledger], T]) -> Future[T]:
+        """Run `work` on the model thread as a request of its own: for evaluation, and for tests."""
+        future: Future[T] = Future()
+        ledger = Ledger(policy=self._policy)
+
+        def run() -> None:
+            CURRENT_LEDGER.set(ledger)
+            try:
+                future.set_result(work(self._station, ledger))
+            except Exception as error:
+                future.set_exception(error)
+
+        self._thread.submit(Task(run=run, fail=future.set_exception, cancel=lambda: None))
+        return future
+
+    def _serve(self, job: Job) -> None:
+        if job.cancelled:
+            return
+        try:
+            job.emit(generate(self._station.model, self._station.tokenizer, job, self._prefill_chunk))
+        except WdmoeError as error:
+            job.emit(error)
+        except Exception as error:  # a bug in one request must not take the others down; it is logged whole
+            log.exception("a request failed")
+            job.emit(error)

@@ -1,0 +1,274 @@
+"""The base station: opens the sockets, loads attention and gate, starts the two planes, and ends them in order.
+
+async with BaseStation(settings) as station:
+    print(station.join_text)
+    await station.run()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from wdmoe.backbone.evaluation.trace_recorder import TraceRecorder
+from wdmoe.backbone.format.bundle import Bundle
+from wdmoe.backbone.runtime.engine import Engine
+from wdmoe.backbone.runtime.experts_seam import attach
+from wdmoe.backbone.runtime.model_thread import ModelThread
+from wdmoe.backbone.runtime.station import load_station
+from wdmoe.config import StationSettings
+from wdmoe.errors import ConfigError, TransportError, WdmoeError
+from wdmoe.moe.layer import ExpertLayers
+from wdmoe.moe.select import Demand
+from wdmoe.nodes.addresses import data_bind, dial_endpoints, remember_endpoints
+from wdmoe.nodes.authentication import Entrance, GuardedEntrance, OpenEntrance
+from wdmoe.nodes.base_station.control_plane import ControlPlane
+from wdmoe.nodes.base_station.layer_rules import layer_rules
+from wdmoe.nodes.base_station.placement import Wishes
+from wdmoe.nodes.base_station.status import describe
+from wdmoe.receipt import Ledger
+from wdmoe.records import ExpertId
+from wdmoe.solver.placement.file import read_placement, write_placement
+from wdmoe.transport.channel import Envelope
+from wdmoe.transport.codec.messages import Float32Array, Int32Array, Message
+from wdmoe.transport.exchange import Exchange
+from wdmoe.transport.routing import Routing
+from wdmoe.transport.security.admission import Admission
+from wdmoe.transport.security.keys import station_keys
+from wdmoe.transport.security.zap import Door
+from wdmoe.transport.zmq.channels import open_control_station, open_data_station
+from wdmoe.transport.zmq.sockets import SocketOptions, StationSecurity, new_context
+
+log = logging.getLogger(__name__)
+
+TOKEN_LIFE_S = 24 * 3600.0
+MOST_TRACED_TOKENS = 32_768  # some 35 MB with the default model, ten times that with 64 experts a layer
+SWITCH_INTERVAL_S = 0.0005  # the model thread must get the GIL back soon after the network woke it
+
+
+class BaseStation:
+    """One running base station. `engine` answers requests once devices serve the experts."""
+
+    engine: Engine
+
+    def __init__(self, settings: StationSettings) -> None:
+        self._settings = settings
+        self._options = SocketOptions()
+        self._routing = Routing()
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> BaseStation:
+        """Open everything.
+
+        Raises:
+            BundleError: the bundle cannot be used.
+            ConfigError: a setting, key file or placement file cannot be used.
+            TransportError: an address cannot be bound.
+        """
+        try:
+            await self._open()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop taking work, end what runs, say goodbye to the devices, close."""
+        await self._stack.aclose()
+
+    async def run(self) -> None:
+        """Serve until cancelled; a bug in the control plane comes out here."""
+        await asyncio.shield(self._control_task)
+
+    async def wait_until_served(self, timeout_s: float) -> None:
+        """Wait until every expert is served by some device.
+
+        Raises:
+            TransportError: not within `timeout_s`.
+        """
+        until = time.monotonic() + timeout_s
+        while len(self._routing.complete) < len(self.bundle.manifest.moe_layers):
+            if time.monotonic() > until:
+                raise TransportError(
+                    f"after {timeout_s:.0f} s only {len(self._routing.complete)} of "
+                    f"{len(self.bundle.manifest.moe_layers)} layers have all their experts on devices"
+                )
+            await asyncio.sleep(0.02)
+
+    @property
+    def join_text(self) -> str:
+        """What a device needs to join: a fresh token, or the plain address of an insecure station."""
+        if self.admission is None:
+            return self.endpoints[0]
+        token = self.admission.create_token(self._keys, self.endpoints, TOKEN_LIFE_S)
+        return token.text()
+
+    def placement_text(self) -> str:
+        """Who shall hold what now, as a placement file."""
+        names = {device.device_id: device.report.name for device in self.control.roster.live()}
+        return write_placement({names[at]: tuple(experts) for at, experts in self.control.wanted().items()})
+
+    # ---- opening, in the order of need ----
+
+    async def _open(self) -> None:
+        settings = self._settings
+        interval_s = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self._stack.callback(sys.setswitchinterval, interval_s)
+        self.bundle = await asyncio.to_thread(Bundle.open, settings.bundle)
+        rules = layer_rules(settings, self.bundle.manifest)
+        pinned = self._read_placement()
+        if (trace := settings.record_trace) is not None and not trace.parent.is_dir():
+            raise ConfigError(f"--record-trace {trace}: there is no folder {trace.parent}")
+        self._open_sockets()
+        model = await asyncio.to_thread(load_station, self.bundle, settings.device, settings.dtype)
+        exchange = Exchange(self._data, self._data_news, self._data_gone)
+        self._exchange = exchange
+        self.layers = ExpertLayers(exchange, lambda: self._routing, rules)
+        attach(model.model, model.experts, model.routers, self._run_layer)
+        self._record(model.model)
+        self.control = ControlPlane(
+            self._control_channel,
+            self.bundle,
+            self._entrance,
+            self,
+            data_port=int(self._data.endpoint.rsplit(":", 1)[1]),
+            lease_s=settings.lease_s,
+            max_message_bytes=self._options.max_message_bytes,
+            wishes=Wishes(
+                pinned=pinned,
+                copies=settings.copies,
+                choosy=settings.policy != "topk" or settings.bandwidth_hz > 0,
+            ),
+            shares_band=settings.bandwidth_hz > 0,
+        )
+        thread = ModelThread(
+            exchange,
+            max_active=settings.max_active,
+            max_waiting=settings.max_queued,
+            torch_threads=settings.threads,
+        )
+        self.engine = Engine(model, thread, self.overview, policy=settings.policy, prefill_chunk=settings.prefill_chunk)
+        self._loop = asyncio.get_running_loop()
+        self._control_task = asyncio.create_task(self.control.run())
+        self._stack.push_async_callback(self._end_control)
+        thread.start()
+        self._stack.push_async_callback(asyncio.to_thread, thread.stop)
+
+    def _open_sockets(self) -> None:
+        settings, options = self._settings, self._options
+        context = new_context()
+        self._stack.callback(context.term)
+        security: StationSecurity | None = None
+        self.admission: Admission | None = None
+        self._entrance: Entrance = OpenEntrance()
+        if settings.insecure:
+            log.warning("no encryption: anyone on this network may read, inject and join")
+        else:
+            self._keys = station_keys(settings.state)
+            self.admission = Admission(settings.state)
+            door = Door(context, self.admission)
+            self._stack.callback(door.close)
+            security = StationSecurity(self._keys, door)
+            self._entrance = GuardedEntrance(self.admission)
+        self._control_channel = open_control_station(context, settings.bind, security, options)
+        self._stack.callback(self._control_channel.close)
+        bind = data_bind(self._control_channel.endpoint, settings.bind, settings.data_port)
+        self._data = open_data_station(context, bind, security, options)
+        self._stack.callback(self._data.close)
+        self.endpoints = dial_endpoints(self._control_channel.endpoint, settings.advertise)
+        if not settings.insecure:
+            remember_endpoints(settings.state, self.endpoints)
+
+    async def _end_control(self) -> None:
+        self._control_task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._control_task
+
+    def _record(self, model: Any) -> None:
+        """Listen to the gates from now on, and save what they said once the model thread has ended."""
+        file = self._settings.record_trace
+        if file is None:
+            return
+        recorder = TraceRecorder(model, self.bundle.manifest.model, most_tokens=MOST_TRACED_TOKENS)
+        self._stack.enter_context(recorder)
+        self._stack.push_async_callback(asyncio.to_thread, _save_trace, recorder, file)
+
+    def _read_placement(self) -> Mapping[str, frozenset[ExpertId]]:
+        path = self._settings.placement
+        if path is None:
+            return {}
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"placement file {path} cannot be read: {error}") from error
+        known = {file.id for file in self.bundle.manifest.experts}
+        placement = read_placement(text)
+        for name, experts in placement.items():
+            for expert in experts:
+                if expert not in known:
+                    raise ConfigError(
+                        f"placement file {path}: {name!r} is given expert {expert.expert} of layer {expert.layer}, "
+                        f"which {self.bundle.manifest.model} does not have"
+                    )
+        return {name: frozenset(experts) for name, experts in placement.items()}
+
+    # ---- between the planes ----
+
+    def _run_layer(
+        self,
+        layer: int,
+        tokens: Float32Array,
+        experts: Int32Array,
+        weights: Float32Array,
+        gate: Float32Array | None,
+        ledger: Ledger,
+        meanwhile: Callable[[], object] | None,
+    ) -> Float32Array:
+        """`wdmoe.backbone.runtime.experts_seam.RunLayer`, on the model thread."""
+        return self.layers.run(layer, tokens, Demand(experts, weights, gate), ledger, meanwhile)
+
+    def publish(self, table: Routing) -> None:
+        """`DataPlane.publish`: one assignment, so the model thread sees the old table or the new one, never a mix."""
+        self._routing = table
+
+    def send(self, route: bytes, message: Message) -> None:
+        """`DataPlane.send`."""
+        self._exchange.post(lambda: self._exchange.send(route, message))
+
+    def _data_news(self, envelope: Envelope) -> None:
+        self._loop.call_soon_threadsafe(self.control.attached, envelope)
+
+    def _data_gone(self, route: bytes) -> None:
+        self._loop.call_soon_threadsafe(self.control.data_gone, route)
+
+    def overview(self) -> Mapping[str, object]:
+        """State for `/health` and `wdmoe-node status`: plain JSON types."""
+        return describe(
+            self.bundle.manifest,
+            self._settings,
+            self.control,
+            self.layers.health,
+            self._exchange.counters,
+            self.placement_text(),
+        )
+
+
+def _save_trace(recorder: TraceRecorder, file: Path) -> None:
+    try:
+        trace = recorder.trace()
+        trace.save(file)
+    except WdmoeError as error:  # the station ends all the same
+        log.error("no gate trace was saved: %s", error)
+    else:
+        log.info("%s: a gate trace of %d tokens", file, trace.tokens)

@@ -1,0 +1,71 @@
+"""The state of a base station as plain JSON types, for `/health`, `wdmoe-node status` and people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from wdmoe.backbone.format.bundle import Manifest
+from wdmoe.config import StationSettings
+from wdmoe.moe.health import DeviceHealth
+from wdmoe.nodes.base_station.control_plane import ControlPlane
+from wdmoe.nodes.base_station.layer_rules import rank_of
+from wdmoe.transport.exchange import ExchangeCounters
+from wdmoe.transport.membership import Device
+
+
+def describe(
+    manifest: Manifest,
+    settings: StationSettings,
+    control: ControlPlane,
+    health: DeviceHealth,
+    counters: ExchangeCounters,
+    placement: str,
+) -> Mapping[str, object]:
+    """Model, policy, devices and counters. `state` is "ok", "degraded" (an expert is not served) or "waiting"."""
+    devices = control.roster.live()
+    served = len(control.roster.serving())
+    state = "waiting" if not served else "ok" if served == len(manifest.experts) else "degraded"
+    return {
+        "state": state,
+        "model": manifest.model,
+        "family": manifest.family,
+        "policy": settings.policy,
+        "rank": rank_of(settings, manifest),
+        "whole_layers": settings.whole_layers,
+        "budget_s": settings.budget_s,
+        "budget_per_token_s": settings.budget_per_token_s,
+        "bandwidth_hz": settings.bandwidth_hz,
+        "allocation": settings.allocation,
+        "encrypted": not settings.insecure,
+        "experts": len(manifest.experts),
+        "unserved": len(manifest.experts) - served,
+        "experts_without_room": len(control.arrangement.unplaced),
+        "placement": placement,
+        "devices": [_device(device, health) for device in devices],
+        "devices_lost": control.lost_devices,
+        **asdict(counters),
+    }
+
+
+def _device(device: Device, health: DeviceHealth) -> Mapping[str, object]:
+    report = device.report
+    return {
+        "name": report.name,
+        "id": device.device_id,
+        "hardware": report.hardware,
+        "system": report.system,
+        "provider": report.provider,
+        "threads": report.threads,
+        "memory_bytes": report.memory_bytes,
+        "flops": report.flops,
+        "downlink_snr_hz": report.downlink_snr_hz,
+        "uplink_snr_hz": report.uplink_snr_hz,
+        "experts": len(device.placed),
+        "ready": len(device.ready),
+        "attached": device.data_route is not None,
+        "runs": device.done,
+        "queued": device.queued,
+        "rss_bytes": device.rss_bytes,
+        "rtt_s": None if device.data_route is None else health.seen_s(device.data_route),  # per token of an order
+    }

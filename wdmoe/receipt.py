@@ -1,0 +1,115 @@
+"""The receipt that every answer carries, and the running account of one request that becomes it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSeconds:
+    """Where the time of some work went. All stages are disjoint; their sum is the elapsed time."""
+
+    bs_compute: float = 0.0  # attention, gate, sampling, packing, combining
+    wire_down: float = 0.0  # base station to the device that answered last
+    device_compute: float = 0.0  # experts of that device
+    wire_up: float = 0.0  # that device to the base station
+    wait: float = 0.0  # queued behind other requests, or for a deadline that passed
+
+    def __add__(self, other: StageSeconds) -> StageSeconds:
+        return StageSeconds(
+            bs_compute=self.bs_compute + other.bs_compute,
+            wire_down=self.wire_down + other.wire_down,
+            device_compute=self.device_compute + other.device_compute,
+            wire_up=self.wire_up + other.wire_up,
+            wait=self.wait + other.wait,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What an answer cost and what it lost. Every answer carries one: quality is never lost silently."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    policy: str = "topk"
+    degraded: bool = False  # an expert the policy chose did not answer in time
+    degraded_tokens: int = 0  # tokens (prompt included) computed without all their chosen experts, counted once
+    dropped_weight: float = 0.0  # mean gate weight per (token, layer) that was not computed: policy and loss together
+    lost_weight: float = 0.0  # the part of dropped_weight that was lost, not chosen
+    retries: int = 0  # dispatches sent again to another device
+    bytes_down: int = 0
+    bytes_up: int = 0
+    first_token_s: float = 0.0
+    elapsed_s: float = 0.0
+    stages: StageSeconds = field(default_factory=StageSeconds)
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Mutable on purpose: one per request, written by the model thread only."""
+
+    policy: str = "topk"
+    started_s: float = field(default_factory=time.monotonic)  # when the request came in, queueing included
+    first_token_s: float = 0.0
+    completion_tokens: int = 0
+    prompt_tokens: int = 0
+    token_layers: int = 0  # (token, layer) pairs computed
+    dropped_weight: float = 0.0  # summed over those pairs, each pair's weights summing to 1
+    lost_weight: float = 0.0
+    retries: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    wire_down_s: float = 0.0
+    device_compute_s: float = 0.0
+    wire_up_s: float = 0.0
+    wait_s: float = 0.0
+    step_degraded: int = 0  # tokens of the current forward pass that missed a chosen expert, in its worst layer
+    degraded_tokens: int = 0
+    step_devices: Counter[str] = field(default_factory=Counter)  # layers that each device served
+
+    def open_pass(self) -> None:
+        """A forward pass begins: settle the degraded tokens of the one before."""
+        self.degraded_tokens += self.step_degraded
+        self.step_degraded = 0
+
+    def close_step(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """A token is out. Returns the devices that worked on it, and in how many layers each did."""
+        devices = tuple(sorted(self.step_devices))
+        layers = tuple(self.step_devices[device] for device in devices)
+        self.step_devices.clear()
+        return devices, layers
+
+    @property
+    def mean_dropped(self) -> float:
+        """Mean gate weight per (token, layer) that was not computed so far."""
+        return self.dropped_weight / max(self.token_layers, 1)
+
+    def receipt(self) -> Receipt:
+        """What the request cost so far."""
+        self.open_pass()
+        elapsed_s = time.monotonic() - self.started_s
+        away_s = self.wire_down_s + self.device_compute_s + self.wire_up_s + self.wait_s
+        pairs = max(self.token_layers, 1)
+        return Receipt(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            policy=self.policy,
+            degraded=self.lost_weight > 0 or self.degraded_tokens > 0,
+            degraded_tokens=self.degraded_tokens,
+            dropped_weight=self.mean_dropped,
+            lost_weight=self.lost_weight / pairs,
+            retries=self.retries,
+            bytes_down=self.bytes_down,
+            bytes_up=self.bytes_up,
+            first_token_s=self.first_token_s,
+            elapsed_s=elapsed_s,
+            stages=StageSeconds(
+                bs_compute=max(elapsed_s - away_s, 0.0),
+                wire_down=self.wire_down_s,
+                device_compute=self.device_compute_s,
+                wire_up=self.wire_up_s,
+                wait=self.wait_s,
+            ),
+        )

@@ -1,0 +1,195 @@
+"""Messages over one ZeroMQ socket, without waiting, and the waiting of an event loop: what the channels are made of."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+
+import zmq
+
+from wdmoe.errors import PeerBusyError, PeerGoneError, ProtocolError, TransportError, VersionError
+from wdmoe.transport.channel import Envelope
+from wdmoe.transport.codec.framing import pack, unpack
+from wdmoe.transport.codec.messages import Failure, Message
+from wdmoe.transport.codec.wire import Limits
+from wdmoe.transport.refusals import Refusals
+from wdmoe.transport.security.keys import fingerprint
+from wdmoe.transport.zmq.monitor import HandshakeWatch
+from wdmoe.transport.zmq.sockets import Context, LinkSecurity, Socket, SocketOptions, connect, new_client
+
+_LOG = logging.getLogger(__name__)
+_MORE = zmq.SNDMORE | zmq.NOBLOCK
+
+
+class SocketMessages:
+    """Messages over one socket, never waiting. What is common to both planes and both ends."""
+
+    def __init__(
+        self,
+        socket: Socket,
+        options: SocketOptions,
+        *,
+        routed: bool,
+        secure: bool,
+        admits: Callable[[str], bool] | None = None,
+    ) -> None:
+        self.socket = socket
+        self.refusals = Refusals(_LOG)
+        self._limits = Limits(max_message_bytes=options.max_message_bytes, checksum=not secure)
+        self._routed = routed
+        self._secure = secure
+        self._admits = admits
+
+    def send(self, message: Message, route: bytes | None = None) -> int:
+        """Hand over a message. Returns bytes; raises as `DataStation.send`."""
+        frame = pack(message, self._limits)
+        try:
+            try:
+                self._hand_over(frame, route)
+            except zmq.Again:
+                # A queue that looks full may have drained: libzmq looks for that once a millisecond, or when asked.
+                self.socket.get(zmq.EVENTS)
+                self._hand_over(frame, route)
+        except zmq.Again as error:
+            raise PeerBusyError("the peer's queue is full, or it is not connected") from error
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                raise PeerGoneError("the peer is not connected any more") from error
+            raise TransportError(f"cannot send: {error}") from error
+        return len(frame)
+
+    def _hand_over(self, frame: bytes, route: bytes | None) -> None:
+        if route is not None:
+            self.socket.send(route, _MORE)  # ZeroMQ decides here, and never sends this: the rest does not fail
+        self.socket.send(frame, zmq.NOBLOCK)
+
+    def take(self) -> Envelope | None:
+        """The next message that waits in the socket; None where it was refused.
+
+        Raises:
+            zmq.Again: nothing waits.
+        """
+        receive = self.socket.recv
+        route = receive(zmq.NOBLOCK) if self._routed else b""
+        frame = rest = receive(zmq.NOBLOCK, copy=False)
+        while rest.more:
+            rest = receive(zmq.NOBLOCK, copy=False)
+        # What the door said at the handshake, so it is proven; asking each time costs half a microsecond.
+        key = str(frame.get("User-Id")) if self._secure and self._routed else ""
+        if self._admits is not None and not self._admits(key):
+            self._refuse("revoked_key", route, frame, key, "its key was revoked")
+            return None
+        try:
+            message = unpack(frame.buffer, self._limits)
+            if rest is not frame:
+                raise ProtocolError("a message of several frames")
+        except VersionError as error:
+            self._refuse("wrong_version", route, frame, key, str(error))
+            return None
+        except ProtocolError as error:
+            self._refuse("invalid_message", route, frame, key, str(error))
+            return None
+        return Envelope(route, key, message, len(frame))
+
+    def _refuse(self, kind: str, route: bytes, frame: zmq.Frame, key: str, reason: str) -> None:
+        address = frame.get("Peer-Address")
+        who = f"{fingerprint(key)} at {address}" if key else str(address)
+        spoke = self.refusals.note(kind, who, reason)
+        # Only a station answers: two ends that answered each other's refusals would never stop.
+        if spoke and self._routed and kind != "invalid_message":
+            with contextlib.suppress(TransportError):
+                self.send(Failure(attempt=0, reason=reason), route)
+
+
+class _Waiting:
+    """The waiting of a control plane end: tells the event loop's owner when to look at its sockets.
+
+    ZeroMQ's descriptor only says that something changed, and any call on the socket may swallow the news. So
+    the state is asked for after every call, and whoever waits is told.
+    """
+
+    def __init__(self, *sockets: Socket) -> None:
+        self._sockets = sockets
+        self._loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+        self._descriptors = [int(socket.get(zmq.FD)) for socket in sockets]
+        for descriptor in self._descriptors:
+            self._loop.add_reader(descriptor, self.look)
+
+    def look(self) -> None:
+        """Ask all sockets. Call after every send."""
+        if any(int(socket.get(zmq.EVENTS)) & zmq.POLLIN for socket in self._sockets):
+            self._news.set()
+
+    async def news(self) -> None:
+        """Wait until a socket may have something to read."""
+        self._news.clear()
+        self.look()
+        await self._news.wait()
+
+    def close(self) -> None:
+        """Stop watching; call before the sockets are closed."""
+        for descriptor in self._descriptors:
+            self._loop.remove_reader(descriptor)
+
+
+class AsyncEnd:
+    """What both ends of the control plane have in common."""
+
+    def __init__(self, messages: SocketMessages, watch: HandshakeWatch | None = None) -> None:
+        self._messages = messages
+        self._watch = watch
+        sockets = [messages.socket] if watch is None else [messages.socket, watch.socket]
+        self._waiting = _Waiting(*sockets)
+        self._closed = False
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """Refused messages by kind: `invalid_message`, `wrong_version`, `revoked_key`."""
+        return self._messages.refusals.counters
+
+    async def receive(self) -> Envelope:
+        """See `ControlStation.receive`."""
+        while True:
+            try:
+                envelope = self._messages.take()
+            except zmq.Again:
+                if self._watch is not None:
+                    self._watch.check()
+                await self._waiting.news()
+            else:
+                if envelope is not None:  # nothing is awaited after the take: cancelling loses no message
+                    return envelope
+                await asyncio.sleep(0)  # a flood of refused messages must not hold the loop
+
+    def close(self) -> None:
+        """See `ControlStation.close`."""
+        if self._closed:
+            return
+        self._closed = True
+        self._waiting.close()
+        if self._watch is not None:
+            self._watch.close()
+        self._messages.socket.close(0)
+
+
+def open_link(
+    context: Context, kind: int, endpoint: str, security: LinkSecurity | None, options: SocketOptions
+) -> tuple[SocketMessages, HandshakeWatch]:
+    """A socket of this kind (`zmq.DEALER`, `zmq.SUB`) that connects in the background, and what watches it.
+
+    Raises:
+        TransportError: the address or a key is malformed.
+    """
+    socket = new_client(context, kind, security, options)
+    name = "(none)" if security is None else security.keys.fingerprint
+    watch = HandshakeWatch(socket, endpoint, name)
+    try:
+        connect(socket, endpoint)
+    except TransportError:
+        watch.close()
+        socket.close(0)
+        raise
+    return SocketMessages(socket, options, routed=False, secure=security is not None), watch

@@ -1,0 +1,80 @@
+"""The broadcast plane: what is said once and heard by many (PUB and SUB), over CURVE as the other planes.
+
+Nothing here is acknowledged. A listener that is too slow, or comes too late, misses what was said meanwhile, as with a
+radio; messages are numbered so that it knows. Both ends belong to one event loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import zmq
+
+from wdmoe.transport.codec.messages import Message
+from wdmoe.transport.security.zap import BROADCAST_DOMAIN
+from wdmoe.transport.zmq.messaging import AsyncEnd, SocketMessages, open_link
+from wdmoe.transport.zmq.sockets import (
+    Context,
+    LinkSecurity,
+    SocketOptions,
+    StationSecurity,
+    bind_publisher,
+    endpoint_of,
+)
+
+# A queue holds what is said while a listener's machine is busy elsewhere: 64 KiB each as pictures are sent here.
+OPTIONS = SocketOptions(queue_messages=256)
+_MOST_HEARD_BYTES = 4096  # of what listeners send: subscriptions, and the handshake
+
+
+class Transmitter:
+    """The base station's end. Made by `open_transmitter`."""
+
+    def __init__(self, messages: SocketMessages) -> None:
+        self._messages = messages
+
+    @property
+    def endpoint(self) -> str:
+        """Where it listens, with the port that was chosen for `:*`."""
+        return endpoint_of(self._messages.socket)
+
+    def send(self, message: Message) -> int:
+        """Say something to whoever listens, without waiting. Returns its bytes.
+
+        Raises:
+            ProtocolError: the message breaks a rule or is larger than a listener accepts.
+        """
+        return self._messages.send(message)
+
+    def close(self) -> None:
+        """Close without lingering. Idempotent."""
+        self._messages.socket.close(0)
+
+
+class Tuner(AsyncEnd):
+    """A device's end, made by `open_tuner`. `receive` and `close` as of `wdmoe.transport.channel.ControlLink`."""
+
+
+def open_transmitter(
+    context: Context, bind: str, security: StationSecurity | None, options: SocketOptions = OPTIONS
+) -> Transmitter:
+    """Only admitted device keys may listen. A key that is revoked later hears on until its connection ends.
+
+    Raises:
+        TransportError: the address cannot be bound, or the door is not open.
+    """
+    heard = replace(options, max_message_bytes=_MOST_HEARD_BYTES)
+    socket = bind_publisher(context, bind, BROADCAST_DOMAIN, security, heard)
+    return Transmitter(SocketMessages(socket, options, routed=False, secure=security is not None))
+
+
+def open_tuner(
+    context: Context, endpoint: str, security: LinkSecurity | None, options: SocketOptions = OPTIONS
+) -> Tuner:
+    """For the running event loop. Connecting goes on in the background.
+
+    Raises:
+        TransportError: the address or a key is malformed.
+    """
+    messages, watch = open_link(context, zmq.SUB, endpoint, security, options)
+    return Tuner(messages, watch)
