@@ -154,7 +154,7 @@ class ControlPlane:
             try:
                 await self._handle(envelope)
             except (BundleError, TransportError) as error:
-                log.warning("not served: %s", error)
+                log.warning("could not serve a message: %s", error)
 
     async def _watch(self) -> None:
         while True:
@@ -301,7 +301,7 @@ class ControlPlane:
             )
         elif isinstance(action, Lost):
             self.lost_devices += 1
-            log.warning("%s lost: %s", action.device.report.name, action.reason)
+            log.warning("lost %s: %s", action.device.report.name, action.reason)
 
     def _welcome(self, action: SendWelcome) -> None:
         manifest = self._bundle.manifest

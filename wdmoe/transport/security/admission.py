@@ -107,7 +107,7 @@ def _read(file: Path) -> dict[str, Any] | None:
         _LOG.warning("skipped %s: it needs a 'key' of 40 Z85 characters", file)
         return None
     if file.stem != fingerprint(entry["key"]):
-        _LOG.warning("skipped %s: its key belongs into %s.json", file, fingerprint(entry["key"]))
+        _LOG.warning("skipped %s: its key belongs in %s.json", file, fingerprint(entry["key"]))
         return None
     return entry
 
