@@ -38,7 +38,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 ALONE = {
     "test_alive",
     "test_broadcast_live",
-    "test_cli_nodes",
+    "test_nodes",
     "test_default_model",
     "test_demo",
     "test_device_node",
@@ -123,4 +123,4 @@ def _describe(child: psutil.Process) -> str:
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The checkout the tests run from."""
-    return Path(__file__).resolve().parent.parent
+    return Path(__file__).resolve().parents[1]

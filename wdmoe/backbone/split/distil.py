@@ -229,7 +229,7 @@ tags: [mixture-of-experts, wdmoe]
 ---
 # {source.name}, split into experts and distilled
 
-Made by `tools/distil`: {moe.resolve().name}, which `wdmoe-node split` made from the dense model {source.name},
+Made by `tools/study/distil`: {moe.resolve().name}, which `wdmoe-node split` made from the dense model {source.name},
 was trained to give the dense model's distribution of the next token (Kullback-Leibler divergence).
 
 | | |

@@ -1,6 +1,6 @@
 """Crops of photographs to train on beside the small pictures.
 
-The photographs are those of Debian's wallpaper packages (`tools/fetch_wallpapers`), reduced until faults of their
+The photographs are those of Debian's wallpaper packages (`tools/data/fetch_wallpapers`), reduced until faults of their
 compression are gone and a crop of 32x32 shows something.
 """
 
@@ -75,7 +75,7 @@ class Crops:
 
 
 def wallpapers_file() -> Path:
-    """Where `tools/fetch_wallpapers` leaves the reduced photographs."""
+    """Where `tools/data/fetch_wallpapers` leaves the reduced photographs."""
     return cache_home() / "pictures" / "wallpapers.npz"
 
 
@@ -88,14 +88,14 @@ def load_wallpapers(file: Path | None = None) -> dict[str, Pixels]:
     """
     path = file or wallpapers_file()
     if not path.is_file():
-        raise MissingExtraError(f"{path} is missing; fetch the photographs: tools/fetch_wallpapers")
+        raise MissingExtraError(f"{path} is missing; fetch the photographs: tools/data/fetch_wallpapers")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: np.asarray(arrays[name]) for name in sorted(arrays.files)}
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path} is not an NPZ of photographs; run tools/fetch_wallpapers again") from error
+        raise ConfigError(f"{path} is not an NPZ of photographs; run tools/data/fetch_wallpapers again") from error
     if not found or any(p.ndim != 3 or p.shape[2] != 3 or p.dtype != np.uint8 for p in found.values()):
-        raise ConfigError(f"{path} does not hold RGB photographs of 8 bits; run tools/fetch_wallpapers again")
+        raise ConfigError(f"{path} does not hold RGB photographs of 8 bits; run tools/data/fetch_wallpapers again")
     return found
 
 

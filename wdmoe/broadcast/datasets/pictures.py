@@ -48,7 +48,7 @@ class Pictures:
         found = _sha256(self.pixels, self.labels)
         if found != PICTURES_SHA256:
             raise ConfigError(
-                f"pictures have SHA-256 {found}, expected {PICTURES_SHA256}; run tools/fetch_pictures again"
+                f"pictures have SHA-256 {found}, expected {PICTURES_SHA256}; run tools/data/fetch_pictures again"
             )
 
 
@@ -62,7 +62,7 @@ class Split:
 
 
 def pictures_file() -> Path:
-    """Where `tools/fetch_pictures` leaves them."""
+    """Where `tools/data/fetch_pictures` leaves them."""
     return cache_home() / "pictures" / "cifar10_test.npz"
 
 
@@ -77,13 +77,13 @@ def load_pictures(file: Path | None = None) -> Pictures:
     """
     path = file or pictures_file()
     if not path.is_file():
-        raise MissingExtraError(f"{path} is missing; fetch the pictures: tools/fetch_pictures")
+        raise MissingExtraError(f"{path} is missing; fetch the pictures: tools/data/fetch_pictures")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return Pictures(arrays["x"], arrays["y"])
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"{path} is not an NPZ of pictures x and classes y; run tools/fetch_pictures again"
+            f"{path} is not an NPZ of pictures x and classes y; run tools/data/fetch_pictures again"
         ) from error
 
 

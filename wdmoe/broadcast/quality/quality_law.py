@@ -99,7 +99,7 @@ def load_law(file: Path) -> Law:
         coefficients = np.array(told["coefficients"], dtype=np.float64)
         return Law(coefficients, error, str(told["weights_sha256"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{file} is not a quality law; make one: tools/fit_quality_law") from error
+        raise ConfigError(f"{file} is not a quality law; make one: tools/study/fit_quality_law") from error
 
 
 def _ramps(values: FloatArray, knots: tuple[float, ...]) -> FloatArray:

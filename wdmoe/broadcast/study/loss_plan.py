@@ -62,7 +62,7 @@ class LossPlan:
             "seed": self.draws.seed,
             "begin": "MODEL" if self.begin else "none",
         }
-        return " ".join(["tools/broadcast_losses OUT", *(f"--{name} {value}" for name, value in flags.items())])
+        return " ".join(["tools/study/broadcast_losses OUT", *(f"--{name} {value}" for name, value in flags.items())])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -89,7 +89,7 @@ SOURCES = tuple(
 
 
 def photographs_folder() -> Path:
-    """Where `tools/fetch_photographs` leaves them."""
+    """Where `tools/data/fetch_photographs` leaves them."""
     return cache_home() / "pictures" / "photographs"
 
 
@@ -138,7 +138,7 @@ def _opened(folder: Path, source: Source) -> Pixels:
         with Image.open(file) as picture:
             return np.asarray(picture.convert("RGB"))
     except FileNotFoundError as error:
-        raise MissingExtraError(f"{file} is missing; fetch the photographs: tools/fetch_photographs") from error
+        raise MissingExtraError(f"{file} is missing; fetch the photographs: tools/data/fetch_photographs") from error
     except (OSError, UnidentifiedImageError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
 

@@ -36,7 +36,7 @@ class Host:
     route: bytes | None = None  # its data connection, None while not attached
 
 
-MESSAGE_S = 0.3e-3  # what one more device costs a layer, measured with tools/bench_decode
+MESSAGE_S = 0.3e-3  # what one more device costs a layer, measured with tools/bench/decode
 LEAST_SPAN = 2
 
 Targets = dict[ExpertId, str]  # expert -> device_id that shall hold it

@@ -56,6 +56,6 @@ class BroadcastSettings:
         if self.model is None and not SHIPPED_MODEL.is_file():
             raise BundleError(
                 "no trained broadcast model is shipped with this version: give one with --model FILE "
-                "(tools/train_broadcast writes model.safetensors)"
+                "(tools/study/train_broadcast writes model.safetensors)"
             )
         return self.model or SHIPPED_MODEL

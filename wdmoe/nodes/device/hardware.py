@@ -21,7 +21,7 @@ WARM_UP_S = 0.2
 
 
 def probe_expert() -> bytes:
-    """A tiny file that opens as an expert of usual size, its weights constants (`tools/make_probe`)."""
+    """A tiny file that opens as an expert of usual size, its weights constants (`tools/data/make_probe`)."""
     return resources.files("wdmoe.nodes.device").joinpath("data", "probe.onnx").read_bytes()
 
 

@@ -1,7 +1,7 @@
 """Plain NumPy that judges `_native.allocate`: one block by nested bisection, and the certificate by direct search.
 
-For many blocks the oracles are general solvers (`tests/test_bandwidth.py`), which share no idea with ours. Digits
-differ from the native ones in the last places, because logarithms and the order of sums do.
+For many blocks the oracles are general solvers (`tests/solver/test_bandwidth.py`), which share no idea with ours.
+Digits differ from the native ones in the last places, because logarithms and the order of sums do.
 """
 
 from __future__ import annotations

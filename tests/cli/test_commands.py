@@ -1,0 +1,258 @@
+"""The command as people run it: a process, its exit code, what it prints where."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from tests.lab.serving_bench import EchoEngine, serving
+from wdmoe.cli.failures import explain
+from wdmoe.errors import BundleError
+
+MAIN = "from wdmoe.cli.main import main; main()"
+COMMANDS = ["broadcast", "bs", "demo", "device", "export", "place", "split", "status", "token", "trace", "verify"]
+
+
+def run(*words: str, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """`wdmoe-node WORDS` in a process of its own; `before` is Python to run first."""
+    command = [sys.executable, "-c", f"{textwrap.dedent(before)}\n{MAIN}", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, env={**os.environ, **environment})
+
+
+def fails(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line of a stated failure."""
+    assert result.returncode == 1, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("Error: ")
+    return lines[0]
+
+
+def test_help_teaches_every_command():
+    overview = run("--help")
+    assert overview.returncode == 0
+    for command in COMMANDS:
+        assert f"\n  {command} " in overview.stdout
+        text = run(command, "--help").stdout
+        assert "Example" in text or command == "token"
+    assert "Example" in run("token", "create", "--help").stdout
+
+
+def test_help_loads_nothing_heavy():
+    heavy = "torch transformers onnxruntime onnx zmq fastapi rich numpy"
+    code = f"""
+        import sys
+        from click.testing import CliRunner
+        from wdmoe.cli.main import cli
+        for words in [], *([name] for name in cli.commands):
+            assert CliRunner().invoke(cli, [*words, "--help"]).exit_code == 0
+        print(sorted(set("{heavy}".split()) & set(sys.modules)))
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_version():
+    result = run("--version")
+    assert (result.returncode, result.stdout.split()[0]) == (0, "wdmoe-node,")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["fly"], "No such command"),
+        (["device"], "--join"),
+        (["device", "--join", "x", "--memory", "5"], "the unit is missing"),
+        (["device", "--join", "x", "--downlink", "5MHz"], "20Mbit/s"),
+        (["device", "--join", "@/no/such/file"], "/no/such/file"),
+        (["device", "--join", "x", "--provider", "abacus"], "abacus"),
+        (["bs", "x", "--http", "nowhere"], "127.0.0.1:8080"),
+        (["bs", "x", "--http", "host:99999"], "127.0.0.1:8080"),
+        (["bs", "x", "--deadline", "-1s"], "not negative"),
+        (["status", "--url", "file:///etc/passwd"], "http://127.0.0.1:8080"),
+        (["export", "a", "b", "--precision", "int3"], "int3"),
+    ],
+)
+def test_wrong_usage_ends_with_2(words, says):
+    result = run(*words)
+    assert result.returncode == 2
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "missing", "extra"),
+    [
+        (["bs", "x"], "fastapi", "bs"),
+        (["bs", "x"], "torch", "bs"),
+        (["export", "a", "b"], "torch", "bs"),
+        (["verify", "x"], "onnx", "bs"),
+        (["device", "--join", "x"], "onnxruntime", "device"),
+    ],
+)
+def test_a_missing_extra_is_named(words, missing, extra):
+    line = fails(run(*words, before=f"import sys; sys.modules['{missing}'] = None"))
+    assert f"needs {missing}" in line
+    assert f"pip install 'wdmoe[{extra}]'" in line
+
+
+def test_a_folder_that_is_no_bundle(tmp_path):
+    assert str(tmp_path) in fails(run("verify", str(tmp_path)))
+    assert "no-such" in fails(run("verify", str(tmp_path / "no-such")))
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    assert str(tmp_path) in fails(run("export", str(tmp_path), str(tmp_path / "out")))
+
+
+def test_tokens_are_made_listed_and_revoked(tmp_path):
+    from wdmoe.transport.security.admission import Admission
+    from wdmoe.transport.security.join_tokens import parse_token
+    from wdmoe.transport.security.keys import new_key_pair
+
+    state = ("--state", str(tmp_path / "bs"))
+    made = run("token", "create", *state, "--endpoint", "tcp://192.0.2.7:5555", "--ttl", "10min", "--uses", "1")
+    assert made.returncode == 0
+    assert parse_token(made.stdout).endpoints == ("tcp://192.0.2.7:5555",)
+    everywhere = parse_token(run("token", XDG_STATE_HOME=str(tmp_path)).stdout)
+    assert all(each.endswith(":5555") for each in everywhere.endpoints)
+
+    Admission(tmp_path / "bs").admit(new_key_pair().public, "kitchen\x1b[31m")
+    listed = run("token", "list", *state).stdout
+    assert "kitchen" in listed
+    assert "\x1b" not in listed
+    assert "no admitted device" in fails(run("token", "revoke", *state, "attic"))
+    assert run("token", "revoke", *state, "kitchen\x1b[31m").returncode == 0
+    assert "kitchen" not in run("token", "list", *state).stdout
+
+
+def test_names_and_keys_that_begin_with_a_dash(tmp_path):
+    from wdmoe.transport.security.admission import Admission
+    from wdmoe.transport.security.keys import new_key_pair
+
+    state = ("--state", str(tmp_path / "bs"))
+    admission = Admission(tmp_path / "bs")
+    key = next(pair.public for pair in iter(new_key_pair, None) if pair.public.startswith("-"))
+    for name, revoked in (("-hall", "-hall"), ("--help-desk", "--help-desk"), ("attic", key)):
+        admission.admit(key, name)
+        for words in ((revoked, *state), (*state, revoked), (*state, "--", revoked)):
+            admission.admit(key, name)
+            gone = run("token", "revoke", *words)
+            assert f"{name} (" in gone.stdout, gone.stderr
+    assert "Shut out DEVICE" in run("token", "revoke", "-h").stdout
+    assert run("token", "revoke", *state).returncode == 2
+    assert "wdmoe1" in fails(run("device", "--name", "-hall", "--join", "-secret", *state))
+
+
+def test_a_state_folder_that_cannot_be(tmp_path):
+    blocker = tmp_path / "file"
+    blocker.touch()
+    assert str(blocker) in fails(run("token", "create", "--state", str(blocker / "bs")))
+
+
+def test_status_shows_a_running_base_station():
+    engine = EchoEngine()
+    with serving(engine, api_key="geheim") as server:
+        shown = run("status", "--url", server.url, "--api-key", "geheim")
+        machine = run("status", "--url", f"{server.url}/", "--json", WDMOE_API_KEY="geheim")
+        refused = run("status", "--url", server.url)
+        nowhere = run("status", "--url", f"{server.url}/elsewhere", "--api-key", "geheim")
+        placement = run("status", "--url", server.url, "--api-key", "geheim", "--print-placement")
+    assert shown.returncode == 0
+    assert "echo-moe" in shown.stdout
+    assert "kitchen" in shown.stdout
+    assert json.loads(machine.stdout)["devices"][1]["name"] == "attic"
+    assert "--api-key" in fails(refused)
+    assert "answered 404" in fails(nowhere)
+    assert json.loads(placement.stdout)["format"] == 1
+
+
+def test_status_of_nothing(free_port):
+    assert f"127.0.0.1:{free_port}" in fails(run("status", "--url", f"http://127.0.0.1:{free_port}"))
+
+
+def test_a_bug_keeps_its_traceback():
+    broken = "import click, wdmoe.cli.status as s; s._get_status = lambda *_: 1 / 0"
+    result = run("status", before=broken)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "ZeroDivisionError" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (BundleError("two\nlines"), "two lines"),
+        (OSError(28, "No space left on device", "/data/x"), "/data/x: no space left on the disk"),
+        (PermissionError(13, "Permission denied", "/data/x"), "/data/x: permission denied"),
+        (OSError(28, "No space left on device"), "writing or reading a file: no space left on the disk"),
+        (FileNotFoundError(2, "No such file", "a", None, "b"), "a -> b: no such file or folder"),
+        (ZeroDivisionError("bug"), None),
+        (ConnectionResetError(104, "reset"), None),
+    ],
+)
+def test_what_is_a_stated_failure(error, line):
+    assert explain(error) == line
+
+
+STUBBORN = """
+    import asyncio
+    from wdmoe.cli.running import run_until_stopped
+    async def program():
+        print("up", flush=True)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            print("cleaning", flush=True)
+            await asyncio.sleep({cleaning_s})
+            print("clean", flush=True)
+    run_until_stopped(program())
+    print("done")
+"""
+
+
+def _start(cleaning_s: float) -> subprocess.Popen[str]:
+    code = textwrap.dedent(STUBBORN.format(cleaning_s=cleaning_s))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "up\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_program_after_its_clean_up(number):
+    process = _start(cleaning_s=0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "cleaning\nclean\ndone\n", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_clean_up_that_hangs(number):
+    process = _start(cleaning_s=3600)
+    process.send_signal(number)
+    assert process.stdout.readline() == "cleaning\n"
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "clean\n" not in out
+
+
+def test_a_cancel_from_inside_is_not_taken_for_a_signal():
+    code = """
+        import asyncio
+        from wdmoe.cli.running import run_until_stopped
+        async def program():
+            raise asyncio.CancelledError
+        run_until_stopped(program())
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "CancelledError" in result.stderr
