@@ -119,6 +119,24 @@ def test_tokens_are_made_listed_and_revoked(tmp_path):
     assert "kitchen" not in run_here("token", "list", *state).stdout
 
 
+def test_names_and_keys_that_begin_with_a_dash(tmp_path):
+    from wdmoe.transport.security.admission import Admission
+    from wdmoe.transport.security.keys import new_key_pair
+
+    state = ("--state", str(tmp_path / "bs"))
+    admission = Admission(tmp_path / "bs")
+    key = next(pair.public for pair in iter(new_key_pair, None) if pair.public.startswith("-"))
+    for name, revoked in (("-hall", "-hall"), ("--help-desk", "--help-desk"), ("attic", key)):
+        admission.admit(key, name)
+        for words in ((revoked, *state), (*state, revoked), (*state, "--", revoked)):
+            admission.admit(key, name)
+            gone = run("token", "revoke", *words)
+            assert f"{name} (" in gone.stdout, gone.stderr
+    assert "Shut out DEVICE" in run("token", "revoke", "-h").stdout
+    assert run("token", "revoke", *state).returncode == 2
+    assert "wdmoe1" in fails(run("device", "--name", "-hall", "--join", "-secret", *state))
+
+
 def test_a_state_folder_that_cannot_be(tmp_path):
     blocker = tmp_path / "file"
     blocker.touch()

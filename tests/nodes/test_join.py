@@ -191,8 +191,8 @@ def test_messages_that_make_no_sense_are_logged_and_survived(compute, tmp_path, 
 
     in_session(script, compute, tmp_path)
     assert "ignored a placement: a placement names an expert twice" in caplog.text
-    assert "sent a Ping, which is for devices to send" in caplog.text
-    assert "refused something: no" in caplog.text
+    assert "ignored a Ping from the base station" in caplog.text
+    assert "refused a message: no" in caplog.text
 
 
 def test_ready_is_repeated_in_case_one_was_lost(compute, tmp_path):

@@ -193,7 +193,7 @@ class ComputeThread:
         elif isinstance(message, (Failure, Goodbye)):
             log.debug("data plane: the base station says: %s", message.reason)
         else:
-            log.warning("data plane: the base station sent a %s; ignored", type(message).__name__)
+            log.warning("data plane: ignored a %s from the base station", type(message).__name__)
 
     def _compute(self, link: DataLink, job: _Job) -> None:
         run, start_s = job.run, time.monotonic()
