@@ -19,7 +19,6 @@ from tests.docs.shell import PATIENCE_S, Reader
 from tests.lab.families import save_tiny
 from tests.lab.waiting import free_ports
 
-pytestmark = pytest.mark.alone
 RUNS = [block for block in blocks("bash") if not block.reason]
 README = [block for block in RUNS if block.page == "README.md"]
 STATION, DEVICE, CLIENT, *_ = README
