@@ -24,7 +24,7 @@ _PROMPT = "Tell me a short story about a lighthouse keeper who finds a message i
 
 @click.command()
 @click.argument("prompt", default=_PROMPT)
-@click.option("--devices", type=click.IntRange(1, 64), default=8, show_default=True, help="How many devices.")
+@click.option("--devices", type=click.IntRange(1, 64), default=8, show_default=True, help="Number of devices.")
 @click.option("--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Longest answer.")
 @click.option(
     "--policy",
@@ -32,40 +32,55 @@ _PROMPT = "Tell me a short story about a lighthouse keeper who finds a message i
     help="How the first run chooses experts.  [default: cosine; budget with --budget]",
 )
 @click.option(
-    "--budget", "budget_s", type=TIME, default=0, help="Time for the experts of a pass, for --policy budget ..."
+    "--budget", "budget_s", type=TIME, default=0, help="For --policy budget: time of one token in all experts ..."
 )
 @click.option(
-    "--budget-per-token", "budget_per_token_s", type=TIME, default=0, help="... plus this for more tokens in it."
+    "--budget-per-token",
+    "budget_per_token_s",
+    type=TIME,
+    default=0,
+    help="... plus this for each further token of a prompt.",
 )
 @click.option(
     "--rank",
     type=click.Choice(("auto", *RANKS)),
     default="auto",
     show_default=True,
-    help="What that policy ranks experts by; auto: what the bundle says.",
+    help="How that policy ranks experts. auto: as the bundle says.",
 )
-@click.option("--whole-layers", type=click.IntRange(min=0), default=0, help="So many first layers drop nothing.")
+@click.option(
+    "--whole-layers",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Number of leading MoE layers that never drop experts.",
+)
 @click.option(
     "--links",
     "rates_bps",
     type=RATES,
-    help="Rates of the emulated links, both directions alike: one for each device; or two, the ends of a row; or one "
-    "for all; 0 emulates none.  [default: 200Mbit/s,20Mbit/s]",
+    help="Rates of the emulated links, in both directions: one for each device, or two as the ends of a geometric "
+    "row, or one for all. 0 emulates no link.  [default: 200Mbit/s,20Mbit/s]",
 )
 @click.option(
     "--bandwidth",
     "bandwidth_hz",
     type=FREQUENCY,
     default=0,
-    help="Let the devices share this band instead, over links whose strengths differ by 20 dB.",
+    help="Let the devices share this radio band instead, over links whose strengths differ by 20 dB.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Decides which device has the slow link.")
-@click.option("--model", "bundle", default="default", show_default=True, help="Bundle folder, or the default model.")
-@click.option("--compare/--no-compare", default=True, help="Also run plain top-k, over the same and over equal links.")
-@click.option("--cache", type=DIRECTORY, help="Folder of experts kept for the next start, shared by all devices.")
-@click.option("--no-view", is_flag=True, help="Plain text; so it is where the output is no terminal.")
-@click.option("--json", "as_json", is_flag=True, help="All figures as one JSON document, and nothing else.")
-@click.option("--picture", type=FILE, help="Save the first run's last frame and the table as an SVG image.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed that decides which device has which link.")
+@click.option(
+    "--model", "bundle", default="default", show_default=True, help="Folder of a bundle, or the word default."
+)
+@click.option(
+    "--compare/--no-compare", default=True, help="Also run plain top-k, over the same links and over equal links."
+)
+@click.option("--cache", type=DIRECTORY, help="Folder that keeps experts for the next start. All devices share it.")
+@click.option(
+    "--no-view", is_flag=True, help="Print plain text, as the command also does where the output is no terminal."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print all figures as one JSON document, and nothing else.")
+@click.option("--picture", type=FILE, help="Save the last frame of the first run and the table as an SVG image.")
 def demo(bundle: str, cache: Path | None, no_view: bool, as_json: bool, picture: Path | None, **flags: Any) -> None:
     """Run a base station and devices on this machine, and watch them answer PROMPT.
 
@@ -96,7 +111,7 @@ def demo(bundle: str, cache: Path | None, no_view: bool, as_json: bool, picture:
 
     settings = DemoSettings(cache=cache or cache_home() / "experts", **flags)
     if bundle == "default" and not sys.stderr.isatty():  # where it is, a bar says so
-        click.echo("default model: found in the cache, or made now, which takes minutes", err=True)
+        click.echo("default model: taken from the cache, or made now, which takes a while", err=True)
     with needs_extra("bs"):
         opened = Bundle.open(find_bundle(bundle))
     views, open_stage = _stages(plain=no_view, quiet=as_json)

@@ -21,7 +21,7 @@ from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.backbone.runtime.engine import Engine
 from wdmoe.backbone.runtime.experts_seam import attach
 from wdmoe.backbone.runtime.model_thread import ModelThread
-from wdmoe.backbone.runtime.station import load_station
+from wdmoe.backbone.runtime.station import Station, load_station
 from wdmoe.config import StationSettings
 from wdmoe.errors import ConfigError, TransportError, WdmoeError
 from wdmoe.moe.layer import ExpertLayers
@@ -116,11 +116,17 @@ class BaseStation(OpenedInSteps):
             raise ConfigError(f"--record-trace {trace}: there is no folder {trace.parent}")
         self._open_sockets()
         model = await asyncio.to_thread(load_station, self.bundle, settings.device, settings.dtype)
-        exchange = Exchange(self._data, self._data_news, self._data_gone)
-        self._exchange = exchange
-        self.layers = ExpertLayers(exchange, lambda: self._routing, rules)
+        self._exchange = Exchange(self._data, self._data_news, self._data_gone)
+        self.layers = ExpertLayers(self._exchange, lambda: self._routing, rules)
         attach(model.model, model.experts, model.routers, self.layers.run)
         self._record(model.model)
+        self._start_control(pinned)
+        self._start_engine(model)
+
+    def _start_control(self, pinned: Mapping[str, frozenset[ExpertId]]) -> None:
+        settings = self._settings
+        shares_band = settings.bandwidth_hz > 0
+        choosy = settings.policy != "topk" or shares_band
         self.control = ControlPlane(
             self._control_channel,
             self.bundle,
@@ -129,23 +135,22 @@ class BaseStation(OpenedInSteps):
             data_port=int(self._data.endpoint.rsplit(":", 1)[1]),
             lease_s=settings.lease_s,
             max_message_bytes=self._options.max_message_bytes,
-            wishes=Wishes(
-                pinned=pinned,
-                copies=settings.copies,
-                choosy=settings.policy != "topk" or settings.bandwidth_hz > 0,
-            ),
-            shares_band=settings.bandwidth_hz > 0,
+            wishes=Wishes(pinned=pinned, copies=settings.copies, choosy=choosy),
+            shares_band=shares_band,
         )
+        self._loop = asyncio.get_running_loop()
+        self._control_task = asyncio.create_task(self.control.run())
+        self._stack.push_async_callback(self._end_control)
+
+    def _start_engine(self, model: Station) -> None:
+        settings = self._settings
         thread = ModelThread(
-            exchange,
+            self._exchange,
             max_active=settings.max_active,
             max_waiting=settings.max_queued,
             torch_threads=settings.threads,
         )
         self.engine = Engine(model, thread, self.overview, policy=settings.policy, prefill_chunk=settings.prefill_chunk)
-        self._loop = asyncio.get_running_loop()
-        self._control_task = asyncio.create_task(self.control.run())
-        self._stack.push_async_callback(self._end_control)
         thread.start()
         self._stack.push_async_callback(asyncio.to_thread, thread.stop)
 
@@ -240,6 +245,6 @@ def _save_trace(recorder: TraceRecorder, file: Path) -> None:
         trace = recorder.trace()
         trace.save(file)
     except WdmoeError as error:  # the station ends all the same
-        log.error("no gate trace was saved: %s", error)
+        log.error("could not save the gate trace: %s", error)
     else:
-        log.info("%s: a gate trace of %d tokens", file, trace.tokens)
+        log.info("saved a gate trace of %d tokens as %s", trace.tokens, file)
