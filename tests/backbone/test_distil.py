@@ -232,12 +232,14 @@ def test_the_tool(folder: Path, tmp_path: Path, repository: Path) -> None:
     command += ["--checkpoint", str(tmp_path / "moe")]
     command += ["--text", str(folder / "seen.txt"), "--held-out", str(folder / "held_out.txt")]
     command += ["--steps", "2", "--window", "32", "--held-out-tokens", "512", "--json", str(tmp_path / "figures.json")]
+    command += ["--plot", str(tmp_path / "curve.svg")]
     made = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert made.returncode == 0, made.stderr
     assert "times dense" in made.stdout
     assert json.loads((tmp_path / "figures.json").read_text())["steps"] == 2
     assert out.is_file()
     assert (tmp_path / "moe" / "config.json").is_file()
+    assert (tmp_path / "curve.svg").read_text().startswith("<?xml")
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert again.returncode == 1
     assert again.stderr == f"error: {out} exists already; give a new file\n"
