@@ -117,16 +117,15 @@ def distil(
     """
     progress("read", 0.0)
     source = read_dense(dense)
-    windows = _windows(
-        source, settings.text, text_windows.SHIPPED_CALIBRATION, settings.training.window, settings.tokens
+    shipped, window = text_windows.SHIPPED_CALIBRATION, settings.training.window
+    texts = _Texts(
+        training=_windows(source, settings.text, shipped, window, settings.tokens),
+        held_out=_held_out(source, settings, settings.held_out),
     )
-    held_out = _held_out(source, settings, settings.held_out)
-    _refuse_overlap(windows, held_out)
-    fingerprint = _fingerprint(source, settings, windows)
-    run = load_run(state, fingerprint) or _new_run(source, windows, settings, progress)
-    if not _train(
-        FastLlama(source, settings.dtype), run, windows, held_out, state, fingerprint, settings, progress, stop
-    ):
+    _refuse_overlap(texts.training, texts.held_out)
+    fingerprint = _fingerprint(source, settings, texts.training)
+    run = load_run(state, fingerprint) or _new_run(source, texts.training, settings, progress)
+    if not _Session(source, run, texts, state, settings).train(progress, stop):
         return None
     decisions = _decisions(source, run, settings)
     return decisions, DistilReport(
@@ -134,7 +133,7 @@ def distil(
         trained_tokens=run.trainee.step * settings.training.batch * settings.training.window,
         seconds=run.trainee.seconds,
         curve=run.curve,
-        measured=measure(source, decisions, _texts(source, settings, held_out), settings.split, progress),
+        measured=measure(source, decisions, _measured_on(source, settings, texts), settings.split, progress),
     )
 
 
@@ -163,6 +162,14 @@ def measure(
     return found
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Texts:
+    """Windows of tokens, (windows, length) int64."""
+
+    training: torch.Tensor
+    held_out: torch.Tensor
+
+
 def _new_run(source: DenseModel, windows: torch.Tensor, settings: DistilSettings, progress: Progress) -> Run:
     count = max(1, settings.split.calibration_tokens // windows.shape[1])
     rank = min(settings.ranks.get("down", 0), source.config.hidden_size)
@@ -174,52 +181,53 @@ def _new_run(source: DenseModel, windows: torch.Tensor, settings: DistilSettings
     return Run(start.cut, Trainee.fresh(weights))
 
 
-def _train(
-    model: FastLlama,
-    run: Run,
-    windows: torch.Tensor,
-    held_out: torch.Tensor,
-    state: Path,
-    fingerprint: list[str],
-    settings: DistilSettings,
-    progress: Progress,
-    stop: Callable[[], bool],
-) -> bool:
-    """Take the steps that are left; False if stopped before the last."""
-    trainer, trainee, how = (
-        Trainer(model, run.cut, windows, settings.training, run.trainee),
-        run.trainee,
-        settings.training,
-    )
-    saved, nats = time.monotonic(), math.nan
-    while trainee.step < how.steps and not stop():
-        report = trainer.take_step()
-        nats = nats if math.isnan(report.divergence) else report.divergence
-        progress(f"train, divergence {nats:.3f}, {report.tokens_per_s:.0f} tokens/s", trainee.step / how.steps)
-        if trainee.step % settings.curve_every == 0 or trainee.step == how.steps:
-            run.curve.append(_point(model, run, held_out, nats, how))
-        if time.monotonic() - saved > settings.save_every_s:
-            save_run(state, run, fingerprint)
-            saved = time.monotonic()
-    save_run(state, run, fingerprint)
-    return trainee.step >= how.steps
+class _Session:
+    """One call's part of a run: steps, points of the curve, saves."""
 
+    def __init__(self, source: DenseModel, run: Run, texts: _Texts, state: Path, settings: DistilSettings) -> None:
+        self._model = FastLlama(source, settings.dtype)
+        self._run, self._texts, self._state, self._settings = run, texts, state, settings
+        self._fingerprint = _fingerprint(source, settings, texts.training)
+        self._saved = time.monotonic()
 
-@torch.no_grad()
-def _point(model: FastLlama, run: Run, held_out: torch.Tensor, divergence: float, how: Training) -> dict[str, Any]:
-    """A point of the curve: perplexity on the held-out text as the training arithmetic has it."""
-    changes, nats = working_copies(model, run.trainee.weights), 0.0
-    for ids in held_out:
-        logits = (model.read(ids[None], changes, run.cut, keep=False).hidden[0, :-1] @ model.head.T).float()
-        nats += float(functional.cross_entropy(logits, ids[1:], reduction="sum"))
-    step = run.trainee.step
-    return {
-        "step": step,
-        "tokens": step * how.batch * how.window,
-        "seconds": round(run.trainee.seconds),
-        "divergence": divergence,
-        "perplexity": math.exp(nats / (held_out.numel() - len(held_out))),
-    }
+    def train(self, progress: Progress, stop: Callable[[], bool]) -> bool:
+        """Take the steps that are left; False if stopped before the last."""
+        trainee, how, nats = self._run.trainee, self._settings.training, math.nan
+        trainer = Trainer(self._model, self._run.cut, self._texts.training, how, trainee)
+        if not self._run.curve:
+            self._add_point()
+        while trainee.step < how.steps and not stop():
+            report = trainer.take_step()
+            nats = nats if math.isnan(report.divergence) else report.divergence
+            progress(f"train, divergence {nats:.3f}, {report.tokens_per_s:.0f} tokens/s", trainee.step / how.steps)
+            if trainee.step % self._settings.curve_every == 0 or trainee.step == how.steps:
+                self._add_point()
+            if time.monotonic() - self._saved > self._settings.save_every_s:
+                self.save()
+        self.save()
+        return trainee.step >= how.steps
+
+    def save(self) -> None:
+        save_run(self._state, self._run, self._fingerprint)
+        self._saved = time.monotonic()
+
+    @torch.no_grad()
+    def _add_point(self) -> None:
+        """Perplexity on the held-out text, as the training arithmetic has it."""
+        model, run, how, held_out = self._model, self._run, self._settings.training, self._texts.held_out
+        changes, nats = working_copies(model, run.trainee.weights), 0.0
+        for ids in held_out:
+            logits = (model.read(ids[None], changes, run.cut, keep=False).hidden[0, :-1] @ model.head.T).float()
+            nats += float(functional.cross_entropy(logits, ids[1:], reduction="sum"))
+        step = run.trainee.step
+        run.curve.append(
+            {
+                "step": step,
+                "tokens": step * how.batch * how.window,
+                "seconds": round(run.trainee.seconds),
+                "perplexity": math.exp(nats / (held_out.numel() - len(held_out))),
+            }
+        )
 
 
 def _decisions(source: DenseModel, run: Run, settings: DistilSettings) -> Decisions:
@@ -241,11 +249,9 @@ def _decisions(source: DenseModel, run: Run, settings: DistilSettings) -> Decisi
     )
 
 
-def _texts(source: DenseModel, settings: DistilSettings, held_out: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {
-        "held out": held_out,
-        **{name: _held_out(source, settings, (file,)) for name, file in settings.also.items()},
-    }
+def _measured_on(source: DenseModel, settings: DistilSettings, texts: _Texts) -> dict[str, torch.Tensor]:
+    also = {name: _held_out(source, settings, (file,)) for name, file in settings.also.items()}
+    return {"held out": texts.held_out, **also}
 
 
 def _held_out(source: DenseModel, settings: DistilSettings, files: tuple[Path, ...]) -> torch.Tensor:
