@@ -40,6 +40,7 @@ def default_bundle(
         return folder
 
     def make() -> None:
+        splitting("start", 0.0)  # what is imported now takes seconds
         from wdmoe.backbone.default.write import write_decided_bundle  # torch: seconds, and only here needed
         from wdmoe.backbone.export.export import ExportSettings
 

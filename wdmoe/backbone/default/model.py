@@ -59,6 +59,7 @@ def default_checkpoint(progress: Progress = quiet) -> Path:
         return folder
 
     def make() -> None:
+        progress("start", 0.0)  # what is imported now takes seconds
         from wdmoe.backbone.default.write import write_decided_checkpoint
 
         write_decided_checkpoint(default_source(), shipped_decisions(), folder, progress)
