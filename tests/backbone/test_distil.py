@@ -166,6 +166,14 @@ def test_a_resumed_run_gives_the_same_decisions(folder: Path, tmp_path: Path) ->
     assert decisions_bytes(parts) == decisions_bytes(whole)
 
 
+def test_without_steps_it_is_the_cut_with_a_first_correction(folder: Path, tmp_path: Path) -> None:
+    decisions, report = distilled(folder, tmp_path / "state", tiny_settings(folder, steps=0))
+    assert [point["step"] for point in report.curve] == [0]
+    assert not decisions.tensors["gate.b"].any()
+    assert decisions.tensors["down.b"].any()
+    assert (decisions.tensors["neuron_scale"] == 1).all()
+
+
 def test_a_file_of_another_run_is_left_alone(folder: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
     assert distil(folder / "dense", state, tiny_settings(folder), stop=lambda: True) is None
@@ -194,7 +202,7 @@ def test_the_rate_rises_stays_and_falls() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": -1}, "steps must be at least 0"),
         ({"batch": 0}, "batch must be at least 1"),
         ({"window": 2}, "window must be at least 8"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive"),

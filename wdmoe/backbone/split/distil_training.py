@@ -25,7 +25,7 @@ _LOG_EVERY = 10  # steps between values of the loss
 class Training:
     """How the split model is trained."""
 
-    steps: int = 1000
+    steps: int = 1000  # 0: the cut and what of the closed-form correction fits
     batch: int = 2  # windows a step; each is computed by a thread of its own
     window: int = 512  # tokens
     learning_rate: float = 1e-3
@@ -36,7 +36,9 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "stream_steps"):
+        if self.steps < 0:
+            raise ConfigError(f"steps must be at least 0, got {self.steps}")
+        for name in ("batch", "stream_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.window < 8:
