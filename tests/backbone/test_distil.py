@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.backbone.test_split import WORDS, write_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from tests.backbone.test_split import WORDS, write_tokenizer
 from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.split.distil import DistilSettings, distil_checkpoint
 from wdmoe.backbone.split.distil_training import Training

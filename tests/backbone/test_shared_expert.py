@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.lab.families import reference, save_tiny
+from wdmoe.arrays import Float32Array
 from wdmoe.backbone.families import experts_modules
 from wdmoe.backbone.runtime.experts_seam import CURRENT_LEDGER, attach
+from wdmoe.layer_call import LayerCall
 from wdmoe.receipt import Ledger
 
 
@@ -26,13 +29,13 @@ def test_computed_ahead_where_it_is_of_use(family: str, useful: bool | None, tmp
     experts, locals_ = experts_modules(model), experts_modules(twin)
     ahead = []
 
-    def run(layer, tokens, chosen, weights, gate, ledger, meanwhile):  # type: ignore[no-untyped-def]
-        if meanwhile is not None:
-            ahead.append(layer)
-            meanwhile()
-        arrays = (torch.from_numpy(a) for a in (tokens, chosen, weights))
+    def run(call: LayerCall) -> Float32Array:
+        if call.meanwhile is not None:
+            ahead.append(call.layer)
+            call.meanwhile()
+        arrays = (torch.from_numpy(a) for a in (call.tokens, call.demand.experts, call.demand.weights))
         hidden, index, gates = arrays
-        return locals_[layer](hidden, index.long(), gates).numpy()
+        return np.asarray(locals_[call.layer](hidden, index.long(), gates).numpy())
 
     attach(model, experts, {}, run)
     CURRENT_LEDGER.set(Ledger())

@@ -17,9 +17,8 @@ import pytest
 from tests.docs.pages import Block, blocks
 from tests.docs.shell import PATIENCE_S, Reader
 from tests.lab.families import save_tiny
-from tests.lab.fleet import two_free_ports
+from tests.lab.waiting import free_ports
 
-pytestmark = pytest.mark.alone
 RUNS = [block for block in blocks("bash") if not block.reason]
 README = [block for block in RUNS if block.page == "README.md"]
 STATION, DEVICE, CLIENT, *_ = README
@@ -43,7 +42,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _reader(folder: Path, bundle: Path) -> Iterator[Reader]:
-    ports = two_free_ports(), two_free_ports()
+    ports = free_ports(2), free_ports(2)
     reader = Reader(folder, *ports)
     (folder / "default").symlink_to(bundle)
     try:

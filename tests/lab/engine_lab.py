@@ -5,19 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
+from wdmoe.arrays import Float32Array
 from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.backbone.runtime.engine import Engine
 from wdmoe.backbone.runtime.experts_seam import attach
 from wdmoe.backbone.runtime.model_thread import ModelThread
 from wdmoe.backbone.runtime.station import load_station
 from wdmoe.errors import ExpertError
+from wdmoe.layer_call import LayerCall
 from wdmoe.moe.expert import ExpertRunner
 from wdmoe.moe.layer import ExpertLayers, LayerRules
 from wdmoe.moe.providers import OnnxExpert, cpu_chain
-from wdmoe.moe.select import Demand
 from wdmoe.records import ExpertId
 from wdmoe.transport.codec.messages import Attach, Failure, Message, Result, Run
 from wdmoe.transport.exchange import Exchange
@@ -99,9 +101,9 @@ class Lab:
         self.devices = [LabDevice(self._data, bundle, f"device {d}", homes[d]) for d in range(devices)]
         self.routing = Routing()
         exchange = self.exchange = Exchange(self._data, lambda envelope: None, lambda route: None)
-        defaults = {"renormalise": manifest.on_drop == "renormalise", "gate_temperature": manifest.gate_temperature}
-        defaults |= {"rank": manifest.rank}
-        all_rules = LayerRules(**{**defaults, "deadline_s": 30.0, **(rules or {})})  # type: ignore[arg-type]
+        defaults: dict[str, Any] = {"renormalise": manifest.on_drop == "renormalise", "rank": manifest.rank}
+        defaults |= {"gate_temperature": manifest.gate_temperature, "deadline_s": 30.0}
+        all_rules = LayerRules(**{**defaults, **(rules or {})})
         self.layers = ExpertLayers(exchange, lambda: self.routing, all_rules)
         self.station = load_station(bundle)
         attach(self.station.model, self.station.experts, self.station.routers, self._run)
@@ -131,5 +133,5 @@ class Lab:
             device.close()
         self._data.close()
 
-    def _run(self, layer, tokens, experts, weights, gate, ledger, meanwhile):  # type: ignore[no-untyped-def]
-        return self.layers.run(layer, tokens, Demand(experts, weights, gate), ledger, meanwhile)
+    def _run(self, call: LayerCall) -> Float32Array:
+        return self.layers.run(call)  # looked up anew: a test may have put itself in front

@@ -122,8 +122,15 @@ class Server:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        more = {"aliases": self._aliases, "limits": self._limits, "ready": self._on_ready}
-        serving = serve_http(self.engine, self._host, 0, self._api_key, **more)
+        serving = serve_http(
+            self.engine,
+            self._host,
+            0,
+            self._api_key,
+            aliases=self._aliases,
+            limits=self._limits,
+            ready=self._on_ready,
+        )
         self._task = asyncio.create_task(serving)
         try:
             await self._task

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.lab.expert_files import ExpertFile, make_expert
+from tests.lab.waiting import PATIENCE_S
 from wdmoe.config import DeviceSettings, LinkEmulation
 from wdmoe.errors import ExpertError, PeerBusyError, ProtocolError, RefusedError
 from wdmoe.moe.background_build import BackgroundBuild
@@ -24,13 +25,12 @@ from wdmoe.nodes.device.expert_fetch import CHUNK_BYTES, OUTSTANDING, ExpertFetc
 from wdmoe.nodes.device.expert_opening import expert_opener
 from wdmoe.nodes.device.link_emulation import Lane
 from wdmoe.nodes.device.rules import WantedExpert, changes, retry_delay_s, wanted_experts
-from wdmoe.nodes.tasks import in_thread, run_together
 from wdmoe.records import ExpertId
+from wdmoe.tasks import in_thread, run_together
 from wdmoe.transport.codec.messages import Attach, Attached, Chunk, Failure, Fetch, Place, Result, Run
 from wdmoe.transport.memory import MemoryDataLink, MemoryDataStation
 
 HIDDEN = 16
-PATIENCE_S = 20.0
 
 
 def until(done) -> None:

@@ -20,10 +20,11 @@ from wdmoe.nodes.device.broadcast_receiver import RadioSite
 from wdmoe.nodes.device.compute_thread import ComputeThread
 from wdmoe.nodes.device.expert_cache import ExpertCache
 from wdmoe.nodes.device.expert_opening import expert_opener
-from wdmoe.nodes.device.expert_store import Holdings
+from wdmoe.nodes.device.expert_store import ExpertStore
 from wdmoe.nodes.device.join import introduce, open_dialer
 from wdmoe.nodes.device.session import DeviceSession, SentAwayError
 from wdmoe.records import DeviceReport, ExpertId
+from wdmoe.transport.channel import Envelope
 from wdmoe.transport.codec.messages import Failure, Goodbye, Hello, Message, Ping, Place, Pong, Ready, Welcome
 from wdmoe.transport.memory import MemoryControlLink, MemoryControlStation
 
@@ -69,6 +70,31 @@ def test_repeats_hello_until_welcome(monkeypatch):
     monkeypatch.setattr("wdmoe.nodes.device.join.HELLO_AGAIN_S", 0.01)
     assert answered(WELCOME, after=4).data_port == 5556
     assert answered(dataclasses.replace(WELCOME, session=6), Pong(sequence=1), WELCOME).session == 5
+
+
+class StillConnecting:
+    """A link whose connection is made at the third try to send; then it answers."""
+
+    def __init__(self):
+        self.tries = 0
+
+    async def send(self, message):
+        self.tries += 1
+        if self.tries < 3:
+            raise TransportError("not connected")
+
+    async def receive(self):
+        while self.tries < 3:
+            await asyncio.sleep(1)
+        return Envelope(b"", "", WELCOME, 0)
+
+
+def test_a_hello_that_could_not_be_sent_is_tried_again_soon(monkeypatch):
+    """Each join took half a second for that, and the first one of a device two of them."""
+    monkeypatch.setattr("wdmoe.nodes.device.join.HELLO_AGAIN_S", 1e9)
+    link = StillConnecting()
+    assert asyncio.run(introduce(link, HELLO)) == WELCOME
+    assert link.tries == 3
 
 
 @pytest.mark.parametrize(
@@ -134,7 +160,7 @@ def in_session(script: Script, compute: ComputeThread, folder: Path) -> None:
     async def main() -> None:
         station = MemoryControlStation()
         link = station.connect()
-        holdings = Holdings(compute._runner, ExpertCache(folder, 1 << 20), 1 << 20)
+        holdings = ExpertStore(compute._runner, ExpertCache(folder, 1 << 20), 1 << 20)
         radio = RadioSite(open_tuner=None, cache=holdings._cache, threads=1, save=None)  # never asked to listen
         session = DeviceSession(link, WELCOME, holdings, compute, None, lambda place: None, radio)
         task = asyncio.ensure_future(session.run())

@@ -20,16 +20,17 @@ from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.cli.main import cli
 from wdmoe.config import POLICIES, RANKS, StationSettings
 from wdmoe.errors import BundleError, ConfigError
+from wdmoe.layer_call import Demand, LayerCall
 from wdmoe.moe.health import DeviceHealth
-from wdmoe.moe.select import Costs, Demand, choose
+from wdmoe.moe.select import Costs, choose
 from wdmoe.nodes.base_station.layer_rules import layer_rules
-from wdmoe.receipt import Ledger, Receipt
+from wdmoe.receipt import Receipt
 from wdmoe.records import GenerationRequest, Sampling, TextDelta
 from wdmoe.solver import select_experts, shed_bottleneck
 from wdmoe.solver.bandwidth import Links, with_compute
 from wdmoe.solver.layer.plan import Policy, plan_layer
 from wdmoe.solver.layer.quantization import vector_bits
-from wdmoe.solver.layer.radio_state import Air
+from wdmoe.solver.layer.radio_state import RadioState
 from wdmoe.solver.ranking import rank_weights
 from wdmoe.transport.codec.messages import Message, Run
 from wdmoe.transport.routing import DeviceRoute
@@ -85,9 +86,10 @@ class Watched:
         self.runs.append(run)
         return reply
 
-    def _layer(self, layer: int, tokens: Any, demand: Demand, ledger: Ledger, meanwhile: Any) -> Any:
+    def _layer(self, call: LayerCall) -> Any:
+        tokens, demand = call.tokens, call.demand
         before = len(self.runs)
-        out = self._run(layer, tokens, demand, ledger, meanwhile)
+        out = self._run(call)
         asked = np.zeros(len(tokens))
         self.layers.append(self.runs[before:])
         for run in self.layers[-1]:
@@ -179,7 +181,7 @@ def test_bottleneck_sheds_light_work_of_the_slow_device() -> None:
 def test_the_live_node_keeps_what_the_simulators_plan_keeps(policy: str, rank: str, rng: np.random.Generator) -> None:
     tokens, count, top_k, temperature = 24, 8, 3, 0.3
     snr_hz = 1e6 * 10 ** rng.uniform(0, 3, (2, count))
-    air = Air(
+    air = RadioState(
         downlink_snr_hz=snr_hz[0],
         uplink_snr_hz=snr_hz[1],
         total_hz=20e6,

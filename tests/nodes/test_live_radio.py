@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from tests.lab.device_station import ids, running, station
 from tests.lab.expert_files import make_expert
 from tests.lab.families import save_tiny
-from tests.lab.fleet import PATIENCE_S, Fleet
+from tests.lab.fleet import Fleet
+from tests.lab.waiting import PATIENCE_S
 from tests.nodes.test_alive import ask, until
 from tests.nodes.test_live_policies import Watched, opened
 from tests.nodes.test_live_policies import ask as ask_lab
@@ -23,7 +24,7 @@ from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.cli.main import cli
 from wdmoe.config import DeviceSettings, LinkEmulation, StationSettings
 from wdmoe.errors import ConfigError
-from wdmoe.moe.bandwidth_share import Air
+from wdmoe.moe.bandwidth_share import SharedBand
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.nodes.device.device import run_device
 from wdmoe.nodes.device.link_emulation import REPLY_HEADER_BYTES, EmulatedLink, shannon_bps
@@ -80,15 +81,16 @@ def test_every_layer_gives_the_band_to_those_who_have_work(
 
 def test_policies_know_a_device_by_its_part_of_an_equal_band() -> None:
     bits, each_hz = 8192.0, BAND_HZ / 3
-    air = Air(routes(), bits, BAND_HZ, equal=False)
+    air = SharedBand(routes(), bits, BAND_HZ, equal=False)
     by_hand = [sum(bits / fixed_power_bps(each_hz, snr) for snr in snrs) for snrs in SNR_HZ]
     np.testing.assert_allclose(air.each_s, by_hand)
     other_s = np.array([1e-3, 2e-3, 0.0])
     assert air.links(other_s).table[4].tolist() == other_s.tolist()
     alone = air.share([0, 5, 0], other_s)
     assert alone[1] == pytest.approx(BAND_HZ)
-    np.testing.assert_array_equal(Air(routes(), bits, BAND_HZ, equal=True).share([0, 5, 0], other_s), [each_hz] * 3)
-    own = Air(routes(), bits, 0.0, equal=False)
+    equal = SharedBand(routes(), bits, BAND_HZ, equal=True)
+    np.testing.assert_array_equal(equal.share([0, 5, 0], other_s), [each_hz] * 3)
+    own = SharedBand(routes(), bits, 0.0, equal=False)
     assert not own.each_s.any()
     assert not own.links(other_s).table[:2].any()
 

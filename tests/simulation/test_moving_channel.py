@@ -16,7 +16,7 @@ from wdmoe.simulation.scenario import Scenario, parse_scenario
 from wdmoe.simulation.study import Study, run_study
 from wdmoe.solver.layer.latency import MULTICASTS, Levers
 from wdmoe.solver.layer.plan import Policy, carried_out, plan_layer
-from wdmoe.solver.layer.radio_state import Air
+from wdmoe.solver.layer.radio_state import RadioState
 from wdmoe.wireless.doppler import jakes_correlation
 
 EXACT = 1 + 1e-9
@@ -115,10 +115,10 @@ def test_a_channel_that_hardly_moves_costs_hardly_anything(moving: Scenario) -> 
     assert (latency[:, 1] > 1.05 * latency[:, 0]).all()
 
 
-def an_air(rng: np.random.Generator) -> Air:
+def an_air(rng: np.random.Generator) -> RadioState:
     snr_hz = 1e6 * 10 ** rng.uniform(0, 3, (2, 4))
     compute = rng.uniform(1e-6, 1e-4, (2, 4))
-    return Air(
+    return RadioState(
         downlink_snr_hz=snr_hz[0],
         uplink_snr_hz=snr_hz[1],
         total_hz=20e6,

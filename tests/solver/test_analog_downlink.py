@@ -19,14 +19,14 @@ from wdmoe.simulation.study import run_study
 from wdmoe.solver.layer.analog_downlink import Analog, block_symbols, cast
 from wdmoe.solver.layer.latency import MULTICASTS, Levers, broadcast_s
 from wdmoe.solver.layer.plan import Policy, carried_out, plan_layer
-from wdmoe.solver.layer.radio_state import Air
+from wdmoe.solver.layer.radio_state import RadioState
 from wdmoe.wireless.analog import analog_distortion
 
 ENDLESS = 1e100  # an SNR at which no digit is lost
 EXPERTS = np.array([[0, 1], [0, 2], [1, 2]], np.int32)
 HOLDERS = np.eye(3, dtype=bool)
 WEIGHTS = np.array([[0.6, 0.4], [0.7, 0.3], [0.5, 0.5]])
-AIR = Air(
+AIR = RadioState(
     downlink_snr_hz=np.array([600e6, 60e6, 18e6]),  # over 2 MHz: 300, 30 and 9
     uplink_snr_hz=np.array([10e6, 10e6, 10e6]),
     total_hz=2e6,
@@ -36,7 +36,7 @@ AIR = Air(
 )
 
 
-def planned(air: Air = AIR, policy: str = "topk", **analog: Any) -> Any:
+def planned(air: RadioState = AIR, policy: str = "topk", **analog: Any) -> Any:
     levers = Levers(bits=8, analog=Analog(**analog))
     return plan_layer(EXPERTS, WEIGHTS, HOLDERS, air, Policy(name=policy, max_dropped=0.2, levers=levers))
 

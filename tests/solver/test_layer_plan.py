@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from wdmoe.solver.layer.latency import Levers
 from wdmoe.solver.layer.plan import Policy, plan_layer
-from wdmoe.solver.layer.radio_state import Air
+from wdmoe.solver.layer.radio_state import RadioState
 from wdmoe.solver.selection import POLICIES
 
 DEVICES, EXPERTS, TOP_K = 4, 8, 3
@@ -19,9 +19,9 @@ TWO_EACH = np.repeat(np.eye(DEVICES, dtype=bool), 2, axis=0)
 EXACT = 1 + 1e-6
 
 
-def an_air(rng: np.random.Generator) -> Air:
+def an_air(rng: np.random.Generator) -> RadioState:
     snr_hz = 1e6 * 10 ** rng.uniform(0, 3, (2, DEVICES))
-    return Air(
+    return RadioState(
         downlink_snr_hz=snr_hz[0],
         uplink_snr_hz=snr_hz[1],
         total_hz=20e6,
@@ -45,7 +45,7 @@ def latency(seed: int, tokens: int = 12, holders: np.ndarray = TWO_EACH, **lever
 
 def test_the_formula_by_hand() -> None:
     """Two devices, equal bands: what stands in the module's text, written out."""
-    air = Air(
+    air = RadioState(
         downlink_snr_hz=np.array([3e6, 1e6]),
         uplink_snr_hz=np.array([1e6, 1e6]),
         total_hz=2e6,

@@ -14,7 +14,7 @@ from wdmoe.backbone.evaluation.simulated_experts import Order, travelled
 from wdmoe.solver.layer.latency import Levers
 from wdmoe.solver.layer.plan import LayerPlan, Policy, plan_layer
 from wdmoe.solver.layer.quantization import BITS, as_widest_of_device, distortion, round_within, vector_bits
-from wdmoe.solver.layer.radio_state import Air
+from wdmoe.solver.layer.radio_state import RadioState
 
 DEVICES, TOP_K = 4, 3
 HOLDERS = np.repeat(np.eye(DEVICES, dtype=bool), 2, axis=0)
@@ -84,10 +84,10 @@ def test_what_really_arrives_is_within_the_bound(bits: int) -> None:
     assert float(wrong.max()) > 0.7 * distortion(bits), "the bound is not loose"
 
 
-def an_air(rng: np.random.Generator) -> Air:
+def an_air(rng: np.random.Generator) -> RadioState:
     snr_hz = 1e6 * 10 ** rng.uniform(0, 3, (2, DEVICES))
     compute = rng.uniform(1e-6, 1e-4, (2, DEVICES))
-    return Air(
+    return RadioState(
         downlink_snr_hz=snr_hz[0],
         uplink_snr_hz=snr_hz[1],
         total_hz=20e6,

@@ -13,7 +13,7 @@ from wdmoe.simulation.scenario import load_scenario
 from wdmoe.simulation.study import run_study
 from wdmoe.solver.layer.latency import Levers
 from wdmoe.solver.layer.plan import Policy, plan_layer
-from wdmoe.solver.layer.radio_state import Air
+from wdmoe.solver.layer.radio_state import RadioState
 from wdmoe.solver.layer.superposition import broadcast_s, superpose
 from wdmoe.wireless.broadcast import superposition_bits
 
@@ -143,7 +143,7 @@ def test_a_layer_is_never_slower_for_it(seed: int, flat: bool, bits: int) -> Non
     snr = 10 ** rng.uniform(-1, 3, (2, 4))
     rates = np.log2(1 + snr) if flat else (None, None)
     compute = rng.uniform(1e-6, 1e-4, (2, 4))
-    air = Air(
+    air = RadioState(
         downlink_snr_hz=snr[0] * BAND_HZ,
         uplink_snr_hz=snr[1] * BAND_HZ,
         total_hz=BAND_HZ,

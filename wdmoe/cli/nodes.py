@@ -284,10 +284,12 @@ def bs(bundle: str, http: tuple[str, int], **flags: Any) -> None:
     elif flags["allocation"]:
         raise click.UsageError("--allocation says how --bandwidth is shared: give that too, as in --bandwidth 20MHz")
     with needs_extra("bs"):
+        import fastapi  # noqa: F401 - what is missing is said at once, not after the seconds that torch takes
+
         from wdmoe.cli.bundles import alias_of, find_bundle
         from wdmoe.nodes.base_station.base_station import BaseStation
-        from wdmoe.nodes.tasks import run_together
         from wdmoe.serving.server import serve_http
+        from wdmoe.tasks import run_together
     tell_events()
     host, port = http
     settings = StationSettings(bundle=find_bundle(bundle), http_host=host, http_port=port, **_stated(flags))

@@ -11,8 +11,9 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
+from wdmoe.arrays import Float32Array
 from wdmoe.errors import ExpertError
-from wdmoe.transport.codec.messages import Activations, Float32Array
+from wdmoe.transport.codec.messages import Activations
 
 log = logging.getLogger(__name__)
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray
 from wdmoe.solver.bandwidth import Links, allocate_bandwidth, with_compute
 from wdmoe.solver.layer.radio_state import air_s
 from wdmoe.transport.routing import DeviceRoute
 
-FloatArray = npt.NDArray[np.float64]
 
-
-class Air:
+class SharedBand:
     """The links of the devices of one routing table. Without a band to share, all they cost is measured."""
 
     def __init__(self, devices: tuple[DeviceRoute, ...], vector_bits: float, total_hz: float, equal: bool) -> None:

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from wdmoe.arrays import Float32Array, Int32Array
 from wdmoe.solver import combining
-from wdmoe.transport.codec.messages import Activations, Float32Array, Int32Array
+from wdmoe.transport.codec.messages import Activations
 
 
 class Answer(NamedTuple):

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-from wdmoe.solver.combining import group_by_device
-from wdmoe.transport.codec.messages import Activations, Float32Array, Int32Array
+from wdmoe.arrays import Float32Array, FloatArray, Int32Array
+from wdmoe.solver.combining import Groups, group_by_device
+from wdmoe.transport.codec.messages import Activations
 from wdmoe.transport.exchange import Exchange, Order, Reply
 from wdmoe.transport.routing import DeviceRoute
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,14 +22,21 @@ class Part:
     reply: Reply
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """Some tokens of a layer, the experts that compute them, and who has these."""
+
+    layer: int
+    tokens: Activations  # (tokens, hidden)
+    experts: Int32Array  # (tokens, top_k), -1 where dropped
+    weights: Float32Array  # (tokens, top_k) gate weights
+    devices: tuple[DeviceRoute, ...]
+    device_of: Int32Array  # (experts,) index into `devices`, -1 where not served
+
+
 def dispatch(
     exchange: Exchange,
-    layer: int,
-    tokens: Activations,
-    experts: Int32Array,
-    weights: Float32Array,
-    devices: tuple[DeviceRoute, ...],
-    device_of: Int32Array,
+    work: Work,
     wait_s: float,
     meanwhile: Callable[[], object],
     share: Callable[[list[int]], FloatArray] | None = None,
@@ -41,28 +44,19 @@ def dispatch(
     """Send each device its tokens and wait for the answers, `wait_s` seconds at most.
 
     Args:
-        tokens: (tokens, hidden) hidden states.
-        experts: (tokens, top_k), -1 where dropped.
-        weights: (tokens, top_k) gate weights.
-        device_of: (experts,) index into `devices`, -1 where not served.
         meanwhile: called once the orders are on their way.
         share: from tokens to hertz of each device; None: no band is shared.
     """
-    groups = group_by_device(experts, weights, device_of)
-    everyone = tokens.shape[0]
-    hertz = None
-    if share is not None:
-        counts = [0] * len(devices)
-        for group in groups:
-            counts[group.device] = len(group.token_rows)
-        hertz = share(counts)
+    groups = group_by_device(work.experts, work.weights, work.device_of)
+    hertz = None if share is None else share(_tokens_of_each(groups, len(work.devices)))
+    everyone = len(work.tokens)
     orders = [
         Order(
-            route=devices[group.device].route,
-            layer=layer,
+            route=work.devices[group.device].route,
+            layer=work.layer,
             experts=group.experts,
             counts=group.counts,
-            tokens=tokens if len(group.token_rows) == everyone else tokens[group.token_rows],
+            tokens=work.tokens if len(group.token_rows) == everyone else work.tokens[group.token_rows],
             rows=group.rows,
             weights=group.weights,
             bandwidth_hz=0.0 if hertz is None else float(hertz[group.device]),
@@ -71,6 +65,14 @@ def dispatch(
     ]
     replies = exchange.call(orders, wait_s, meanwhile)
     return [
-        Part(devices[group.device], group.token_rows, order, reply)
+        Part(work.devices[group.device], group.token_rows, order, reply)
         for group, order, reply in zip(groups, orders, replies, strict=True)
     ]
+
+
+def _tokens_of_each(groups: Groups, devices: int) -> list[int]:
+    """(devices,) how many tokens each gets."""
+    counts = [0] * devices
+    for group in groups:
+        counts[group.device] = len(group.token_rows)
+    return counts

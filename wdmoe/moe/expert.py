@@ -11,10 +11,11 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
+from wdmoe.arrays import Float32Array
 from wdmoe.errors import ExpertError
 from wdmoe.records import ExpertId
 from wdmoe.solver.combining import combine_partials, is_finite
-from wdmoe.transport.codec.messages import Activations, Float32Array, Run
+from wdmoe.transport.codec.messages import Activations, Run
 
 
 class ExpertModel(Protocol):

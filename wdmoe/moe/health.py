@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.transport.codec.messages import Int32Array
+from wdmoe.arrays import Int32Array
 from wdmoe.transport.routing import DeviceRoute
 
 FIRST_PAUSE_S = 1.0

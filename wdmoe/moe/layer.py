@@ -16,21 +16,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import Float32Array, FloatArray, Int32Array
 from wdmoe.errors import ExpertsUnavailableError
-from wdmoe.moe.bandwidth_share import Air
+from wdmoe.layer_call import LayerCall
+from wdmoe.moe.bandwidth_share import SharedBand
 from wdmoe.moe.combine import Answer, Share, arrived_weight, combine
-from wdmoe.moe.dispatch import Part, dispatch
+from wdmoe.moe.dispatch import Part, Work, dispatch
 from wdmoe.moe.health import DeviceHealth
-from wdmoe.moe.select import Chosen, Costs, Demand, choose, substitute
+from wdmoe.moe.select import Chosen, Costs, choose, substitute
 from wdmoe.receipt import Ledger
 from wdmoe.solver.combining import is_finite
-from wdmoe.transport.codec.messages import Activations, Float32Array, Int32Array
+from wdmoe.transport.codec.messages import Activations
 from wdmoe.transport.exchange import Exchange
 from wdmoe.transport.routing import Routing
 
 log = logging.getLogger(__name__)
 
-FloatArray = npt.NDArray[np.float64]
 NOTHING = 1e-6  # share of a token's gate weight below which it counts as unanswered
 
 
@@ -63,41 +64,28 @@ class ExpertLayers:
         self.rules = rules
         self.health = DeviceHealth()
         self._seen = Routing()
-        self._last_air: Air | None = None
+        self._last_air: SharedBand | None = None
 
-    def run(
-        self,
-        layer: int,
-        tokens: Activations,
-        demand: Demand,
-        ledger: Ledger,
-        meanwhile: Callable[[], object] | None = None,
-    ) -> Float32Array:
+    def run(self, call: LayerCall) -> Float32Array:
         """Compute one layer for some tokens.
 
-        Args:
-            layer: decoder layer index.
-            tokens: (tokens, hidden) float32, C-contiguous.
-            demand: the gate's choice.
-            ledger: the request's account.
-            meanwhile: work for the base station while the devices compute.
         Returns:
             (tokens, hidden) float32: the gate-weighted sum over the experts that answered.
         Raises:
             ExpertsUnavailableError: not one expert of this layer answered, nor did a substitute.
         """
         routing = self._newest_routing()
-        chosen = self._choose(routing, layer, tokens, demand)
-        parts = self._ask(routing, layer, tokens, chosen, ledger, meanwhile)
+        chosen = self._choose(routing, call)
+        parts = self._ask(routing, call, chosen)
         failed = [part for part in parts if part.reply.result is None]
         if failed:
-            parts += self._ask_standbys(routing, layer, tokens, chosen, failed, ledger)
+            parts += self._ask_standbys(routing, call, chosen, failed)
         owed = _owed(chosen, parts) if failed else None
         if owed is not None or not parts:
-            parts += self._rescue(routing, layer, tokens, demand, chosen, owed, ledger)
+            parts += self._rescue(routing, call, chosen, owed)
         answers = [Answer(part.reply.result.partial, part.token_rows) for part in parts if part.reply.result]
-        _record(ledger, chosen, owed)
-        return combine(len(tokens), tokens.shape[1], answers, self._scale(chosen, owed))
+        _record(call.ledger, chosen, owed)
+        return combine(len(call.tokens), call.tokens.shape[1], answers, self._scale(chosen, owed))
 
     def _newest_routing(self) -> Routing:
         routing = self._routing()
@@ -106,30 +94,30 @@ class ExpertLayers:
             self._seen = routing
         return routing
 
-    def _choose(self, routing: Routing, layer: int, tokens: Activations, demand: Demand) -> Chosen:
-        all_served = self.health.all_well and layer in routing.complete
-        device_of = self._device_of(routing, layer)
-        policy = "topk" if layer in self.rules.whole_layers else self.rules.policy
+    def _choose(self, routing: Routing, call: LayerCall) -> Chosen:
+        all_served = self.health.all_well and call.layer in routing.complete
+        device_of = self._device_of(routing, call.layer)
+        policy = "topk" if call.layer in self.rules.whole_layers else self.rules.policy
         return choose(
-            demand,
+            call.demand,
             policy=policy,
-            costs=None if policy == "topk" else self._costs(routing, tokens, demand, device_of),
-            budget_s=self.rules.budget_s + (len(tokens) - 1) * self.rules.budget_per_token_s,
+            costs=None if policy == "topk" else self._costs(routing, call, device_of),
+            budget_s=self.rules.budget_s + (len(call.tokens) - 1) * self.rules.budget_per_token_s,
             available=None if all_served else self.health.available(routing.devices, device_of),
             renormalise=self.rules.renormalise,
             gate_temperature=self.rules.gate_temperature,
             rank=self.rules.rank,
         )
 
-    def _costs(self, routing: Routing, tokens: Activations, demand: Demand, device_of: Int32Array) -> Costs | None:
+    def _costs(self, routing: Routing, call: LayerCall, device_of: Int32Array) -> Costs | None:
         """What the policy decides by: what was measured, and in a shared band what the air takes if all have the same.
 
         Not what the air took: the far device that was given the most hertz would look near. None: nothing is known.
         """
         if not routing.devices:
             return None
-        air = self._air(routing, tokens)
-        about = min(-(-demand.experts.size // len(routing.devices)), len(tokens))
+        air = self._air(routing, call.tokens)
+        about = min(-(-call.demand.experts.size // len(routing.devices)), len(call.tokens))
         counts = (about,) * len(routing.devices)
         other_s = self._other_s(air, counts) if air.total_hz else self.health.token_s(routing.devices, counts)
         if other_s is None:
@@ -137,17 +125,17 @@ class ExpertLayers:
         links = air.links(other_s) if self.rules.policy == "budget" else None
         return Costs(device_of, air.each_s + other_s, links, air.total_hz or 1.0)
 
-    def _other_s(self, air: Air, tokens: Sequence[int]) -> FloatArray:
+    def _other_s(self, air: SharedBand, tokens: Sequence[int]) -> FloatArray:
         """(devices,) seconds of a token beside the air in orders of so many; 0 while no device was measured."""
         measured_s = self.health.other_s(air.devices, tokens)
         return np.zeros(len(air.devices)) if measured_s is None else measured_s
 
-    def _air(self, routing: Routing, tokens: Activations) -> Air:
+    def _air(self, routing: Routing, tokens: Activations) -> SharedBand:
         """Of this routing table, which need not be the newest: another request may have seen that meanwhile."""
         air = self._last_air
         if air is None or air.devices is not routing.devices:
             bits = 8.0 * tokens.itemsize * tokens.shape[1]
-            air = Air(routing.devices, bits, self.rules.bandwidth_hz, self.rules.equal_bandwidth)
+            air = SharedBand(routing.devices, bits, self.rules.bandwidth_hz, self.rules.equal_bandwidth)
             self._last_air = air
         return air
 
@@ -161,33 +149,21 @@ class ExpertLayers:
             return device_of
         return self.health.around(routing.devices, device_of, standby_of)
 
-    def _ask(
-        self,
-        routing: Routing,
-        layer: int,
-        tokens: Activations,
-        chosen: Chosen,
-        ledger: Ledger,
-        meanwhile: Callable[[], object] | None = None,
-    ) -> list[Part]:
+    def _ask(self, routing: Routing, call: LayerCall, chosen: Chosen) -> list[Part]:
         """Dispatch, and book what it took."""
-        started_s, busy = time.monotonic(), _Busy(meanwhile)
-        air = self._air(routing, tokens) if self.rules.bandwidth_hz and routing.devices else None
+        started_s, busy = time.monotonic(), _Busy(call.meanwhile)
+        air = self._air(routing, call.tokens) if self.rules.bandwidth_hz and routing.devices else None
+        device_of = self._device_of(routing, call.layer)
         parts = dispatch(
             self._exchange,
-            layer,
-            tokens,
-            chosen.experts,
-            chosen.weights,
-            routing.devices,
-            self._device_of(routing, layer),
-            self.rules.deadline_s + len(tokens) * self.rules.deadline_per_token_s,
+            Work(call.layer, call.tokens, chosen.experts, chosen.weights, routing.devices, device_of),
+            self.rules.deadline_s + len(call.tokens) * self.rules.deadline_per_token_s,
             busy,
             None if air is None else lambda counts: air.share(counts, self._other_s(air, counts)),
         )
         for part in parts:
             self._judge(part)
-        _book(ledger, parts, time.monotonic() - started_s, busy.seconds)
+        _book(call.ledger, parts, time.monotonic() - started_s, busy.seconds)
         return parts
 
     def _judge(self, part: Part) -> None:
@@ -202,17 +178,9 @@ class ExpertLayers:
             log.warning("device %s, layer %d: %s", device.name, part.order.layer, reply.reason)
             self.health.failed(device.route)
 
-    def _ask_standbys(
-        self,
-        routing: Routing,
-        layer: int,
-        tokens: Activations,
-        chosen: Chosen,
-        failed: list[Part],
-        ledger: Ledger,
-    ) -> list[Part]:
+    def _ask_standbys(self, routing: Routing, call: LayerCall, chosen: Chosen, failed: list[Part]) -> list[Part]:
         """Ask the holders of copies for what did not come, where there are some."""
-        usable = self.health.available(routing.devices, self._device_of(routing, layer))
+        usable = self.health.available(routing.devices, self._device_of(routing, call.layer))
         again = np.zeros(len(usable) + 1, np.bool_)  # index -1: dropped
         for part in failed:
             again[list(part.order.experts)] = usable[list(part.order.experts)]
@@ -222,32 +190,23 @@ class ExpertLayers:
             return []
         experts = np.where(wanted, chosen.experts, np.int32(-1))[rows]
         weights = np.where(wanted, chosen.weights, np.float32(0))[rows]
-        parts = self._ask(routing, layer, tokens[rows], Chosen(experts, weights), ledger)
-        ledger.retries += len(parts)
+        parts = self._ask(routing, call.of(rows), Chosen(experts, weights))
+        call.ledger.retries += len(parts)
         return _of_rows(parts, rows)
 
-    def _rescue(
-        self,
-        routing: Routing,
-        layer: int,
-        tokens: Activations,
-        demand: Demand,
-        chosen: Chosen,
-        owed: Float32Array | None,
-        ledger: Ledger,
-    ) -> list[Part]:
+    def _rescue(self, routing: Routing, call: LayerCall, chosen: Chosen, owed: Float32Array | None) -> list[Part]:
         """Ask once more, elsewhere, for the tokens that would go without any expert."""
         wanted = chosen.weights.sum(axis=1)
         arrived = wanted if owed is None else wanted - owed
-        empty = np.flatnonzero((demand.weights.sum(axis=1) > 0) & (arrived <= NOTHING * wanted))
+        empty = np.flatnonzero((call.demand.weights.sum(axis=1) > 0) & (arrived <= NOTHING * wanted))
         if not empty.size:
             return []
-        available = self.health.available(routing.devices, self._device_of(routing, layer))
-        replacement = substitute(demand, empty, available)
-        parts = [] if replacement is None else self._ask(routing, layer, tokens[empty], replacement, ledger)
-        ledger.retries += len(parts)
-        if empty.size == len(tokens) and not any(part.reply.result for part in parts):
-            raise ExpertsUnavailableError(f"layer {layer}: none of its experts answered, and no other could")
+        available = self.health.available(routing.devices, self._device_of(routing, call.layer))
+        replacement = substitute(call.demand, empty, available)
+        parts = [] if replacement is None else self._ask(routing, call.of(empty), replacement)
+        call.ledger.retries += len(parts)
+        if empty.size == len(call.tokens) and not any(part.reply.result for part in parts):
+            raise ExpertsUnavailableError(f"layer {call.layer}: none of its experts answered, and no other could")
         return _of_rows(parts, empty)
 
     def _scale(self, chosen: Chosen, owed: Float32Array | None) -> Float32Array | None:

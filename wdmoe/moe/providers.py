@@ -16,8 +16,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnxruntime as ort
 
+from wdmoe.arrays import Float32Array
 from wdmoe.errors import ConfigError, ExpertError
-from wdmoe.transport.codec.messages import Activations, Float32Array
+from wdmoe.transport.codec.messages import Activations
 
 log = logging.getLogger(__name__)
 

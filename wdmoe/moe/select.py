@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import Float32Array, FloatArray, Int32Array
 from wdmoe.errors import BundleError
+from wdmoe.layer_call import Demand
 from wdmoe.solver.bandwidth import Links
 from wdmoe.solver.bottleneck import shed_bottleneck
 from wdmoe.solver.budget import select_within_budget
 from wdmoe.solver.ranking import rank_weights
 from wdmoe.solver.selection import prune_experts
-from wdmoe.transport.codec.messages import Float32Array, Int32Array
-
-FloatArray = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Demand:
-    """What the model's own gate asks for in one layer."""
-
-    experts: Int32Array  # (tokens, top_k), -1 where the family's routing leaves a slot empty
-    weights: Float32Array  # (tokens, top_k), 0 where empty
-    gate: npt.NDArray[Any] | None  # (tokens, experts) router scores, for policies and substitutes; None where unknown
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,7 +9,7 @@ from wdmoe.transport.security.admission import Admission
 from wdmoe.transport.security.keys import fingerprint
 
 
-class Entrance(Protocol):
+class Authentication(Protocol):
     """What the control plane asks about keys."""
 
     def identify(self, envelope: Envelope, session: int) -> str:
@@ -37,50 +37,50 @@ class Entrance(Protocol):
         ...
 
 
-class GuardedEntrance:
+class CurveAuthentication:
     """CURVE: a session belongs to the key that the handshake proved."""
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
 
     def identify(self, envelope: Envelope, session: int) -> str:
-        """See `Entrance`."""
+        """See `Authentication`."""
         return envelope.key
 
     def device_id(self, key: str) -> str:
-        """See `Entrance`."""
+        """See `Authentication`."""
         return fingerprint(key)
 
     def is_enrolment(self, key: str) -> bool:
-        """See `Entrance`."""
+        """See `Authentication`."""
         return self._admission.kind_of(key) == "enrolment"
 
     def is_admitted(self, key: str) -> bool:
-        """See `Entrance`."""
+        """See `Authentication`."""
         return self._admission.kind_of(key) == "device"
 
     def enrol(self, enrolment_key: str, device_key: str, name: str) -> None:
-        """See `Entrance`."""
+        """See `Authentication`."""
         self._admission.enrol(enrolment_key, device_key, name)
 
 
-class OpenEntrance:
+class NoAuthentication:
     """No encryption, nothing proven: every session is its own key. For laboratories only."""
 
     def identify(self, envelope: Envelope, session: int) -> str:
-        """See `Entrance`."""
+        """See `Authentication`."""
         return f"session-{session:016x}"
 
     def device_id(self, key: str) -> str:
-        """See `Entrance`."""
+        """See `Authentication`."""
         return key
 
     def is_enrolment(self, key: str) -> bool:
-        """See `Entrance`."""
+        """See `Authentication`."""
         return False
 
     def is_admitted(self, key: str) -> bool:
-        """See `Entrance`."""
+        """See `Authentication`."""
         return True
 
     def enrol(self, enrolment_key: str, device_key: str, name: str) -> None:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from wdmoe.records import Finished, GenerationRequest, TextDelta, TextEngine
+from wdmoe.tasks import run_together
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +56,9 @@ async def _run_all(
             async for event in events:
                 steps.put_nowait(Step(index, event))
 
-    tasks = [asyncio.create_task(run_one(index, each)) for index, each in enumerate(generations)]
     try:
-        await asyncio.gather(*tasks)
+        await run_together(*(run_one(index, each) for index, each in enumerate(generations)))
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         steps.put_nowait(None)
 
 

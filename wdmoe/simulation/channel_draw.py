@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray
 from wdmoe.simulation.scenario import ChannelSetup, ModelSetup, RadioSetup, Scenario
-from wdmoe.solver.layer.radio_state import Air
+from wdmoe.solver.layer.radio_state import RadioState
 from wdmoe.wireless.channel import Channel, draw_fading
 from wdmoe.wireless.compute import expert_bytes, expert_flop
 from wdmoe.wireless.doppler import MOST_ORDER, BlockFading
@@ -24,15 +25,13 @@ from wdmoe.wireless.rates import SHANNON, RateLaw
 from wdmoe.wireless.shadowing import draw_shadowing_db
 from wdmoe.wireless.tr38901 import SCENARIOS, los_probability, path_loss_db, shadowing_sigma_db
 
-FloatArray = npt.NDArray[np.float64]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Draw:
     """One realisation; all variants meet the same."""
 
-    mean: Air  # without fading: what a placement is made for
-    airs: tuple[tuple[Air, ...], ...]  # for each pass, for each layer
+    mean: RadioState  # without fading: what a placement is made for
+    airs: tuple[tuple[RadioState, ...], ...]  # for each pass, for each layer
     starts: tuple[int, ...]  # first token of each pass in the trace
 
 
@@ -89,7 +88,7 @@ def _k_factor(channel: ChannelSetup, los: npt.NDArray[np.bool_]) -> FloatArray:
     return np.where(los | (channel.fading == "none"), k, 0.0)
 
 
-def _pass_airs(rng: np.random.Generator, scenario: Scenario, place: _Place, layers: int) -> tuple[Air, ...]:
+def _pass_airs(rng: np.random.Generator, scenario: Scenario, place: _Place, layers: int) -> tuple[RadioState, ...]:
     if scenario.channel.changes == "doppler":
         return _moving(rng, scenario, place, layers)
     if scenario.channel.changes == "layer":
@@ -97,7 +96,7 @@ def _pass_airs(rng: np.random.Generator, scenario: Scenario, place: _Place, laye
     return (_faded(rng, scenario, place),) * layers
 
 
-def _moving(rng: np.random.Generator, scenario: Scenario, place: _Place, layers: int) -> tuple[Air, ...]:
+def _moving(rng: np.random.Generator, scenario: Scenario, place: _Place, layers: int) -> tuple[RadioState, ...]:
     """Each layer one block; Jakes' correlation at all lags within the pass, up to `MOST_ORDER`."""
     channel = scenario.channel
     shift = np.full(scenario.devices.count, channel.doppler_hz)
@@ -108,13 +107,13 @@ def _moving(rng: np.random.Generator, scenario: Scenario, place: _Place, layers:
     return tuple(_air(scenario, each) for each in faded)
 
 
-def _faded(rng: np.random.Generator, scenario: Scenario, place: _Place) -> Air:
+def _faded(rng: np.random.Generator, scenario: Scenario, place: _Place) -> RadioState:
     if np.isinf(place.k_factor).any():
         return _air(scenario, Channel(path_loss_db=place.loss_db))
     return _air(scenario, draw_fading(rng, place.loss_db, place.k_factor))
 
 
-def _air(scenario: Scenario, channel: Channel) -> Air:
+def _air(scenario: Scenario, channel: Channel) -> RadioState:
     setup, model, devices = scenario.radio, scenario.model, scenario.devices
     radio = Radio(
         carrier_hz=setup.carrier_hz,
@@ -128,7 +127,7 @@ def _air(scenario: Scenario, channel: Channel) -> Air:
     token_s, expert_s = compute_s(model, np.array(devices.flop_s), np.array(devices.memory_bytes_s))
     flat = setup.spending == "density"
     whole = np.full(devices.count, setup.bandwidth_hz)
-    return Air(
+    return RadioState(
         downlink_snr_hz=link.downlink_snr_hz,
         uplink_snr_hz=link.uplink_snr_hz,
         total_hz=setup.bandwidth_hz,

@@ -5,19 +5,19 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray
 from wdmoe.errors import ConfigError
 from wdmoe.simulation.scenario import DeviceSetup, Variant
-from wdmoe.solver.layer.radio_state import Air
+from wdmoe.solver.layer.radio_state import RadioState
 from wdmoe.solver.placement.exact import place_exactly
 from wdmoe.solver.placement.greedy import place_greedily
 from wdmoe.solver.placement.problem import PlacementProblem
 
 Holders = npt.NDArray[np.bool_]  # (layers, experts, devices)
-FloatArray = npt.NDArray[np.float64]
 _LONGEST_S = 1e9
 
 
-def holders_of(variant: Variant, devices: DeviceSetup, mean: Air, frequency: FloatArray) -> Holders:
+def holders_of(variant: Variant, devices: DeviceSetup, mean: RadioState, frequency: FloatArray) -> Holders:
     """Who holds which expert.
 
     Args:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from wdmoe.arrays import FloatArray
 from wdmoe.backbone.evaluation.analog_downlink import Broadcast, Codes
 from wdmoe.backbone.evaluation.multiple_choice import Question, choice_nats, score
 from wdmoe.backbone.evaluation.simulated_experts import Order, PlannedExperts
@@ -28,7 +29,6 @@ from wdmoe.simulation.statistics import mean_and_interval
 from wdmoe.solver.layer.plan import LayerPlan, carried_out, plan_layer
 from wdmoe.wireless.analog_code import Spectrum
 
-FloatArray = npt.NDArray[np.float64]
 Progress = Callable[[int, int], None]
 _NOISE = 1  # beside a draw's number: the seed of what devices hear of analog broadcasts
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray
 from wdmoe.config import RANKS
 from wdmoe.results.gate_trace import GateTrace
 from wdmoe.simulation.channel_draw import Draw
@@ -14,8 +15,6 @@ from wdmoe.simulation.placement import Holders
 from wdmoe.simulation.scenario import Scenario, Variant
 from wdmoe.solver.layer.plan import carried_out, plan_layer
 from wdmoe.solver.ranking import rank_weights
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -304,7 +304,26 @@ def _model(table: Table) -> ModelSetup:
 
 def _variant(table: Table) -> Variant:
     name = table.text("name")
-    policy: dict[str, Any] = {
+    policy, levers, analog = _policy(table), _levers(table), _analog(table)
+    rest: dict[str, Any] = {
+        "placement": table.text("placement", "spread", PLACEMENTS),
+        "replicas": table.integer("replicas", 1, 1, 4096),
+        "rank": table.text("rank", "probability", RANKS),
+        "whole_layers": table.integer("whole_layers", 0, 0, 4096),
+        "csi_layers": table.integer("csi_layers", 1, 0, 4096),
+        "csi_delay": table.integer("csi_delay", 0, 0, 4096),
+    }
+    table.done()
+    try:
+        lever = None if analog is None else Analog(**analog)
+        made = Policy(levers=Levers(analog=lever, **levers), **policy)
+    except ValueError as error:
+        raise ConfigError(f"[[variant]] {name!r}: {error}") from error
+    return Variant(name=name, policy=made, **rest)
+
+
+def _policy(table: Table) -> dict[str, Any]:
+    return {
         "name": table.text("policy", "topk", POLICIES),
         "max_dropped": table.number("max_dropped", 0.0, 0.0, 1.0),
         "budget_s": table.quantity("budget", "time", "0ms"),
@@ -315,7 +334,10 @@ def _variant(table: Table) -> Variant:
         "least_similarity": table.number("least_similarity", _USUAL.least_similarity, -1.0, 2.0),
         "times_faster": table.number("times_faster", _USUAL.times_faster, 1.0, 1e6),
     }
-    levers: dict[str, Any] = {
+
+
+def _levers(table: Table) -> dict[str, Any]:
+    return {
         "bits": table.integer("bits", 16, 4, 16),
         "coarse_bits": table.integer("coarse_bits", 0, 0, 16),
         "coarse_share": table.number("coarse_share", _USUAL.levers.coarse_share, 0.0, 1.0),
@@ -325,28 +347,6 @@ def _variant(table: Table) -> Variant:
         "micro_batches": table.integer("micro_batches", 1, 1, 1024),
         "equal_bandwidth": table.text("bandwidth", "optimal", ("optimal", "equal")) == "equal",
     }
-    analog = _analog(table)
-    placement = table.text("placement", "spread", PLACEMENTS)
-    replicas = table.integer("replicas", 1, 1, 4096)
-    rank = table.text("rank", "probability", RANKS)
-    whole_layers = table.integer("whole_layers", 0, 0, 4096)
-    csi_layers, csi_delay = table.integer("csi_layers", 1, 0, 4096), table.integer("csi_delay", 0, 0, 4096)
-    table.done()
-    try:
-        lever = None if analog is None else Analog(**analog)
-        made = Policy(levers=Levers(analog=lever, **levers), **policy)
-    except ValueError as error:
-        raise ConfigError(f"[[variant]] {name!r}: {error}") from error
-    return Variant(
-        name=name,
-        policy=made,
-        placement=placement,
-        replicas=replicas,
-        rank=rank,
-        whole_layers=whole_layers,
-        csi_layers=csi_layers,
-        csi_delay=csi_delay,
-    )
 
 
 def _analog(table: Table) -> dict[str, Any] | None:

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import t as student_t
 
+from wdmoe.arrays import FloatArray
 from wdmoe.simulation.study import Study
 
 LEVEL = 0.95
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,10 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Int32Array = npt.NDArray[np.int32]
-UInt8Array = npt.NDArray[np.uint8]
-Float32Array = npt.NDArray[np.float32]
-FloatArray = npt.NDArray[np.float64]
+from wdmoe.arrays import Float32Array, FloatArray, Int32Array, UInt8Array
 
 class DeviceWork:
     """One device's part of a layer, in the order a `Run` message wants it.

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray
 from wdmoe.solver import _native
 from wdmoe.solver._native import Allocation
 
 __all__ = ["Allocation", "Links", "allocate_bandwidth", "allocate_bandwidth_many", "seconds_per_token"]
 
-FloatArray = npt.NDArray[np.float64]
 
 # Between these no quotient inside overflows.
 LARGEST = 1e30

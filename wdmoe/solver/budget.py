@@ -18,13 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray, Int32Array, UInt8Array
 from wdmoe.solver import _native
 from wdmoe.solver.assignments import Assignments, check_assignments, check_positive
 from wdmoe.solver.bandwidth import Links, allocate_bandwidth
-
-Int32Array = npt.NDArray[np.int32]
-UInt8Array = npt.NDArray[np.uint8]
-FloatArray = npt.NDArray[np.float64]
 
 _ROUNDING = 1e-9  # of the weight that must be kept
 _TINY = 1e-30  # seconds: less than any link takes

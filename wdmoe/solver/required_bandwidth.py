@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray
 from wdmoe.solver import _native
 from wdmoe.solver.bandwidth import Links
-
-FloatArray = npt.NDArray[np.float64]
 
 
 def needed_hz(links: Links, token_s: npt.ArrayLike) -> FloatArray:

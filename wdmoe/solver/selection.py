@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray, Int32Array, UInt8Array
 from wdmoe.solver import _native
 from wdmoe.solver.assignments import check_int32
 from wdmoe.solver.bandwidth import Links, with_compute
@@ -19,10 +20,6 @@ from wdmoe.solver.budget import select_within_budget
 
 POLICIES = ("topk", "cosine", "bottleneck", "budget")
 WLR_DEFINITIONS = ("mean", "sum")
-
-Int32Array = npt.NDArray[np.int32]
-FloatArray = npt.NDArray[np.float64]
-UInt8Array = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import Int32Array
 from wdmoe.solver import _native
 from wdmoe.solver.assignments import check_assignments
-
-Int32Array = npt.NDArray[np.int32]
 
 
 def replace_far(

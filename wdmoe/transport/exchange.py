@@ -16,9 +16,10 @@ from itertools import count
 
 from greenlet import getcurrent, greenlet
 
+from wdmoe.arrays import Float32Array, Int32Array
 from wdmoe.errors import PeerBusyError, PeerGoneError, ProtocolError
 from wdmoe.transport.channel import DataStation, Envelope
-from wdmoe.transport.codec.messages import Activations, Failure, Float32Array, Int32Array, Message, Result, Run
+from wdmoe.transport.codec.messages import Activations, Failure, Message, Result, Run
 
 log = logging.getLogger(__name__)
 

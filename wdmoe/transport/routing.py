@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from wdmoe.transport.codec.messages import Int32Array
+from wdmoe.arrays import Int32Array
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray
 from wdmoe.errors import ConfigError
-from wdmoe.wireless.checks import FloatArray, broadcast, decibels, not_negative, positive, within
+from wdmoe.wireless.checks import broadcast, decibels, not_negative, positive, within
 
 
 def analog_distortion(snr_db: npt.ArrayLike, ratio: npt.ArrayLike = 1.0) -> FloatArray:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import ComplexArray, FloatArray
 from wdmoe.errors import ConfigError
 from wdmoe.wireless.analog import allocate_energy
-from wdmoe.wireless.checks import FloatArray
-from wdmoe.wireless.fading import ComplexArray
 
 SCALE_BITS = 16
 _STEPS = 1024  # of an octave: so fine that the power of what is sent is 1 within 0.07 %

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import ComplexArray, FloatArray
 from wdmoe.errors import ConfigError
-from wdmoe.wireless.checks import MOST_DB, FloatArray, broadcast, decibels, finite, not_negative, within
-from wdmoe.wireless.fading import ComplexArray, draw_rayleigh
+from wdmoe.wireless.checks import MOST_DB, broadcast, decibels, finite, not_negative, within
+from wdmoe.wireless.fading import draw_rayleigh
 
 POWER_TOLERANCE = 1e-3  # relative: what float32 arithmetic and the sum over a long block may leave
 

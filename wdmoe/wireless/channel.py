@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.wireless.checks import BoolArray, FloatArray, broadcast, decibels, not_negative, positive
+from wdmoe.arrays import BoolArray, FloatArray
+from wdmoe.wireless.checks import broadcast, decibels, not_negative, positive
 from wdmoe.wireless.fading import draw_rician, power_gain
 from wdmoe.wireless.shadowing import draw_shadowing_db
 from wdmoe.wireless.tr38901 import Scenario, los_probability, path_loss_db, shadowing_sigma_db

@@ -8,10 +8,9 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import BoolArray, FloatArray
 from wdmoe.errors import ConfigError
 
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
 Entry = TypeVar("Entry")
 MOST_DB = 1000.0
 

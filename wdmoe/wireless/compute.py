@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.wireless.checks import FloatArray, broadcast, not_negative, positive
+from wdmoe.arrays import FloatArray
+from wdmoe.wireless.checks import broadcast, not_negative, positive
 
 MATRICES = 3  # gate, up and down projection of a gated expert
 

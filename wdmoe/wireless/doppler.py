@@ -10,9 +10,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import ComplexArray, FloatArray
 from wdmoe.errors import ConfigError
-from wdmoe.wireless.checks import FloatArray, broadcast, finite, not_negative, positive
-from wdmoe.wireless.fading import ComplexArray, draw_rayleigh, k_ratio, with_steady_path
+from wdmoe.wireless.checks import broadcast, finite, not_negative, positive
+from wdmoe.wireless.fading import draw_rayleigh, k_ratio, with_steady_path
 from wdmoe.wireless.pathloss import LIGHT_M_S
 
 MOST_ORDER = 200

@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.wireless.checks import FloatArray, broadcast, not_negative, within
+from wdmoe.arrays import FloatArray
+from wdmoe.wireless.checks import broadcast, not_negative, within
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import ComplexArray, FloatArray
 from wdmoe.errors import ConfigError
-from wdmoe.wireless.checks import FloatArray, broadcast, numbers_of
-
-ComplexArray = npt.NDArray[np.complex128]
+from wdmoe.wireless.checks import broadcast, numbers_of
 
 
 def draw_rayleigh(rng: np.random.Generator, shape: tuple[int, ...]) -> ComplexArray:

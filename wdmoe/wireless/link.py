@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray
 from wdmoe.wireless.channel import Channel
-from wdmoe.wireless.checks import FloatArray, broadcast, decibels, not_negative, one_of, positive
+from wdmoe.wireless.checks import broadcast, decibels, not_negative, one_of, positive
 from wdmoe.wireless.noise import snr_hz
 from wdmoe.wireless.rates import SHANNON, RateLaw, fixed_density_bps, fixed_power_bps
 

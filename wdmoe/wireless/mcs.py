@@ -10,11 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray, Int64Array
 from wdmoe.errors import ConfigError
-from wdmoe.wireless.checks import FloatArray, broadcast, not_negative, positive
+from wdmoe.wireless.checks import broadcast, not_negative, positive
 from wdmoe.wireless.outage import rician_outage
-
-IntArray = npt.NDArray[np.int64]
 
 
 class Mcs(NamedTuple):
@@ -29,7 +28,7 @@ class Mcs(NamedTuple):
 class BlindChoice:
     """What a transmitter that knows only the mean SNR should send, arrays of one shape."""
 
-    number: IntArray  # of the scheme
+    number: Int64Array  # of the scheme
     efficiency_bps_hz: FloatArray  # of what arrives: the scheme's, less outage
     outage: FloatArray  # 0 to 1
 
@@ -63,7 +62,7 @@ class McsTable:
         """(rung,) bits per second and hertz, overhead taken off."""
         return np.array([rung.efficiency_bps_hz for rung in self.rungs]) * (1 - self.overhead)
 
-    def number(self, snr: npt.ArrayLike) -> IntArray:
+    def number(self, snr: npt.ArrayLike) -> Int64Array:
         """Number of the fastest scheme that works, -1 in outage: (...,) for (...,) plain ratios >= 0."""
         numbers = np.array([-1, *(rung.number for rung in self.rungs)])
         return np.asarray(numbers[self._steps(snr)])
@@ -102,7 +101,7 @@ class McsTable:
             outage=np.take_along_axis(outage, best[..., None], -1)[..., 0],
         )
 
-    def _steps(self, snr: npt.ArrayLike) -> IntArray:
+    def _steps(self, snr: npt.ArrayLike) -> Int64Array:
         """How many rungs work."""
         return np.asarray(np.searchsorted(self.thresholds(), not_negative("snr", snr), side="right"))
 

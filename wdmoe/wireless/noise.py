@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.wireless.checks import FloatArray, broadcast, decibels, not_negative, positive
+from wdmoe.arrays import FloatArray
+from wdmoe.wireless.checks import broadcast, decibels, not_negative, positive
 
 BOLTZMANN_J_K = 1.380649e-23  # exact, by the definition of the kelvin
 ROOM_K = 290.0  # the temperature that noise figures are defined at

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.wireless.checks import FloatArray, broadcast, not_negative, positive, within
+from wdmoe.arrays import FloatArray
+from wdmoe.wireless.checks import broadcast, not_negative, positive, within
 
 MOST_K = 1e4
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.wireless.checks import FloatArray, broadcast, not_negative, positive
+from wdmoe.arrays import FloatArray
+from wdmoe.wireless.checks import broadcast, not_negative, positive
 
 LIGHT_M_S = 299_792_458.0  # exact, by the definition of the metre
 

@@ -15,7 +15,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.wireless.checks import FloatArray, broadcast, not_negative, within
+from wdmoe.arrays import FloatArray
+from wdmoe.wireless.checks import broadcast, not_negative, within
 
 MOST = 1e100  # of bands and of SNRs over a density, as in the solver: no quotient overflows
 _LEAST_BAND_HZ = 1e-200  # divides in place of 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.wireless.checks import FloatArray, broadcast, finite, not_negative, positive
+from wdmoe.arrays import FloatArray
+from wdmoe.wireless.checks import broadcast, finite, not_negative, positive
 
 
 def draw_shadowing_db(rng: np.random.Generator, sigma_db: npt.ArrayLike, shape: tuple[int, ...] = ()) -> FloatArray:

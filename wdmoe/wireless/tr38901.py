@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import BoolArray, FloatArray
 from wdmoe.errors import ConfigError
-from wdmoe.wireless.checks import BoolArray, FloatArray, broadcast, flags, one_of, positive, within
+from wdmoe.wireless.checks import broadcast, flags, one_of, positive, within
 
 ROUNDED_LIGHT_M_S = 3.0e8  # as note 1 of table 7.4.1-1 has it; used for the breakpoint only
 CARRIER_HZ = (0.5e9, 100e9)

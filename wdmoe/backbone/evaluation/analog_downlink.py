@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from wdmoe.arrays import FloatArray, Int64Array
 from wdmoe.backbone.families import experts_modules
 from wdmoe.errors import ConfigError
 from wdmoe.solver.layer.analog_downlink import Analog, block_symbols
@@ -16,15 +17,12 @@ from wdmoe.wireless.analog_code import AnalogCode, Spectrum, fitted_code, plain_
 from wdmoe.wireless.broadcast import broadcast_awgn
 from wdmoe.wireless.checks import MOST_DB
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Broadcast:
     """Some tokens of a layer, sent at once over one realisation of the channel."""
 
-    tokens: IntArray  # (sent,) which
+    tokens: Int64Array  # (sent,) which
     snr: FloatArray  # (devices,) plain ratio, of one block; 0: it does not listen
     repeats: FloatArray  # (sent,) times that a token's block is sent, >= 1; a device takes the mean of what it hears
     code: AnalogCode

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from wdmoe.arrays import Int32Array
 from wdmoe.backbone.evaluation.analog_downlink import Broadcast
 from wdmoe.backbone.families import experts_modules, gate_temperature, on_drop_of, router_of
 from wdmoe.errors import BundleError
@@ -28,7 +29,6 @@ from wdmoe.solver.ranking import rank_weights
 IMPLEMENTATION = "wdmoe-planned"
 EXACT = 32  # bits of a vector that is left as it is
 
-Int32Array = npt.NDArray[np.int32]
 _SEATS = "_wdmoe_planned_seat"
 _MOST_HALF = 65504.0  # greatest float16
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from wdmoe.arrays import Float32Array
 from wdmoe.backbone.export.gate_function import trace
-from wdmoe.backbone.format.onnx_graph import ExpertGraph, Float32Array, Linear, Steps, build_expert, run_graph
+from wdmoe.backbone.format.onnx_graph import ExpertGraph, Linear, Steps, build_expert, run_graph
 from wdmoe.errors import BundleError
 
 TOLERANCE = 1e-4  # of the largest output, ONNX against the family's eager code

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from wdmoe.arrays import Float32Array
 from wdmoe.errors import BundleError
 
 OPSET = 17
@@ -29,8 +30,6 @@ OPERATORS = frozenset(
         "Relu", "Sigmoid", "Softplus", "Sqrt", "Sub", "Tanh"
     }
 )  # fmt: skip
-
-Float32Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from wdmoe.arrays import Float32Array
 from wdmoe.backbone.runtime.shared_expert import SharedExpert, wrap_shared_expert
+from wdmoe.layer_call import Demand, LayerCall
 from wdmoe.receipt import Ledger
 
 IMPLEMENTATION = "wdmoe"
@@ -25,33 +27,7 @@ IMPLEMENTATION = "wdmoe"
 CURRENT_LEDGER: ContextVar[Ledger] = ContextVar("wdmoe_ledger")
 
 
-class RunLayer(Protocol):
-    """Computes one MoE layer somewhere else."""
-
-    def __call__(
-        self,
-        layer: int,
-        tokens: npt.NDArray[np.float32],
-        experts: npt.NDArray[np.int32],
-        weights: npt.NDArray[np.float32],
-        gate: npt.NDArray[np.float32] | None,
-        ledger: Ledger,
-        meanwhile: Callable[[], object] | None,
-    ) -> npt.NDArray[np.float32]:
-        """Compute the gate-weighted sum of experts.
-
-        Args:
-            layer: decoder layer index.
-            tokens: (tokens, hidden).
-            experts: (tokens, top_k), -1 where the family left a slot empty.
-            weights: (tokens, top_k), 0 where empty.
-            gate: (tokens, experts) router scores, None where the family does not give them.
-            ledger: the request's account.
-            meanwhile: to be called once the work is on its way; None where there is nothing to do.
-        Returns:
-            (tokens, hidden).
-        """
-        ...
+RunLayer: TypeAlias = Callable[[LayerCall], Float32Array]  # gives the gate-weighted sum of experts, (tokens, hidden)
 
 
 @dataclass(slots=True, eq=False)
@@ -117,15 +93,15 @@ def _experts_forward(
     outside = experts >= seat.experts  # the families' mark for "masked"
     if outside.any():
         experts, weights = np.where(outside, -1, experts), np.where(outside, 0, weights)
-    out = seat.run(
-        seat.layer,
-        _to_numpy(hidden_states, torch.float32),
-        experts,
-        weights,
-        None if gate is None or len(gate) != len(experts) else _to_numpy(gate, torch.float32),
-        ledger,
-        None if seat.shared is None else seat.shared.ahead(),
+    scores = None if gate is None or len(gate) != len(experts) else _to_numpy(gate, torch.float32)
+    call = LayerCall(
+        layer=seat.layer,
+        tokens=_to_numpy(hidden_states, torch.float32),
+        demand=Demand(experts, weights, scores),
+        ledger=ledger,
+        meanwhile=None if seat.shared is None else seat.shared.ahead(),
     )
+    out = seat.run(call)
     return torch.from_numpy(out).to(hidden_states.device, hidden_states.dtype)
 
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from wdmoe.arrays import Pixels
 from wdmoe.broadcast.baselines.classical import Ladder, build_ladder
-from wdmoe.broadcast.baselines.codecs import Avif, HevcIntra, Jpeg2000, Pixels
+from wdmoe.broadcast.baselines.codecs import Avif, HevcIntra, Jpeg2000
 from wdmoe.broadcast.quality.pareto_front import QUALITIES
 from wdmoe.config import cache_home
 from wdmoe.errors import ConfigError

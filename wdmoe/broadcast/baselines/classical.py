@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.broadcast.baselines.codecs import Codec, Pixels
-from wdmoe.broadcast.quality.metrics import FloatArray
+from wdmoe.arrays import FloatArray, Pixels
+from wdmoe.broadcast.baselines.codecs import Codec
 from wdmoe.broadcast.quality.pareto_front import QUALITIES, Front, front_of, qualities_of
 from wdmoe.errors import ConfigError
 from wdmoe.wireless.broadcast import capacity_bits, superposition_bits, time_division_bits

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray
 from wdmoe.broadcast.baselines.classical import SCHEMES, Ladder, even_shares, front_of_bits, front_of_rungs, most_bits
 from wdmoe.broadcast.quality.channel_draws import Radio
-from wdmoe.broadcast.quality.metrics import FloatArray
 from wdmoe.broadcast.quality.pareto_front import Front
 from wdmoe.wireless.broadcast import capacity_bits, superposition_bits, time_division_bits
 

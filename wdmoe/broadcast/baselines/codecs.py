@@ -25,12 +25,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
+from wdmoe.arrays import Pixels
 from wdmoe.errors import ConfigError, MissingExtraError
-
-Pixels = npt.NDArray[np.uint8]
 
 _SOC, _SOT, _SOD, _EOC = b"\xff\x4f", b"\xff\x90", b"\xff\x93", b"\xff\xd9"
 _OBU_FRAME_HEADER, _OBU_TILE_GROUP, _OBU_FRAME, _OBU_REDUNDANT_FRAME_HEADER = 3, 4, 6, 7

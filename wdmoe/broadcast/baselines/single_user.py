@@ -27,10 +27,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from wdmoe.arrays import FloatArray, Pixels
 from wdmoe.broadcast.codec.model import USERS, BroadcastCodec, as_pictures, as_pixels
-from wdmoe.broadcast.quality.alpha_sweep import EACH, Judge, Pixels, rows_of, tokens_of
+from wdmoe.broadcast.quality.alpha_sweep import EACH, Judge, rows_of, tokens_of
 from wdmoe.broadcast.quality.channel_draws import Draws, Radio
-from wdmoe.broadcast.quality.metrics import FloatArray
 from wdmoe.broadcast.quality.pareto_front import QUALITIES, Front, front_of
 from wdmoe.errors import ConfigError
 

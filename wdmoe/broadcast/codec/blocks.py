@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.broadcast.codec.tiling import Grid, Pixels, cut
+from wdmoe.arrays import Pixels
+from wdmoe.broadcast.codec.tiling import Grid, cut
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from wdmoe.broadcast.codec.tiling import Pixels
+from wdmoe.arrays import Pixels
 
 AMPLIFIED = 4  # the difference, so that it is seen
 _CELL = 384  # pixels of the longer side of a picture on the sheet

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL import __version__ as pillow_version
 
-from wdmoe.broadcast.codec.tiling import Grid, Pixels
+from wdmoe.arrays import Pixels
+from wdmoe.broadcast.codec.tiling import Grid
 from wdmoe.errors import ConfigError
 
 MOST_FILE_BYTES = 256 << 20

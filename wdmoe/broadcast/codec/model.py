@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from wdmoe.arrays import Pixels
 from wdmoe.broadcast.codec.layout import Layout, from_symbols, to_symbols, zeroed
 from wdmoe.broadcast.codec.principal import Principal, assumed_principal
-from wdmoe.broadcast.codec.tiling import Pixels
 from wdmoe.errors import ConfigError
 
 USERS = 2

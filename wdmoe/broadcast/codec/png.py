@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 
-from wdmoe.broadcast.codec.tiling import Pixels
+from wdmoe.arrays import Pixels
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _EIGHT_BIT_RGB = bytes((8, 2, 0, 0, 0))

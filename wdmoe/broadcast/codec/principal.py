@@ -15,10 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import Float32Array, FloatArray
 from wdmoe.errors import ConfigError
-
-Float32Array = npt.NDArray[np.float32]
-FloatArray = npt.NDArray[np.float64]
 
 REFERENCE_SNR_DB = 8.0
 ALPHAS = 65  # of the table of divisions

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import Float32Array
 from wdmoe.errors import ConfigError
 from wdmoe.wireless.broadcast import Received, broadcast_awgn, broadcast_rayleigh
-
-Float32Array = npt.NDArray[np.float32]
 
 LOWEST_DB, HIGHEST_DB = -30.0, 40.0  # that a decoder can be told
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import Pixels
 from wdmoe.errors import ConfigError
 
-Pixels = npt.NDArray[np.uint8]
 FloatTiles = npt.NDArray[np.float32]
 
 SIDE = 32  # of a tile: what the codec was trained on

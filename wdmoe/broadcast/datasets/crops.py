@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.broadcast.datasets.pictures import SIDE, Pixels
+from wdmoe.arrays import Pixels
+from wdmoe.broadcast.datasets.npz_file import read_npz
+from wdmoe.broadcast.datasets.pictures import SIDE
 from wdmoe.config import cache_home
-from wdmoe.errors import ConfigError, MissingExtraError
+from wdmoe.errors import ConfigError
 
 ZOOMS = (1, 2)  # pixels of the photograph along a pixel of the crop
 
@@ -87,13 +89,7 @@ def load_wallpapers(file: Path | None = None) -> dict[str, Pixels]:
         ConfigError: the file is not what was fetched.
     """
     path = file or wallpapers_file()
-    if not path.is_file():
-        raise MissingExtraError(f"{path} is missing; fetch the photographs: tools/data/fetch_wallpapers")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: np.asarray(arrays[name]) for name in sorted(arrays.files)}
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path} is not an NPZ of photographs; run tools/data/fetch_wallpapers again") from error
+    found: dict[str, Pixels] = read_npz(path, "photographs", "tools/data/fetch_wallpapers")
     if not found or any(p.ndim != 3 or p.shape[2] != 3 or p.dtype != np.uint8 for p in found.values()):
         raise ConfigError(f"{path} does not hold RGB photographs of 8 bits; run tools/data/fetch_wallpapers again")
     return found

@@ -16,10 +16,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import Pixels
+from wdmoe.broadcast.datasets.npz_file import read_npz
 from wdmoe.config import cache_home
-from wdmoe.errors import ConfigError, MissingExtraError
+from wdmoe.errors import ConfigError
 
-Pixels = npt.NDArray[np.uint8]
 Numbers = npt.NDArray[np.int64]
 PairKind = Literal["same picture", "same class", "different class"]
 
@@ -76,15 +77,10 @@ def load_pictures(file: Path | None = None) -> Pictures:
         ConfigError: the file is not what was fetched.
     """
     path = file or pictures_file()
-    if not path.is_file():
-        raise MissingExtraError(f"{path} is missing; fetch the pictures: tools/data/fetch_pictures")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return Pictures(arrays["x"], arrays["y"])
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"{path} is not an NPZ of pictures x and classes y; run tools/data/fetch_pictures again"
-        ) from error
+    arrays = read_npz(path, "pictures", "tools/data/fetch_pictures")
+    if not {"x", "y"} <= arrays.keys():
+        raise ConfigError(f"{path} is not an NPZ of pictures x and classes y; run tools/data/fetch_pictures again")
+    return Pictures(arrays["x"], arrays["y"])
 
 
 def split_pictures(labels: npt.ArrayLike) -> Split:

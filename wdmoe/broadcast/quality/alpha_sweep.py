@@ -10,12 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from wdmoe.arrays import FloatArray, Pixels
 from wdmoe.broadcast.codec.model import USERS, BroadcastCodec, as_pictures, as_pixels
 from wdmoe.broadcast.quality.channel_draws import Radio
-from wdmoe.broadcast.quality.metrics import FloatArray
 from wdmoe.broadcast.quality.pareto_front import QUALITIES, Front, front_of, qualities_of
-
-Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from wdmoe.arrays import FloatArray
 from wdmoe.broadcast.codec.channel import Heard, awgn, rayleigh
-from wdmoe.broadcast.quality.metrics import FloatArray
 from wdmoe.errors import ConfigError
 from wdmoe.wireless.broadcast import effective_snr_db
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.broadcast.quality.metrics import FloatArray, Interval, hypervolume
+from wdmoe.arrays import FloatArray
+from wdmoe.broadcast.quality.metrics import Interval, hypervolume
 from wdmoe.broadcast.quality.pareto_front import Front
 
 FLOOR_DB = 12.0  # about what the mean picture shows

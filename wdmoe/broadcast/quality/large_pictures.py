@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from wdmoe.broadcast.codec.tiling import Pixels
+from wdmoe.arrays import Pixels
 from wdmoe.broadcast.quality.metrics import MOST_PSNR_DB, ssim
 
 _WINDOW = 11  # rows and columns that one value of SSIM looks at

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from wdmoe.arrays import FloatArray
 from wdmoe.errors import ConfigError
 
-FloatArray = npt.NDArray[np.float64]
 MOST_PSNR_DB = 100.0  # what an exact copy counts as; one wrong value in a 32x32 picture is 83 dB
 _PEAK = 255.0
 MS_SSIM_SIDE = 161  # five scales of an 11x11 window

@@ -18,8 +18,8 @@ from typing import Literal
 
 import numpy as np
 
+from wdmoe.arrays import FloatArray
 from wdmoe.broadcast.quality.front_comparison import FLOOR_DB
-from wdmoe.broadcast.quality.metrics import FloatArray
 from wdmoe.broadcast.quality.quality_law import Law
 from wdmoe.errors import ConfigError
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.broadcast.quality.metrics import MS_SSIM_SIDE, FloatArray, ms_ssim, psnr_db, ssim
+from wdmoe.arrays import FloatArray
+from wdmoe.broadcast.quality.metrics import MS_SSIM_SIDE, ms_ssim, psnr_db, ssim
 
 QUALITIES = ("psnr_db", "ssim", "ms_ssim")
 

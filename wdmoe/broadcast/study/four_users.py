@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from wdmoe.arrays import FloatArray
 from wdmoe.broadcast.baselines.classical import channel_uses
 from wdmoe.broadcast.baselines.codecs import CODECS
 from wdmoe.broadcast.baselines.single_user import Scrambler, decibels, sent_alone, told
@@ -21,7 +22,7 @@ from wdmoe.broadcast.codec.model import as_pictures, as_pixels
 from wdmoe.broadcast.datasets.pictures import Numbers, pair_up, some_of
 from wdmoe.broadcast.quality.alpha_sweep import EACH, alpha_sweep, rows_of, tokens_of
 from wdmoe.broadcast.quality.channel_draws import Radio
-from wdmoe.broadcast.quality.metrics import FloatArray, psnr_db
+from wdmoe.broadcast.quality.metrics import psnr_db
 from wdmoe.broadcast.study.study import MAIN_CBR, Study
 from wdmoe.errors import ConfigError
 from wdmoe.wireless.broadcast import capacity_bits

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import Pixels
 from wdmoe.broadcast.codec.model import ModelSettings
-from wdmoe.broadcast.datasets.pictures import Numbers, PairKind, Pixels, load_pictures, pair_up, some_of, split_pictures
+from wdmoe.broadcast.datasets.pictures import Numbers, PairKind, load_pictures, pair_up, some_of, split_pictures
 from wdmoe.broadcast.study.study import Setting
 from wdmoe.broadcast.training.batches import Draws
 from wdmoe.broadcast.training.losses import LOSSES

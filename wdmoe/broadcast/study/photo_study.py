@@ -8,11 +8,11 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import Pixels
 from wdmoe.broadcast.baselines.bitrate_ladders import AnyCodec, kept_ladders
 from wdmoe.broadcast.baselines.classical import SCHEMES, channel_uses, even_shares, most_bits, same_to_both, sweep
 from wdmoe.broadcast.baselines.codecs import CODECS, Jpeg2000
 from wdmoe.broadcast.baselines.single_user import sent_alone, sent_once, superposition, time_division
-from wdmoe.broadcast.datasets.pictures import Pixels
 from wdmoe.broadcast.quality.alpha_sweep import alpha_sweep
 from wdmoe.broadcast.quality.channel_draws import Radio
 from wdmoe.broadcast.quality.pareto_front import Front

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from wdmoe.broadcast.datasets.pictures import SIDE, Pixels
+from wdmoe.arrays import FloatArray, Pixels
+from wdmoe.broadcast.datasets.pictures import SIDE
 from wdmoe.broadcast.quality.alpha_sweep import Judge
-from wdmoe.broadcast.quality.metrics import FloatArray
 from wdmoe.broadcast.quality.pareto_front import qualities_of
 from wdmoe.config import cache_home
 from wdmoe.errors import ConfigError, MissingExtraError

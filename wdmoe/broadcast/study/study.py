@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray, Pixels
 from wdmoe.broadcast.baselines.bitrate_ladders import kept_ladders
 from wdmoe.broadcast.baselines.classical import (
     SCHEMES,
@@ -28,7 +29,6 @@ from wdmoe.broadcast.datasets.pictures import (
     PAIR_KINDS,
     Numbers,
     PairKind,
-    Pixels,
     load_pictures,
     mean_picture,
     pair_up,
@@ -37,7 +37,6 @@ from wdmoe.broadcast.datasets.pictures import (
 )
 from wdmoe.broadcast.quality.alpha_sweep import alpha_sweep
 from wdmoe.broadcast.quality.channel_draws import Radio
-from wdmoe.broadcast.quality.metrics import FloatArray
 from wdmoe.broadcast.quality.pareto_front import Front
 
 Progress = Callable[[str, float], None]

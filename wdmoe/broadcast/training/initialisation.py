@@ -6,9 +6,9 @@ import os
 
 import torch
 
+from wdmoe.arrays import Pixels
 from wdmoe.broadcast.codec.model import BroadcastCodec, ModelSettings
 from wdmoe.broadcast.codec.principal import fit_principal
-from wdmoe.broadcast.datasets.pictures import Pixels
 from wdmoe.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")

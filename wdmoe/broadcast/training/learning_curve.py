@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import Pixels
 from wdmoe.broadcast.codec.model import BroadcastCodec
-from wdmoe.broadcast.datasets.pictures import Pixels, pair_up
+from wdmoe.broadcast.datasets.pictures import pair_up
 from wdmoe.broadcast.quality.alpha_sweep import alpha_sweep, mean_psnr
 from wdmoe.broadcast.quality.channel_draws import Radio
 from wdmoe.broadcast.quality.front_comparison import FLOOR_DB

@@ -12,10 +12,8 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from wdmoe.backbone.evaluation.trace_recorder import TraceRecorder
@@ -23,22 +21,21 @@ from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.backbone.runtime.engine import Engine
 from wdmoe.backbone.runtime.experts_seam import attach
 from wdmoe.backbone.runtime.model_thread import ModelThread
-from wdmoe.backbone.runtime.station import load_station
+from wdmoe.backbone.runtime.station import Station, load_station
 from wdmoe.config import StationSettings
 from wdmoe.errors import ConfigError, TransportError, WdmoeError
 from wdmoe.moe.layer import ExpertLayers
-from wdmoe.moe.select import Demand
 from wdmoe.nodes.addresses import data_bind, dial_endpoints, remember_endpoints
-from wdmoe.nodes.authentication import Entrance, GuardedEntrance, OpenEntrance
+from wdmoe.nodes.authentication import Authentication, CurveAuthentication, NoAuthentication
 from wdmoe.nodes.base_station.control_plane import ControlPlane
 from wdmoe.nodes.base_station.layer_rules import layer_rules
 from wdmoe.nodes.base_station.placement import Wishes
 from wdmoe.nodes.base_station.status import describe
-from wdmoe.receipt import Ledger
 from wdmoe.records import ExpertId
 from wdmoe.solver.placement.file import read_placement, write_placement
+from wdmoe.tasks import OpenedInSteps
 from wdmoe.transport.channel import Envelope
-from wdmoe.transport.codec.messages import Float32Array, Int32Array, Message
+from wdmoe.transport.codec.messages import Message
 from wdmoe.transport.exchange import Exchange
 from wdmoe.transport.routing import Routing
 from wdmoe.transport.security.admission import Admission
@@ -54,37 +51,24 @@ MOST_TRACED_TOKENS = 32_768  # some 35 MB with the default model, ten times that
 SWITCH_INTERVAL_S = 0.0005  # the model thread must get the GIL back soon after the network woke it
 
 
-class BaseStation:
-    """One running base station. `engine` answers requests once devices serve the experts."""
+class BaseStation(OpenedInSteps):
+    """One running base station. `engine` answers requests once devices serve the experts.
+
+    At the end it stops taking work, ends what runs and says goodbye to the devices.
+
+    Raises (from `async with`):
+        BundleError: the bundle cannot be used.
+        ConfigError: a setting, key file or placement file cannot be used.
+        TransportError: an address cannot be bound.
+    """
 
     engine: Engine
 
     def __init__(self, settings: StationSettings) -> None:
+        super().__init__()
         self._settings = settings
         self._options = SocketOptions()
         self._routing = Routing()
-        self._stack = AsyncExitStack()
-
-    async def __aenter__(self) -> BaseStation:
-        """Open everything.
-
-        Raises:
-            BundleError: the bundle cannot be used.
-            ConfigError: a setting, key file or placement file cannot be used.
-            TransportError: an address cannot be bound.
-        """
-        try:
-            await self._open()
-        except BaseException:
-            await self._stack.aclose()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop taking work, end what runs, say goodbye to the devices, close."""
-        await self._stack.aclose()
 
     async def run(self) -> None:
         """Serve until cancelled; a bug in the control plane comes out here."""
@@ -132,36 +116,41 @@ class BaseStation:
             raise ConfigError(f"--record-trace {trace}: there is no folder {trace.parent}")
         self._open_sockets()
         model = await asyncio.to_thread(load_station, self.bundle, settings.device, settings.dtype)
-        exchange = Exchange(self._data, self._data_news, self._data_gone)
-        self._exchange = exchange
-        self.layers = ExpertLayers(exchange, lambda: self._routing, rules)
-        attach(model.model, model.experts, model.routers, self._run_layer)
+        self._exchange = Exchange(self._data, self._data_news, self._data_gone)
+        self.layers = ExpertLayers(self._exchange, lambda: self._routing, rules)
+        attach(model.model, model.experts, model.routers, self.layers.run)
         self._record(model.model)
+        self._start_control(pinned)
+        self._start_engine(model)
+
+    def _start_control(self, pinned: Mapping[str, frozenset[ExpertId]]) -> None:
+        settings = self._settings
+        shares_band = settings.bandwidth_hz > 0
+        choosy = settings.policy != "topk" or shares_band
         self.control = ControlPlane(
             self._control_channel,
             self.bundle,
-            self._entrance,
+            self._authentication,
             self,
             data_port=int(self._data.endpoint.rsplit(":", 1)[1]),
             lease_s=settings.lease_s,
             max_message_bytes=self._options.max_message_bytes,
-            wishes=Wishes(
-                pinned=pinned,
-                copies=settings.copies,
-                choosy=settings.policy != "topk" or settings.bandwidth_hz > 0,
-            ),
-            shares_band=settings.bandwidth_hz > 0,
+            wishes=Wishes(pinned=pinned, copies=settings.copies, choosy=choosy),
+            shares_band=shares_band,
         )
+        self._loop = asyncio.get_running_loop()
+        self._control_task = asyncio.create_task(self.control.run())
+        self._stack.push_async_callback(self._end_control)
+
+    def _start_engine(self, model: Station) -> None:
+        settings = self._settings
         thread = ModelThread(
-            exchange,
+            self._exchange,
             max_active=settings.max_active,
             max_waiting=settings.max_queued,
             torch_threads=settings.threads,
         )
         self.engine = Engine(model, thread, self.overview, policy=settings.policy, prefill_chunk=settings.prefill_chunk)
-        self._loop = asyncio.get_running_loop()
-        self._control_task = asyncio.create_task(self.control.run())
-        self._stack.push_async_callback(self._end_control)
         thread.start()
         self._stack.push_async_callback(asyncio.to_thread, thread.stop)
 
@@ -171,7 +160,7 @@ class BaseStation:
         self._stack.callback(context.term)
         security: StationSecurity | None = None
         self.admission: Admission | None = None
-        self._entrance: Entrance = OpenEntrance()
+        self._authentication: Authentication = NoAuthentication()
         if settings.insecure:
             log.warning("no encryption: anyone on this network may read, inject and join")
         else:
@@ -180,7 +169,7 @@ class BaseStation:
             door = Door(context, self.admission)
             self._stack.callback(door.close)
             security = StationSecurity(self._keys, door)
-            self._entrance = GuardedEntrance(self.admission)
+            self._authentication = CurveAuthentication(self.admission)
         self._control_channel = open_control_station(context, settings.bind, security, options)
         self._stack.callback(self._control_channel.close)
         bind = data_bind(self._control_channel.endpoint, settings.bind, settings.data_port)
@@ -224,19 +213,6 @@ class BaseStation:
         return {name: frozenset(experts) for name, experts in placement.items()}
 
     # ---- between the planes ----
-
-    def _run_layer(
-        self,
-        layer: int,
-        tokens: Float32Array,
-        experts: Int32Array,
-        weights: Float32Array,
-        gate: Float32Array | None,
-        ledger: Ledger,
-        meanwhile: Callable[[], object] | None,
-    ) -> Float32Array:
-        """`wdmoe.backbone.runtime.experts_seam.RunLayer`, on the model thread."""
-        return self.layers.run(layer, tokens, Demand(experts, weights, gate), ledger, meanwhile)
 
     def publish(self, table: Routing) -> None:
         """`DataPlane.publish`: one assignment, so the model thread sees the old table or the new one, never a mix."""

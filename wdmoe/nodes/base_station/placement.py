@@ -27,7 +27,7 @@ class Catalogue:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Host:
+class Holder:
     """A live device, as placement sees it."""
 
     device_id: str
@@ -61,7 +61,7 @@ class Arrangement:
     unplaced: tuple[ExpertId, ...] = ()  # fit nowhere
 
 
-def arrange(catalogue: Catalogue, hosts: Sequence[Host], before: Arrangement, wishes: Wishes) -> Arrangement:
+def arrange(catalogue: Catalogue, hosts: Sequence[Holder], before: Arrangement, wishes: Wishes) -> Arrangement:
     """Homes and copies for all experts on the live devices; little is moved, and the copies of a lost home move up."""
     live = {host.device_id for host in hosts}
     homes = {expert: device_id for device_id, experts in before.copies.items() for expert in experts}
@@ -77,7 +77,7 @@ def arrange(catalogue: Catalogue, hosts: Sequence[Host], before: Arrangement, wi
 
 def choose_targets(
     catalogue: Catalogue,
-    hosts: Sequence[Host],
+    hosts: Sequence[Holder],
     before: Mapping[ExpertId, str],
     pinned: Mapping[str, frozenset[ExpertId]],
     least_span: int = LEAST_SPAN,
@@ -103,12 +103,13 @@ def choose_targets(
     room = [host.report.memory_bytes for host in hosts]
     for device_id, experts in copies.items():
         room[index[device_id]] -= sum(catalogue.weight_bytes[expert] for expert in experts)
-    parcels = _parcels(catalogue, free, span(catalogue, hosts, least_span))
+    per_layer = span(catalogue, hosts, least_span)
+    parcels = _parcels(catalogue, free, per_layer)
     homes = place_experts(
         weight_bytes=np.array([sum(catalogue.weight_bytes[e] for e in p) for p in parcels], np.int64),
         load=np.array([sum(catalogue.load[e] for e in p) for p in parcels], np.float64),
         memory_bytes=np.maximum(np.array(room, np.int64), 0),
-        speed=np.array([_speed(host.report) for host in hosts], np.float64),
+        speed=np.array([layers_per_s(catalogue, host.report, per_layer) for host in hosts], np.float64),
         layer=np.array([p[0].layer for p in parcels], np.int32),
         sticky=np.array([_home(p, before, index) for p in parcels], np.int32),
     )
@@ -116,7 +117,7 @@ def choose_targets(
     return targets, tuple(e for p, h in zip(parcels, homes, strict=True) for e in p if h < 0)
 
 
-def span(catalogue: Catalogue, hosts: Sequence[Host], least: int = LEAST_SPAN) -> int:
+def span(catalogue: Catalogue, hosts: Sequence[Holder], least: int = LEAST_SPAN) -> int:
     """Over how many devices each layer is spread.
 
     Every further device computes in parallel, but costs a message each way, with the token's hidden state in it. So a
@@ -126,12 +127,25 @@ def span(catalogue: Catalogue, hosts: Sequence[Host], least: int = LEAST_SPAN) -
     if not catalogue.experts:
         return 1
     speed = sum(_speed(host.report) for host in hosts) / len(hosts)
-    expert_s = sum(catalogue.load.values()) / len(catalogue.load) / speed
-    worth = math.ceil(catalogue.top_k * expert_s / MESSAGE_S)
+    worth = math.ceil(catalogue.top_k * _mean_load(catalogue) / speed / MESSAGE_S)
     return min(max(worth, least), len(hosts))
 
 
-def has_room_for_copies(catalogue: Catalogue, hosts: Sequence[Host], copies: int) -> bool:
+def layers_per_s(catalogue: Catalogue, report: DeviceReport, per_layer: int) -> float:
+    """How fast a device answers its part of a layer for one token, where the layer has so many parts.
+
+    A message takes the same time on every device; only the arithmetic goes with the speed that a device measured. So
+    experts that are small beside a message are dealt out evenly, also to a device that was busy when it measured.
+    """
+    return 1 / (MESSAGE_S + catalogue.top_k / per_layer * _mean_load(catalogue) / _speed(report))
+
+
+def _mean_load(catalogue: Catalogue) -> float:
+    """FLOP of one token in one expert."""
+    return sum(catalogue.load.values()) / max(len(catalogue.load), 1)
+
+
+def has_room_for_copies(catalogue: Catalogue, hosts: Sequence[Holder], copies: int) -> bool:
     """Whether every expert fits on so many devices, as far as the sum of their memory tells."""
     largest = max(catalogue.weight_bytes.values(), default=0)
     room = sum(max(host.report.memory_bytes - largest, 0) for host in hosts)
@@ -140,7 +154,7 @@ def has_room_for_copies(catalogue: Catalogue, hosts: Sequence[Host], copies: int
 
 def choose_standbys(
     catalogue: Catalogue,
-    hosts: Sequence[Host],
+    hosts: Sequence[Holder],
     targets: Mapping[ExpertId, str],
     held: Mapping[str, frozenset[ExpertId]],
     before: Mapping[str, frozenset[ExpertId]],
@@ -214,7 +228,7 @@ def _speed(report: DeviceReport) -> float:
     return report.flops if 1.0 <= report.flops < 1e18 else 1.0
 
 
-def pinned_copies(hosts: Sequence[Host], pinned: Mapping[str, frozenset[ExpertId]]) -> dict[str, frozenset[ExpertId]]:
+def pinned_copies(hosts: Sequence[Holder], pinned: Mapping[str, frozenset[ExpertId]]) -> dict[str, frozenset[ExpertId]]:
     """device_id of a live device -> experts that the user's placement file puts there."""
     by_name = {host.report.name: host.device_id for host in hosts}
     return {by_name[name]: experts for name, experts in pinned.items() if name in by_name}
@@ -239,7 +253,7 @@ def _pinned_homes(copies: Mapping[str, frozenset[ExpertId]], before: Mapping[Exp
     return homes
 
 
-def wanted(hosts: Sequence[Host], arrangement: Arrangement) -> dict[str, set[ExpertId]]:
+def wanted(hosts: Sequence[Holder], arrangement: Arrangement) -> dict[str, set[ExpertId]]:
     """device_id -> experts it shall hold in the end: those it is home to, and its copies of others."""
     hold = {host.device_id: set[ExpertId]() for host in hosts}
     for expert, device_id in arrangement.targets.items():
@@ -251,7 +265,7 @@ def wanted(hosts: Sequence[Host], arrangement: Arrangement) -> dict[str, set[Exp
     return hold
 
 
-def holdings(hosts: Sequence[Host], arrangement: Arrangement) -> dict[str, tuple[ExpertId, ...]]:
+def holdings(hosts: Sequence[Holder], arrangement: Arrangement) -> dict[str, tuple[ExpertId, ...]]:
     """device_id -> experts to hold now: what it shall, and what it still serves until the new home is ready."""
     ready = {host.device_id: host.ready for host in hosts}
     hold = wanted(hosts, arrangement)
@@ -268,12 +282,12 @@ def knows_link(report: DeviceReport) -> bool:
     return is_hertz(report.downlink_snr_hz) and is_hertz(report.uplink_snr_hz)
 
 
-def _device_route(host: Host) -> DeviceRoute:
+def _device_route(host: Holder) -> DeviceRoute:
     report = host.report
     return DeviceRoute(host.device_id, report.name, host.route or b"", report.downlink_snr_hz, report.uplink_snr_hz)
 
 
-def routing(catalogue: Catalogue, hosts: Sequence[Host], targets: Mapping[ExpertId, str]) -> Routing:
+def routing(catalogue: Catalogue, hosts: Sequence[Holder], targets: Mapping[ExpertId, str]) -> Routing:
     """Who serves what: an expert's home where it is ready, else any device that holds it; and who else could."""
     attached = [host for host in hosts if host.route is not None]
     devices = tuple(_device_route(h) for h in attached)

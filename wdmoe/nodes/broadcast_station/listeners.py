@@ -8,7 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from wdmoe.broadcast.codec.tiling import Grid, Pixels
+from wdmoe.arrays import Pixels
+from wdmoe.broadcast.codec.tiling import Grid
 from wdmoe.errors import ProtocolError
 from wdmoe.transport.codec.messages import Rows, Shown
 from wdmoe.transport.membership import Device

@@ -10,10 +10,10 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from wdmoe.arrays import Pixels
 from wdmoe.broadcast.codec.decoder_export import decoder_graph
 from wdmoe.broadcast.codec.image_file import read_picture
 from wdmoe.broadcast.codec.model_file import load_model
-from wdmoe.broadcast.codec.tiling import Pixels
 from wdmoe.broadcast.quality.operating_point import choose_alpha
 from wdmoe.broadcast.quality.quality_law import LAW_FILE, load_law
 from wdmoe.errors import ConfigError
@@ -22,7 +22,7 @@ from wdmoe.nodes.broadcast_station.settings import LOCAL_BIND, BroadcastSettings
 from wdmoe.nodes.broadcast_station.station import BroadcastStation, Job, Progress, Site
 from wdmoe.nodes.broadcast_station.symbol_source import SymbolSource
 from wdmoe.nodes.local.process import Child, ChildError, end_all
-from wdmoe.nodes.tasks import in_thread
+from wdmoe.tasks import in_thread
 
 NAMES = ("user-1", "user-2")  # of the local device processes
 _LOCAL_LEASE_S = 15.0  # both share this machine with the encoder; one that ended is seen at once

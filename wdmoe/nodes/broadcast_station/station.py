@@ -13,41 +13,32 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from wdmoe.broadcast.codec.blocks import share_of
-from wdmoe.errors import ProtocolError, TransportError, WdmoeError
+from wdmoe.errors import ProtocolError, TransportError
 from wdmoe.nodes.addresses import data_bind, dial_endpoints
-from wdmoe.nodes.authentication import GuardedEntrance
+from wdmoe.nodes.authentication import CurveAuthentication
 from wdmoe.nodes.broadcast_station.listeners import Audience, Listener
 from wdmoe.nodes.broadcast_station.symbol_source import SymbolSource
 from wdmoe.nodes.device.broadcast_receiver import DECODER
-from wdmoe.nodes.tasks import in_thread
+from wdmoe.nodes.sessions import Host, ServedFile, Sessions, Terms
+from wdmoe.tasks import OpenedInSteps, in_thread, run_until_first
 from wdmoe.transport.channel import Envelope
 from wdmoe.transport.codec.messages import (
-    Chunk,
     Failure,
     Fetch,
-    Goodbye,
-    Hello,
     Message,
     Pilot,
-    Ping,
-    Pong,
     Rows,
     Shown,
     Symbols,
     Tune,
     Tuned,
-    Welcome,
 )
-from wdmoe.transport.membership import Device, Lost, Outcome, Roster, SendGoodbye, SendWelcome
+from wdmoe.transport.membership import Device
 from wdmoe.transport.security.admission import Admission
 from wdmoe.transport.security.keys import station_keys
 from wdmoe.transport.security.zap import Door
@@ -63,8 +54,6 @@ STUCK_S = 60.0  # without progress: the decoder's download, or rows that come ba
 TOKEN_LIFE_S = 24 * 3600.0
 MODEL_NAME = "semantic broadcast"
 _LOOK_S = 0.05
-_MOST_CHUNK_BYTES = 1 << 20
-_TICKS_PER_LEASE = 6
 
 Progress: TypeAlias = Callable[[str, float], None]  # (what is going on, how much of it is done)
 
@@ -92,38 +81,22 @@ class Site:
     wait_s: float = 120.0  # for devices to join
 
 
-class BroadcastStation:
-    """One broadcast."""
+class BroadcastStation(OpenedInSteps, Host):
+    """One broadcast. At the end it says goodbye to the devices.
+
+    Raises (from `async with`):
+        ConfigError: the state folder or a key file cannot be used.
+        TransportError: an address cannot be bound.
+    """
 
     def __init__(self, job: Job, site: Site) -> None:
+        super().__init__()
         self._job, self._site = job, site
         self._plan = job.source.plan
         self._number = secrets.randbits(64)
         self.audience = Audience(self._plan.grids, site.names)
         self.bytes_on_air = 0
         self._sent = 0  # blocks
-        self._roster = Roster(lease_s=site.lease_s)
-        self._stack = AsyncExitStack()
-
-    async def __aenter__(self) -> BroadcastStation:
-        """Open everything.
-
-        Raises:
-            ConfigError: the state folder or a key file cannot be used.
-            TransportError: an address cannot be bound.
-        """
-        try:
-            await self._open()
-        except BaseException:
-            await self._stack.aclose()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Say goodbye to the devices, close."""
-        await self._stack.aclose()
 
     @property
     def join_text(self) -> str:
@@ -140,17 +113,7 @@ class BroadcastStation:
             TransportError: the devices did not join in time.
             BundleError: the model gives no symbols.
         """
-        loops = [asyncio.ensure_future(each) for each in (self._receive(), self._watch(), self._beat(), *beside)]
-        work = asyncio.ensure_future(self._steps(progress))
-        try:
-            await asyncio.wait([work, *loops], return_when=asyncio.FIRST_COMPLETED)
-            for each in (work, *loops):
-                if each.done():
-                    each.result()
-        finally:
-            for each in (work, *loops):
-                each.cancel()
-            await asyncio.gather(work, *loops, return_exceptions=True)
+        await run_until_first(self._steps(progress), self._sessions.run(), self._beat(), *beside)
 
     # ---- the steps
 
@@ -164,7 +127,7 @@ class BroadcastStation:
         """Wait for two devices."""
         until_s = time.monotonic() + self._site.wait_s
         while self.audience.waits_for("awaited"):
-            missing = self.audience.seat(self._roster.live(), time.monotonic())
+            missing = self.audience.seat(self._sessions.roster.live(), time.monotonic())
             progress("waiting for devices", 1 - missing / 2)
             if missing and time.monotonic() > until_s:
                 raise TransportError(f"{missing} of 2 devices did not join within {self._site.wait_s:.0f} s")
@@ -179,8 +142,8 @@ class BroadcastStation:
             if now_s >= next_s:
                 next_s = now_s + 4 * PILOT_S
                 for each in self.audience:
-                    if each.state == "tuning" and (device := self._roster.devices.get(each.key)) is not None:
-                        await self._post(device.route, self._tune_of(each))
+                    if each.state == "tuning" and (device := self._sessions.roster.devices.get(each.key)) is not None:
+                        self._sessions.post(device.route, self._tune_of(each))
             self.audience.lose_stuck("tuning", now_s, STUCK_S)
             await asyncio.sleep(_LOOK_S)
 
@@ -225,6 +188,12 @@ class BroadcastStation:
             decoder_bytes=len(job.decoder),
         )
 
+    async def _beat(self) -> None:
+        """Pilots, all the while."""
+        while True:
+            self._transmitter.send(Pilot(broadcast=self._number, sent=self._sent))
+            await asyncio.sleep(PILOT_S)
+
     # ---- opening
 
     async def _open(self) -> None:
@@ -232,86 +201,41 @@ class BroadcastStation:
         self._stack.callback(context.term)
         self._keys = station_keys(self._site.state)
         self._admission = Admission(self._site.state)
-        self._entrance = GuardedEntrance(self._admission)
         door = Door(context, self._admission)
         self._stack.callback(door.close)
         security = StationSecurity(self._keys, door)
-        self._channel = open_control_station(context, self._site.bind, security)
-        self._stack.callback(self._channel.close)
-        air = data_bind(self._channel.endpoint, self._site.bind, 0)
+        channel = open_control_station(context, self._site.bind, security)
+        self._stack.callback(channel.close)
+        air = data_bind(channel.endpoint, self._site.bind, 0)
         self._transmitter = open_transmitter(context, air, security)
         self._stack.callback(self._transmitter.close)
-        self._endpoints = dial_endpoints(self._channel.endpoint, self._site.advertise)
-        self._stack.push_async_callback(self._say_goodbye)
+        self._endpoints = dial_endpoints(channel.endpoint, self._site.advertise)
+        terms = Terms(model=MODEL_NAME, lease_s=self._site.lease_s, max_message_bytes=SocketOptions().max_message_bytes)
+        self._sessions = Sessions(channel, CurveAuthentication(self._admission), terms, self)
+        self._stack.push_async_callback(self._sessions.say_goodbye, "the broadcast is over")
 
-    async def _say_goodbye(self) -> None:
-        for device in self._roster.live():
-            await self._post(device.route, Goodbye(reason="the broadcast is over", retry=True))
+    # ---- what this station adds to its sessions
 
-    # ---- the loops
+    def file(self, device: Device, fetch: Fetch) -> ServedFile | None:
+        """The decoder."""
+        if (fetch.layer, fetch.expert) != DECODER:
+            return None
+        if (listener := self.audience.of_key(device.key)) is not None:
+            listener.moved_s = time.monotonic()
+        data = self._job.decoder
+        return ServedFile(size=len(data), read=lambda offset, length: data[offset : offset + length])
 
-    async def _beat(self) -> None:
-        """Pilots, all the while."""
-        while True:
-            self._transmitter.send(Pilot(broadcast=self._number, sent=self._sent))
-            await asyncio.sleep(PILOT_S)
+    def lost(self, device: Device, reason: str) -> None:
+        """Its user sees nothing more."""
+        if (listener := self.audience.of_key(device.key)) is not None:
+            listener.lose(f"its device was lost: {reason}")
 
-    async def _watch(self) -> None:
-        """Leases, and keys that are revoked."""
-        while True:
-            await asyncio.sleep(self._site.lease_s / _TICKS_PER_LEASE)
-            for device in self._roster.live():
-                if not self._entrance.is_admitted(device.key):
-                    await self._apply(self._roster.revoke(key=device.key))
-            await self._apply(self._roster.tick(now=time.monotonic()))
-
-    async def _receive(self) -> None:
-        while True:
-            envelope = await self._channel.receive()
-            if isinstance(envelope.message, Hello):
-                await self._hello(envelope, envelope.message)
-            else:
-                await self._handle(envelope)
-
-    # ---- messages
-
-    async def _hello(self, envelope: Envelope, hello: Hello) -> None:
-        if not self._entrance.is_enrolment(envelope.key):
-            name = self._entrance.device_id(envelope.key)
-            await self._apply(
-                self._roster.hello(
-                    key=envelope.key,
-                    device_id=name,
-                    session=hello.session,
-                    route=envelope.route,
-                    report=hello.report,
-                    now=time.monotonic(),
-                )
-            )
-            return
-        try:
-            self._entrance.enrol(envelope.key, hello.enrol_key, hello.report.name)
-        except WdmoeError as error:
-            log.warning("refused to enrol %r: %s", hello.report.name, error)
-            await self._post(envelope.route, Goodbye(reason=str(error), retry=False))
-        else:
-            await self._post(envelope.route, Welcome(session=hello.session, enrolled=True))
-
-    async def _handle(self, envelope: Envelope) -> None:
-        message, now_s = envelope.message, time.monotonic()
-        if isinstance(message, Goodbye):
-            await self._apply(self._roster.goodbye(key=envelope.key, route=envelope.route))
-            return
-        await self._apply(self._roster.heard(key=envelope.key, route=envelope.route, now=now_s))
-        device = self._roster.by_route(envelope.route)
-        if device is None:
-            return
-        if isinstance(message, Ping):
-            await self._post(device.route, Pong(sequence=message.sequence))
-        elif isinstance(message, Fetch):
-            await self._fetch(device, message)
-        elif (listener := self.audience.of_key(device.key)) is not None:
-            self._heed(listener, message, now_s)
+    def other(self, envelope: Envelope, device: Device | None) -> None:
+        """What a device says about the broadcast."""
+        now_s = time.monotonic()
+        self._sessions.apply(self._sessions.roster.heard(key=envelope.key, route=envelope.route, now=now_s))
+        if device is not None and (listener := self.audience.of_key(device.key)) is not None:
+            self._heed(listener, envelope.message, now_s)
 
     def _heed(self, listener: Listener, message: Message, now_s: float) -> None:
         """What a listener says about this broadcast. One that breaks the rules is given up."""
@@ -327,42 +251,3 @@ class BroadcastStation:
                     listener.take_shown(message)
         except ProtocolError as error:
             listener.lose(f"its device sent {error}")
-
-    async def _fetch(self, device: Device, fetch: Fetch) -> None:
-        """A part of the decoder."""
-        data = self._job.decoder
-        if (fetch.layer, fetch.expert) != DECODER or not 0 < fetch.length <= _MOST_CHUNK_BYTES:
-            await self._post(device.route, Failure(attempt=0, reason="there is no such file here, or too much asked"))
-            return
-        if (listener := self.audience.of_key(device.key)) is not None:
-            listener.moved_s = time.monotonic()
-        begin = min(fetch.offset, len(data))
-        part = np.frombuffer(data[begin : begin + fetch.length], np.uint8)
-        chunk = Chunk(layer=fetch.layer, expert=fetch.expert, offset=begin, total=len(data), data=part)
-        await self._post(device.route, chunk)
-
-    async def _post(self, route: bytes, message: Message) -> None:
-        try:
-            await self._channel.send(route, message)
-        except TransportError as error:  # gone or deaf: its lease will end
-            log.debug("not sent: %s", error)
-
-    async def _apply(self, outcome: Outcome) -> None:
-        self._roster, actions = outcome
-        for action in actions:
-            if isinstance(action, SendWelcome):
-                await self._welcome(action)
-            elif isinstance(action, SendGoodbye):
-                await self._post(action.route, Goodbye(reason=action.reason, retry=action.retry))
-            elif isinstance(action, Lost) and (listener := self.audience.of_key(action.device.key)) is not None:
-                listener.lose(f"its device was lost: {action.reason}")
-
-    async def _welcome(self, action: SendWelcome) -> None:
-        welcome = Welcome(
-            session=action.session,
-            device_id=action.device_id,
-            lease_s=self._site.lease_s,
-            max_message_bytes=SocketOptions().max_message_bytes,
-            model=MODEL_NAME,
-        )
-        await self._post(action.route, welcome)

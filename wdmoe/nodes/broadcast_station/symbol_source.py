@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from wdmoe.arrays import Pixels
 from wdmoe.broadcast.codec.blocks import BlockPlan
 from wdmoe.broadcast.codec.model import BroadcastCodec, as_pictures
-from wdmoe.broadcast.codec.tiling import SIDE, Grid, Pixels
+from wdmoe.broadcast.codec.tiling import SIDE, Grid
 from wdmoe.errors import BundleError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from wdmoe.broadcast.codec.receiver import Float32Array
+from wdmoe.arrays import Float32Array
 from wdmoe.broadcast.codec.tiling import SIDE, FloatTiles
 from wdmoe.errors import ExpertError
 from wdmoe.moe.providers import cpu_chain, session_options

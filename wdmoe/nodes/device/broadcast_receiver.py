@@ -17,15 +17,16 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import Pixels
 from wdmoe.broadcast.codec.png import png_bytes
 from wdmoe.broadcast.codec.reception import Reception, SymbolStore, plan_reception
-from wdmoe.broadcast.codec.tiling import Blender, Pixels
+from wdmoe.broadcast.codec.tiling import Blender
 from wdmoe.errors import ExpertError, PeerBusyError, ProtocolError, TransportError, WdmoeError
 from wdmoe.nodes.device.broadcast_decoder import OnnxDecoder
 from wdmoe.nodes.device.expert_cache import ExpertCache
 from wdmoe.nodes.device.rules import WantedExpert
-from wdmoe.nodes.tasks import in_thread, run_together, run_unless
 from wdmoe.records import ExpertId
+from wdmoe.tasks import in_thread, run_together, run_until_first
 from wdmoe.transport.codec.messages import Failure, Message, Pilot, Rows, Shown, Symbols, Tune, Tuned
 from wdmoe.transport.zmq.pubsub import Tuner
 
@@ -72,7 +73,7 @@ class Radio:
             await self._tuned.wait()
             self._tuned.clear()
             if self._tune is not None:
-                await run_unless(self._tuned, self._hear(self._tune))
+                await run_until_first(self._hear(self._tune), self._tuned.wait())
 
     async def _hear(self, tune: Tune) -> None:
         try:

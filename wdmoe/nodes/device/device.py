@@ -21,12 +21,12 @@ from wdmoe.nodes.device.broadcast_receiver import RadioSite
 from wdmoe.nodes.device.compute_thread import ComputeThread
 from wdmoe.nodes.device.expert_cache import ExpertCache
 from wdmoe.nodes.device.expert_opening import ExpertOpener, expert_opener
-from wdmoe.nodes.device.expert_store import Holdings
+from wdmoe.nodes.device.expert_store import ExpertStore
 from wdmoe.nodes.device.join import Dialer, introduce, open_dialer
 from wdmoe.nodes.device.rules import retry_delay_s
 from wdmoe.nodes.device.session import DeviceSession, SentAwayError
-from wdmoe.nodes.tasks import in_thread, run_together
 from wdmoe.records import DeviceReport
+from wdmoe.tasks import in_thread, run_together
 from wdmoe.transport.channel import ControlLink
 from wdmoe.transport.codec.messages import Goodbye, Hello, Place, Welcome
 
@@ -62,7 +62,7 @@ async def _run(settings: DeviceSettings, dialer: Dialer, opener: ExpertOpener) -
     crash: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     compute = ComputeThread(runner, settings.link, _reporter(crash))
     radio = RadioSite(open_tuner=dialer.tuner, cache=cache, threads=settings.threads, save=settings.save_pictures)
-    member = _Member(dialer, report, Holdings(runner, cache, report.memory_bytes), compute, radio)
+    member = _Member(dialer, report, ExpertStore(runner, cache, report.memory_bytes), compute, radio)
     compute.start()
     try:
         await run_together(member.stay_joined(), _watch(crash))
@@ -106,12 +106,12 @@ class _Member:
     """Goes from session to session."""
 
     def __init__(
-        self, dialer: Dialer, report: DeviceReport, holdings: Holdings, compute: ComputeThread, radio: RadioSite
+        self, dialer: Dialer, report: DeviceReport, store: ExpertStore, compute: ComputeThread, radio: RadioSite
     ) -> None:
         self._dialer = dialer
         self._radio = radio
         self._report = report
-        self._holdings = holdings
+        self._store = store
         self._compute = compute
         self._session = secrets.randbits(64)
         self._chance = random.Random(self._session)  # noqa: S311  # jitter, no secret
@@ -176,7 +176,7 @@ class _Member:
             self._place = None
         if welcome.data_port:  # a broadcast has no work for experts
             self._compute.connect(self._dialer.data_opener(welcome.data_port), self._session)
-        session = DeviceSession(link, welcome, self._holdings, self._compute, self._place, self._keep, self._radio)
+        session = DeviceSession(link, welcome, self._store, self._compute, self._place, self._keep, self._radio)
         await session.run()
 
     def _keep(self, place: Place) -> None:

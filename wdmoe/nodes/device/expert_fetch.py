@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, Iterator
 
 from wdmoe.errors import ExpertError, TransportError
 from wdmoe.nodes.device.rules import WantedExpert
-from wdmoe.nodes.tasks import in_thread, run_together
 from wdmoe.records import ExpertId
+from wdmoe.tasks import in_thread, run_together
 from wdmoe.transport.codec.messages import Chunk, Fetch
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from wdmoe.errors import ExpertError
 from wdmoe.moe.expert import ExpertRunner
 from wdmoe.nodes.device.expert_cache import ExpertCache
 from wdmoe.nodes.device.rules import Changes, WantedExpert, changes, wanted_experts
-from wdmoe.nodes.tasks import in_thread, run_together
 from wdmoe.records import ExpertId
+from wdmoe.tasks import in_thread, run_together
 from wdmoe.transport.codec.messages import Place
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class _Tally:
     failed: list[str] = field(default_factory=list)
 
 
-class Holdings:
+class ExpertStore:
     """The experts of this device. They outlive sessions: what is still wanted after one is ready at once."""
 
     def __init__(self, runner: ExpertRunner, cache: ExpertCache, memory_bytes: int) -> None:

@@ -14,10 +14,10 @@ from wdmoe.errors import ProtocolError, RefusedError, TransportError
 from wdmoe.nodes.device.broadcast_receiver import Radio, RadioSite
 from wdmoe.nodes.device.compute_thread import ComputeThread
 from wdmoe.nodes.device.expert_fetch import ExpertFetcher
-from wdmoe.nodes.device.expert_store import Holdings
+from wdmoe.nodes.device.expert_store import ExpertStore
 from wdmoe.nodes.device.hardware import resident_bytes
 from wdmoe.nodes.device.rules import wanted_experts
-from wdmoe.nodes.tasks import run_together, run_unless
+from wdmoe.tasks import run_together, run_until_first
 from wdmoe.transport.channel import ControlLink
 from wdmoe.transport.codec.messages import (
     Chunk,
@@ -52,7 +52,7 @@ class DeviceSession:
         self,
         link: ControlLink,
         welcome: Welcome,
-        holdings: Holdings,
+        store: ExpertStore,
         compute: ComputeThread,
         last_place: Place | None,
         keep_place: KeepPlace,
@@ -67,7 +67,7 @@ class DeviceSession:
         """
         self._link = link
         self._welcome = welcome
-        self._holdings = holdings
+        self._store = store
         self._compute = compute
         self._place = last_place
         self._keep_place = keep_place
@@ -134,8 +134,8 @@ class DeviceSession:
             await self._placed.wait()
             self._placed.clear()
             if self._place is not None:
-                follow = self._holdings.follow(self._place, self._fetcher.fetch, self._news.set, self._complain)
-                await run_unless(self._placed, follow)
+                follow = self._store.follow(self._place, self._fetcher.fetch, self._news.set, self._complain)
+                await run_until_first(follow, self._placed.wait())
 
     async def _beat(self) -> None:
         """Ping, and say what is ready: when that changed, and with every ping, in case one was lost."""
@@ -162,7 +162,7 @@ class DeviceSession:
     async def _tell_news(self) -> None:
         self._news.clear()
         if self._place is not None:
-            experts = np.array(self._holdings.ready(self._place), np.int32).reshape(-1, 2)
+            experts = np.array(self._store.ready(self._place), np.int32).reshape(-1, 2)
             await self._tell(Ready(generation=self._place.generation, experts=experts))
         while self._complaints:
             await self._tell(Failure(attempt=0, reason=self._complaints.pop(0)))

@@ -14,12 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from wdmoe.solver.layer.radio_state import Air
-
-IntArray = npt.NDArray[np.integer]
-FloatArray = npt.NDArray[np.float64]
+from wdmoe.arrays import FloatArray, IntArray
+from wdmoe.solver.layer.radio_state import RadioState
 
 TRANSFORMS = ("none", "klt")
 BESIDE_BITS = 16  # of each number that travels beside a block
@@ -65,7 +62,7 @@ def block_symbols(hidden: int, ratio: float) -> int:
     return max(1, round(hidden * ratio / 2))
 
 
-def cast(air: Air, analog: Analog, device: IntArray) -> Cast:
+def cast(air: RadioState, analog: Analog, device: IntArray) -> Cast:
     """Broadcast each token to the devices that compute it.
 
     Args:
@@ -81,7 +78,7 @@ def cast(air: Air, analog: Analog, device: IntArray) -> Cast:
     return Cast(snr, float(weakest.min(initial=np.inf)), repeats, _seconds(air, analog, device, repeats))
 
 
-def cast_again(air: Air, analog: Analog, device: IntArray, decided: Cast) -> Cast:
+def cast_again(air: RadioState, analog: Analog, device: IntArray, decided: Cast) -> Cast:
     """What was decided, over a channel that is another: blocks go out as often, and are heard as it is.
 
     What travels beside them are bits, which take what they take; for ever where a listener gets none of them.
@@ -90,17 +87,17 @@ def cast_again(air: Air, analog: Analog, device: IntArray, decided: Cast) -> Cas
     return Cast(_heard(air, _efficiency(air)), decided.weakest, decided.repeats, seconds)
 
 
-def _efficiency(air: Air) -> FloatArray:
+def _efficiency(air: RadioState) -> FloatArray:
     """(devices,) bit/s/Hz of what travels beside the blocks."""
     given = air.downlink_efficiency
     return np.log1p(air.downlink_snr_hz / air.total_hz) / np.log(2) if given is None else given
 
 
-def _heard(air: Air, efficiency: FloatArray) -> FloatArray:
+def _heard(air: RadioState, efficiency: FloatArray) -> FloatArray:
     return np.where(efficiency > 0, air.downlink_snr_hz / air.total_hz, 0.0)
 
 
-def _seconds(air: Air, analog: Analog, device: IntArray, repeats: FloatArray) -> float:
+def _seconds(air: RadioState, analog: Analog, device: IntArray, repeats: FloatArray) -> float:
     """Of all blocks, each sent so often, and what travels beside them."""
     sent = repeats > 0
     slowest = np.where(device >= 0, _efficiency(air)[device], np.inf).min(axis=1, initial=np.inf)

@@ -28,14 +28,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray, IntArray
 from wdmoe.solver.bandwidth import Links, allocate_bandwidth
 from wdmoe.solver.layer.analog_downlink import Analog, Cast, cast, cast_again
 from wdmoe.solver.layer.quantization import BITS, as_widest_of_device, distortion, round_within, vector_bits
-from wdmoe.solver.layer.radio_state import Air, air_s
+from wdmoe.solver.layer.radio_state import RadioState, air_s
 from wdmoe.solver.layer.superposition import superpose
-
-IntArray = npt.NDArray[np.integer]
-FloatArray = npt.NDArray[np.float64]
 
 MULTICASTS = ("none", "weakest", "superposition")
 _TURNS = 8  # of finding out which devices wait for the link and which for compute; two or three are usual
@@ -94,7 +92,7 @@ class LayerTime:
     analog: Cast | None = None  # how vectors went down without bits; None: they went as bits
 
 
-def layer_time(air: Air, levers: Levers, experts: IntArray, device: IntArray, bits: FloatArray) -> LayerTime:
+def layer_time(air: RadioState, levers: Levers, experts: IntArray, device: IntArray, bits: FloatArray) -> LayerTime:
     """Latency of one layer.
 
     Args:
@@ -116,7 +114,7 @@ def layer_time(air: Air, levers: Levers, experts: IntArray, device: IntArray, bi
 
 
 def time_spent(
-    air: Air, known: Air, levers: Levers, experts: IntArray, device: IntArray, decided: LayerTime
+    air: RadioState, known: RadioState, levers: Levers, experts: IntArray, device: IntArray, decided: LayerTime
 ) -> LayerTime:
     """What a layer takes where the channel is another than the one that it was decided for.
 
@@ -143,7 +141,7 @@ def time_spent(
     return work.with_band(common_s, decided.bandwidth_hz)
 
 
-def multicast_s(air: Air, levers: Levers, device: IntArray, bits: FloatArray) -> float:
+def multicast_s(air: RadioState, levers: Levers, device: IntArray, bits: FloatArray) -> float:
     """Seconds to send each token once, over the whole band, so that each of its devices can read it; 0: "none"."""
     if levers.multicast == "none":
         return 0.0
@@ -158,19 +156,19 @@ def multicast_s(air: Air, levers: Levers, device: IntArray, bits: FloatArray) ->
         return float(np.where(vector > 0, vector / (air.total_hz * slowest), 0.0).sum())
 
 
-def broadcast_s(air: Air, levers: Levers, device: IntArray, bits: FloatArray) -> float:
+def broadcast_s(air: RadioState, levers: Levers, device: IntArray, bits: FloatArray) -> float:
     """Seconds before the way up, where all of a token's devices are sent to at once: analog, else `multicast_s`."""
     if levers.analog is not None:
         return cast(air, levers.analog, device).seconds
     return multicast_s(air, levers, device, bits)
 
 
-def _token_bits(air: Air, device: IntArray, bits: FloatArray) -> FloatArray:
+def _token_bits(air: RadioState, device: IntArray, bits: FloatArray) -> FloatArray:
     """(tokens,) bits of a hidden vector that goes to all its devices at once, as the most exacting wants it."""
     return vector_bits(air.hidden, np.where(device >= 0, bits, 0.0).max(axis=1, initial=0.0))
 
 
-def bits_of_assignments(air: Air, levers: Levers, weights: FloatArray, device: IntArray) -> FloatArray:
+def bits_of_assignments(air: RadioState, levers: Levers, weights: FloatArray, device: IntArray) -> FloatArray:
     """(tokens, top_k) bits of a value, 0 where nothing is computed.
 
     Args:
@@ -184,7 +182,7 @@ def bits_of_assignments(air: Air, levers: Levers, weights: FloatArray, device: I
     return as_widest_of_device(bits, device) if levers.partial_sums else bits
 
 
-def mean_vector_bits(air: Air, levers: Levers, device: IntArray, bits: FloatArray) -> FloatArray:
+def mean_vector_bits(air: RadioState, levers: Levers, device: IntArray, bits: FloatArray) -> FloatArray:
     """(devices,) bits of a vector, the mean over a device's assignments."""
     served = device >= 0
     count = np.bincount(device[served], minlength=air.devices).astype(np.float64)
@@ -197,7 +195,7 @@ def _mean(total: npt.NDArray[np.number], count: FloatArray, none: float) -> Floa
     return np.asarray(np.divide(total, count, out=np.full(total.shape, none), where=count > 0), np.float64)
 
 
-def _bits_of_devices(air: Air, levers: Levers, weights: FloatArray, device: IntArray) -> FloatArray:
+def _bits_of_devices(air: RadioState, levers: Levers, weights: FloatArray, device: IntArray) -> FloatArray:
     """(devices,) bits of a value: few where the air is dear, for at most `coarse_share` of the gate weight."""
     bits = np.full(air.devices, float(levers.bits))
     if not levers.coarse_bits:
@@ -219,7 +217,7 @@ def _after(work: _Work, sent: Cast, band: FloatArray | None) -> LayerTime:
 class _Work:
     """What each device has to do in a layer."""
 
-    def __init__(self, air: Air, levers: Levers, experts: IntArray, device: IntArray, bits: FloatArray) -> None:
+    def __init__(self, air: RadioState, levers: Levers, experts: IntArray, device: IntArray, bits: FloatArray) -> None:
         self._air, self._levers, self._device, self._bits = air, levers, device, bits
         served = device >= 0
         at, sent = device[served], bits[served]

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
 
+from wdmoe.arrays import BoolArray, FloatArray, Int32Array
 from wdmoe.solver.bottleneck import shed_bottleneck
 from wdmoe.solver.budget import select_at_most_dropped, select_within_budget
 from wdmoe.solver.layer.latency import (
@@ -21,14 +21,11 @@ from wdmoe.solver.layer.latency import (
     mean_vector_bits,
     time_spent,
 )
-from wdmoe.solver.layer.radio_state import Air
+from wdmoe.solver.layer.radio_state import RadioState
 from wdmoe.solver.replicas import choose_copies
 from wdmoe.solver.selection import POLICIES, prune_experts
 from wdmoe.solver.substitution import replace_far
 
-Int32Array = npt.NDArray[np.int32]
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
 _LONGEST_S = 1e9  # stands for a device that nothing gets through to, where a policy wants a number
 
 
@@ -71,7 +68,7 @@ def plan_layer(
     experts: Int32Array,
     weights: FloatArray,
     holders: BoolArray,
-    air: Air,
+    air: RadioState,
     policy: Policy,
     similarity: FloatArray | None = None,
 ) -> LayerPlan:
@@ -100,7 +97,7 @@ def plan_layer(
     return LayerPlan(chosen, at, dropped / total if total else 0.0, replaced / total if total else 0.0, time)
 
 
-def carried_out(plan: LayerPlan, known: Air, air: Air, levers: Levers) -> LayerPlan:
+def carried_out(plan: LayerPlan, known: RadioState, air: RadioState, levers: Levers) -> LayerPlan:
     """A plan that was made for the channel `known`, with the time that it takes on `air`."""
     if air is known:
         return plan
@@ -132,7 +129,7 @@ def _kept(
     experts: Int32Array,
     weights: FloatArray,
     device: Int32Array,
-    air: Air,
+    air: RadioState,
     policy: Policy,
     each_s: FloatArray,
     holders: BoolArray,
@@ -150,7 +147,7 @@ def _kept(
 
 
 def _kept_by_budget(
-    experts: Int32Array, weights: FloatArray, device: Int32Array, air: Air, policy: Policy
+    experts: Int32Array, weights: FloatArray, device: Int32Array, air: RadioState, policy: Policy
 ) -> BoolArray:
     levers = policy.levers
     bits = bits_of_assignments(air, levers, weights, device)

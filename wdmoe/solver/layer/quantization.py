@@ -15,10 +15,8 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-import numpy.typing as npt
 
-IntArray = npt.NDArray[np.integer]
-FloatArray = npt.NDArray[np.float64]
+from wdmoe.arrays import FloatArray, IntArray
 
 BITS = (4, 8, 16)
 SCALE_BITS = 16  # of each activation vector that has fewer than 16 bits a value: the step

@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray
 from wdmoe.solver.bandwidth import Links, seconds_per_token
 from wdmoe.solver.layer.quantization import vector_bits
 
-FloatArray = npt.NDArray[np.float64]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Air:
+class RadioState:
     """The radio and the devices as one layer meets them; arrays are (devices,) float64.
 
     With `downlink_efficiency` and `uplink_efficiency` (bit/s/Hz over the whole band) the rate is proportional to the

@@ -24,11 +24,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.integer]
-BoolArray = npt.NDArray[np.bool_]
+from wdmoe.arrays import BoolArray, FloatArray, IntArray
 
 _STEPS = 100  # of Newton's method, at most
 _CLOSE = 1e-13  # relative change of u at which it has come to rest

@@ -15,22 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from wdmoe.arrays import BoolArray, FloatArray, Int64Array
 from wdmoe.solver.placement.greedy import place_greedily
-from wdmoe.solver.placement.problem import (
-    BoolArray,
-    FloatArray,
-    PlacementProblem,
-    Plan,
-    Progress,
-    latency_s,
-    layer_bounds_s,
-    no_plan,
-)
+from wdmoe.solver.placement.problem import PlacementProblem, Plan, Progress, latency_s, layer_bounds_s, no_plan
 from wdmoe.solver.placement.shares import best_shares
 
-IntArray = npt.NDArray[np.int64]
 INFEASIBLE = 2  # scipy's number for it
 LAYERS_TIME = 0.5  # of the limit, at most, for the layers one by one
 
@@ -160,7 +150,7 @@ def _constraints(problem: PlacementProblem, unit_s: float) -> list[Any]:
     item, slot = layer * experts + expert, layer * devices + device
     ones, times = np.ones(spots), np.arange(layers * devices)
 
-    def matrix(rows: int, *entries: tuple[IntArray, IntArray, FloatArray]) -> Any:
+    def matrix(rows: int, *entries: tuple[Int64Array, Int64Array, FloatArray]) -> Any:
         row, column, value = (np.concatenate(part) for part in zip(*entries, strict=True))
         return coo_array((value, (row, column)), shape=(rows, 2 * spots + layers)).tocsr()
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray
 from wdmoe.solver.placement.problem import (
-    FloatArray,
     PlacementProblem,
     Plan,
     Progress,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray, Int32Array, Int64Array
 from wdmoe.solver import _native
 
 STRATEGIES = ("balance",)
@@ -24,10 +25,6 @@ UNPLACED = -1
 # A placed expert moves only when that lowers the pressure on it by this share: moving costs a download.
 MOVE_MARGIN = 0.15
 POLISH_MARGIN = 1e-9
-
-Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 
 def place_experts(

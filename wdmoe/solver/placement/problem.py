@@ -23,10 +23,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import BoolArray, FloatArray
 from wdmoe.solver import _native
 
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
 Progress = Callable[[str, float], None]
 
 # "optimal": within the gap asked for. "feasible": a plan, perhaps not the best. "infeasible": proved that none

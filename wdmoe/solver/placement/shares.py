@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from wdmoe.solver.placement.problem import BoolArray, FloatArray
+from wdmoe.arrays import BoolArray, FloatArray
 
 MOST_SWEEPS = 200
 SETTLED = 1e-9  # relative

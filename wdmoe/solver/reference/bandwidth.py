@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
+from wdmoe.arrays import FloatArray
+
 GOLDEN = (5**0.5 - 1) / 2
 
 

@@ -5,15 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
+from wdmoe.arrays import BoolArray, FloatArray, Int32Array, Int64Array
 from wdmoe.solver.bandwidth import Links
 from wdmoe.solver.required_bandwidth import needed_hz
-
-Int32Array = npt.NDArray[np.int32]
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
 
 SLACK = 1e-9  # of the band: what rounding may take
 
@@ -50,7 +45,7 @@ class _Layer:
         hertz[:, 1:] = needed_hz(self.links, self.budget_s / np.arange(1, self.device.size + 1))
         self.table = np.where(hertz <= self.total_hz, hertz, np.inf)
 
-    def loads(self, kept: BoolArray) -> IntArray:
+    def loads(self, kept: BoolArray) -> Int64Array:
         return np.bincount(self.device[kept], minlength=self.links.table.shape[1]).astype(np.int64)
 
     def hertz(self, kept: BoolArray) -> float:

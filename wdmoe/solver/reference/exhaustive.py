@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import FloatArray
 from wdmoe.solver.bandwidth import Links
 from wdmoe.solver.required_bandwidth import needed_hz
 
 MOST_CHOICES = 2_000_000
-
-FloatArray = npt.NDArray[np.float64]
 
 
 def best_within_budget(

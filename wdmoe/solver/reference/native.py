@@ -13,11 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Int32Array = npt.NDArray[np.int32]
-UInt8Array = npt.NDArray[np.uint8]
-Float32Array = npt.NDArray[np.float32]
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
+from wdmoe.arrays import BoolArray, Float32Array, FloatArray, Int32Array, UInt8Array
 
 LARGEST = 1e100
 SMALLEST_POSITIVE = 1e-100

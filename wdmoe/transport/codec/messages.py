@@ -16,17 +16,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import numpy as np
 import numpy.typing as npt
 
+from wdmoe.arrays import Float32Array, Int32Array, Int64Array, UInt8Array
 from wdmoe.records import DeviceReport
 
 PROTOCOL_VERSION = 2
 
-Int32Array: TypeAlias = npt.NDArray[np.int32]
-Int64Array: TypeAlias = npt.NDArray[np.int64]
-UInt8Array: TypeAlias = npt.NDArray[np.uint8]
-Float32Array: TypeAlias = npt.NDArray[np.float32]
 Activations: TypeAlias = npt.NDArray[Any]  # float32 or float16, (tokens, hidden)
 
 
