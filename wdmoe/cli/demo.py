@@ -66,7 +66,25 @@ _PROMPT = "Tell me a short story about a lighthouse keeper who finds a message i
 @click.option("--no-view", is_flag=True, help="Plain text; so it is where the output is no terminal.")
 @click.option("--json", "as_json", is_flag=True, help="All figures as one JSON document, and nothing else.")
 @click.option("--picture", type=FILE, help="Save the first run's last frame and the table as an SVG image.")
-def demo(bundle: str, cache: Path | None, no_view: bool, as_json: bool, picture: Path | None, **flags: Any) -> None:
+def demo(
+    prompt: str,
+    devices: int,
+    tokens: int,
+    policy: str | None,
+    budget_s: float,
+    budget_per_token_s: float,
+    rank: str,
+    whole_layers: int,
+    rates_bps: tuple[float, ...] | None,
+    bandwidth_hz: float,
+    seed: int,
+    bundle: str,
+    compare: bool,
+    cache: Path | None,
+    no_view: bool,
+    as_json: bool,
+    picture: Path | None,
+) -> None:
     """Run a base station and devices on this machine, and watch them answer PROMPT.
 
     Every part is a process of its own, all traffic is encrypted, and links of different rates are emulated. At
@@ -82,11 +100,10 @@ def demo(bundle: str, cache: Path | None, no_view: bool, as_json: bool, picture:
       wdmoe-node demo --bandwidth 20MHz --budget 150ms --budget-per-token 50ms
       wdmoe-node demo --model ./mixtral-bundle --links 0 --json > figures.json
     """
-    flags["policy"] = chosen_policy(flags["policy"], flags["budget_s"], flags["budget_per_token_s"], "cosine")
-    check_rank_flags(flags["policy"], flags["rank"], flags["whole_layers"])
-    if flags["bandwidth_hz"] and flags["rates_bps"]:
+    policy = chosen_policy(policy, budget_s, budget_per_token_s, "cosine")
+    check_rank_flags(policy, rank, whole_layers)
+    if bandwidth_hz and rates_bps:
         raise click.UsageError("--links have rates of their own, with --bandwidth they share a band: give one of them")
-    flags["rates_bps"] = flags["rates_bps"] or ()
     signal.signal(signal.SIGTERM, _end)
     from wdmoe.backbone.format.bundle import Bundle
     from wdmoe.nodes.demo.figures import as_document
@@ -94,7 +111,21 @@ def demo(bundle: str, cache: Path | None, no_view: bool, as_json: bool, picture:
     from wdmoe.nodes.demo.report import report, save_picture
     from wdmoe.nodes.demo.run import run_demo
 
-    settings = DemoSettings(cache=cache or cache_home() / "experts", **flags)
+    settings = DemoSettings(
+        cache=cache or cache_home() / "experts",
+        prompt=prompt,
+        devices=devices,
+        tokens=tokens,
+        policy=policy,
+        rank=rank,
+        whole_layers=whole_layers,
+        budget_s=budget_s,
+        budget_per_token_s=budget_per_token_s,
+        rates_bps=rates_bps or (),
+        bandwidth_hz=bandwidth_hz,
+        seed=seed,
+        compare=compare,
+    )
     if bundle == "default" and not sys.stderr.isatty():  # where it is, a bar says so
         click.echo("default model: found in the cache, or made now, which takes minutes", err=True)
     with needs_extra("bs"):
