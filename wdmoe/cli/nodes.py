@@ -17,6 +17,7 @@ from wdmoe.cli.params import (
     LISTEN,
     RATE,
     SECRET,
+    SHARE,
     SIZE,
     TIME,
     check_rank_flags,
@@ -205,6 +206,12 @@ def device(
     help="... plus this for each further token of a prompt; without it a prompt has the time of one token.",
 )
 @click.option(
+    "--max-dropped",
+    type=SHARE,
+    default=0,
+    help="Share of the experts' worth that a request may drop in each layer, for --policy budget, in place of a time.",
+)
+@click.option(
     "--bandwidth",
     "bandwidth_hz",
     type=FREQUENCY,
@@ -290,6 +297,7 @@ def bs(
     whole_layers: int,
     budget_s: float,
     budget_per_token_s: float,
+    max_dropped: float,
     bandwidth_hz: float,
     allocation: str | None,
     placement: Path | None,
@@ -318,9 +326,10 @@ def bs(
       wdmoe-node bs default
       wdmoe-node bs ./mixtral-bundle --http 0.0.0.0:8080 --api-key @key.txt --policy cosine
       wdmoe-node bs default --budget 150ms --whole-layers 1 --bandwidth 20MHz
+      wdmoe-node bs default --max-dropped 5% --whole-layers 1 --bandwidth 20MHz
       curl 127.0.0.1:8080/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once upon"}'
     """
-    policy = chosen_policy(policy, budget_s, budget_per_token_s, "topk")
+    policy = chosen_policy(policy, budget_s, budget_per_token_s, "topk", max_dropped)
     check_rank_flags(policy, rank, whole_layers)
     if allocation and not bandwidth_hz:
         raise click.UsageError("--allocation says how --bandwidth is shared: give that too, as in --bandwidth 20MHz")
@@ -343,6 +352,7 @@ def bs(
         allocation=allocation or "optimal",
         budget_s=budget_s,
         budget_per_token_s=budget_per_token_s,
+        max_dropped=max_dropped,
         deadline_s=deadline_s,
         deadline_per_token_s=deadline_per_token_s,
         prefill_chunk=prefill_chunk,
