@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from wdmoe.errors import ConfigError
@@ -167,3 +167,20 @@ class StationSettings:
             raise ConfigError(f"copies must be 1 or 2, got {self.copies}")
         if self.max_queued < 0 or self.deadline_per_token_s < 0 or self.threads < 0:
             raise ConfigError("max_queued, deadline_per_token_s and threads must not be negative")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingRules:
+    """What of a base station's settings may change from one answer to the next; see `StationSettings`."""
+
+    policy: str = "topk"
+    rank: str = "auto"
+    whole_layers: int = 0
+    budget_s: float = 0.0
+    budget_per_token_s: float = 0.0
+    max_dropped: float = 0.0
+    allocation: str = "optimal"
+
+    def of(self, settings: StationSettings) -> StationSettings:
+        """The same station under these rules."""
+        return replace(settings, **asdict(self))

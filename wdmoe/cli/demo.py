@@ -13,23 +13,25 @@ import click
 
 from wdmoe.cli.bundles import find_bundle
 from wdmoe.cli.failures import needs_extra
-from wdmoe.cli.params import DIRECTORY, FILE, FREQUENCY, RATES, TIME, check_rank_flags, chosen_policy
+from wdmoe.cli.params import DIRECTORY, FILE, FREQUENCY, RATES, SHARE, TIME, check_rank_flags, chosen_policy
 from wdmoe.config import POLICIES, RANKS, cache_home
 
 if TYPE_CHECKING:
     from wdmoe.nodes.demo.run import OpenStage
 
+_BANDWIDTH_HZ = 10e6
+_MAX_DROPPED = 0.05
 _PROMPT = "Tell me a short story about a lighthouse keeper who finds a message in a bottle."
 
 
 @click.command()
 @click.argument("prompt", default=_PROMPT)
 @click.option("--devices", type=click.IntRange(1, 64), default=8, show_default=True, help="How many devices.")
-@click.option("--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Longest answer.")
+@click.option("--tokens", type=click.IntRange(min=1), default=48, show_default=True, help="Longest answer.")
 @click.option(
     "--policy",
     type=click.Choice(POLICIES),
-    help="How the first run chooses experts.  [default: cosine; budget with --budget]",
+    help="How the first run chooses experts.  [default: budget]",
 )
 @click.option(
     "--budget", "budget_s", type=TIME, default=0, help="Time for the experts of a pass, for --policy budget ..."
@@ -38,34 +40,43 @@ _PROMPT = "Tell me a short story about a lighthouse keeper who finds a message i
     "--budget-per-token", "budget_per_token_s", type=TIME, default=0, help="... plus this for more tokens in it."
 )
 @click.option(
+    "--max-dropped",
+    type=SHARE,
+    help="Share of the experts' worth that --policy budget may drop, in place of a time.  [default: 5%]",
+)
+@click.option(
     "--rank",
     type=click.Choice(("auto", *RANKS)),
     default="auto",
     show_default=True,
     help="What that policy ranks experts by; auto: what the bundle says.",
 )
-@click.option("--whole-layers", type=click.IntRange(min=0), default=0, help="So many first layers drop nothing.")
+@click.option(
+    "--whole-layers",
+    type=click.IntRange(min=0),
+    help="So many first layers drop nothing.  [default: 1 with --policy budget]",
+)
 @click.option(
     "--links",
     "rates_bps",
     type=RATES,
     help="Rates of the emulated links, both directions alike: one for each device; or two, the ends of a row; or one "
-    "for all; 0 emulates none.  [default: 200Mbit/s,20Mbit/s]",
+    "for all; 0 emulates none. In place of --bandwidth.",
 )
 @click.option(
     "--bandwidth",
     "bandwidth_hz",
     type=FREQUENCY,
-    default=0,
-    help="Let the devices share this band instead, over links whose strengths differ by 20 dB.",
+    help="Band that the devices share, over links whose strengths differ by 30 dB.  [default: 10MHz]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides which device has the slow link.")
 @click.option("--model", "bundle", default="default", show_default=True, help="Bundle folder, or the default model.")
-@click.option("--compare/--no-compare", default=True, help="Also run plain top-k, over the same and over equal links.")
+@click.option("--compare/--no-compare", default=True, help="Also run plain top-k, also with equal parts of the band.")
 @click.option("--cache", type=DIRECTORY, help="Folder of experts kept for the next start, shared by all devices.")
 @click.option("--no-view", is_flag=True, help="Plain text; so it is where the output is no terminal.")
 @click.option("--json", "as_json", is_flag=True, help="All figures as one JSON document, and nothing else.")
 @click.option("--picture", type=FILE, help="Save the first run's last frame and the table as an SVG image.")
+@click.option("--installed-in", "installed_s", type=TIME, default=0, hidden=True, help="Told by tools/demo.")
 def demo(
     prompt: str,
     devices: int,
@@ -74,9 +85,10 @@ def demo(
     budget_s: float,
     budget_per_token_s: float,
     rank: str,
-    whole_layers: int,
+    max_dropped: float | None,
+    whole_layers: int | None,
     rates_bps: tuple[float, ...] | None,
-    bandwidth_hz: float,
+    bandwidth_hz: float | None,
     seed: int,
     bundle: str,
     compare: bool,
@@ -84,6 +96,7 @@ def demo(
     no_view: bool,
     as_json: bool,
     picture: Path | None,
+    installed_s: float,
 ) -> None:
     """Run a base station and devices on this machine, and watch them answer PROMPT.
 
@@ -100,13 +113,21 @@ def demo(
       wdmoe-node demo --bandwidth 20MHz --budget 150ms --budget-per-token 50ms
       wdmoe-node demo --model ./mixtral-bundle --links 0 --json > figures.json
     """
-    policy = chosen_policy(policy, budget_s, budget_per_token_s, "cosine")
+    policy = policy or "budget"
+    if max_dropped is None:
+        max_dropped = _MAX_DROPPED if policy == "budget" and not budget_s else 0.0
+    if whole_layers is None:
+        whole_layers = int(policy == "budget")
+    policy = chosen_policy(policy, budget_s, budget_per_token_s, policy, max_dropped)
     check_rank_flags(policy, rank, whole_layers)
     if bandwidth_hz and rates_bps:
         raise click.UsageError("--links have rates of their own, with --bandwidth they share a band: give one of them")
+    if bandwidth_hz is None:
+        bandwidth_hz = 0.0 if rates_bps else _BANDWIDTH_HZ
     signal.signal(signal.SIGTERM, _end)
     from wdmoe.backbone.format.bundle import Bundle
     from wdmoe.nodes.demo.figures import as_document
+    from wdmoe.nodes.demo.phases import Phases
     from wdmoe.nodes.demo.plan import DemoSettings
     from wdmoe.nodes.demo.report import report, save_picture
     from wdmoe.nodes.demo.run import run_demo
@@ -121,23 +142,30 @@ def demo(
         whole_layers=whole_layers,
         budget_s=budget_s,
         budget_per_token_s=budget_per_token_s,
+        max_dropped=max_dropped,
         rates_bps=rates_bps or (),
         bandwidth_hz=bandwidth_hz,
         seed=seed,
         compare=compare,
     )
+    phases = Phases()
+    if installed_s:
+        phases.add("installing", installed_s)
     if bundle == "default" and not sys.stderr.isatty():  # where it is, a bar says so
-        click.echo("default model: found in the cache, or made now, which takes minutes", err=True)
+        click.echo("default model: found in the cache, or made now", err=True)
     with needs_extra("bs"):
         opened = Bundle.open(find_bundle(bundle))
+    phases.end("the model")
     views, open_stage = _stages(plain=no_view, quiet=as_json)
-    runs = run_demo(settings, opened, open_stage)
+    runs = run_demo(settings, opened, open_stage, phases)
+    phases.end("ending")
     if picture is not None:
-        save_picture(picture, [views[0], report(runs)], "wdmoe-node demo")
+        save_picture(picture, [views[0], report(runs, phases)], "wdmoe-node demo")
     if as_json:
-        click.echo(json.dumps(as_document(opened.manifest.model, settings.prompt, settings.seed, runs), indent=2))
+        document = as_document(opened.manifest.model, settings.prompt, settings.seed, runs, phases)
+        click.echo(json.dumps(document, indent=2))
     else:
-        _console().print(report(runs))
+        _console().print(report(runs, phases))
 
 
 def _stages(*, plain: bool, quiet: bool) -> tuple[list[Any], OpenStage]:

@@ -285,6 +285,7 @@ def device(
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads.  [default: torch's choice]")
 @click.option("--state", type=DIRECTORY, help="Folder of the base station's key and the admitted devices.")
 @click.option("--insecure", is_flag=True, help="No encryption, no admission: for closed networks only.")
+@click.option("--commands", is_flag=True, hidden=True, help="Obey commands on standard input, as `demo` gives them.")
 def bs(
     bundle: str,
     bind: str,
@@ -314,6 +315,7 @@ def bs(
     threads: int,
     state: Path | None,
     insecure: bool,
+    commands: bool,
 ) -> None:
     """Serve the model in BUNDLE, until stopped.
 
@@ -368,13 +370,14 @@ def bs(
         state=state or state_home() / "bs",
         insecure=insecure,
     )
-    run_until_stopped(_serve(settings))
+    run_until_stopped(_serve(settings, commands))
 
 
-async def _serve(settings: StationSettings) -> None:
+async def _serve(settings: StationSettings, commands: bool) -> None:
     """A base station and its HTTP face."""
     with needs_extra("bs"):
         from wdmoe.nodes.base_station.base_station import BaseStation
+        from wdmoe.nodes.base_station.commands import obey
         from wdmoe.serving.server import serve_http
         from wdmoe.tasks import run_together
     host, port = settings.http_host, settings.http_port
@@ -383,6 +386,8 @@ async def _serve(settings: StationSettings) -> None:
         parts = [station.run()]
         if port >= 0:
             parts.append(serve_http(station.engine, host, port, settings.api_key, ready=_tell_url))
+        if commands:
+            parts.append(obey(station, settings, click.echo))
         await run_together(*parts)
 
 
