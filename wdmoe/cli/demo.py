@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ _PROMPT = "Tell me a short story about a lighthouse keeper who finds a message i
 @click.command()
 @click.argument("prompt", default=_PROMPT)
 @click.option("--devices", type=click.IntRange(1, 64), default=8, show_default=True, help="How many devices.")
-@click.option("--tokens", type=click.IntRange(min=1), default=48, show_default=True, help="Longest answer.")
+@click.option("--tokens", type=click.IntRange(min=1), default=24, show_default=True, help="Longest answer.")
 @click.option(
     "--policy",
     type=click.Choice(POLICIES),
@@ -116,21 +117,22 @@ def demo(
     policy = policy or "budget"
     if max_dropped is None:
         max_dropped = _MAX_DROPPED if policy == "budget" and not budget_s else 0.0
-    if whole_layers is None:
-        whole_layers = int(policy == "budget")
     policy = chosen_policy(policy, budget_s, budget_per_token_s, policy, max_dropped)
-    check_rank_flags(policy, rank, whole_layers)
+    check_rank_flags(policy, rank, whole_layers or 0)
     if bandwidth_hz and rates_bps:
         raise click.UsageError("--links have rates of their own, with --bandwidth they share a band: give one of them")
     if bandwidth_hz is None:
         bandwidth_hz = 0.0 if rates_bps else _BANDWIDTH_HZ
     signal.signal(signal.SIGTERM, _end)
+    from wdmoe.nodes.demo.phases import Phases
+
+    phases = Phases()
     from wdmoe.backbone.format.bundle import Bundle
     from wdmoe.nodes.demo.figures import as_document
-    from wdmoe.nodes.demo.phases import Phases
     from wdmoe.nodes.demo.plan import DemoSettings
     from wdmoe.nodes.demo.report import report, save_picture
     from wdmoe.nodes.demo.run import run_demo
+    from wdmoe.nodes.demo.verdict import verdict
 
     settings = DemoSettings(
         cache=cache or cache_home() / "experts",
@@ -139,7 +141,7 @@ def demo(
         tokens=tokens,
         policy=policy,
         rank=rank,
-        whole_layers=whole_layers,
+        whole_layers=whole_layers or 0,
         budget_s=budget_s,
         budget_per_token_s=budget_per_token_s,
         max_dropped=max_dropped,
@@ -148,13 +150,14 @@ def demo(
         seed=seed,
         compare=compare,
     )
-    phases = Phases()
     if installed_s:
         phases.add("installing", installed_s)
     if bundle == "default" and not sys.stderr.isatty():  # where it is, a bar says so
         click.echo("default model: found in the cache, or made now", err=True)
     with needs_extra("bs"):
         opened = Bundle.open(find_bundle(bundle))
+    if whole_layers is None and policy == "budget" and len(opened.manifest.moe_layers) > 1:
+        settings = replace(settings, whole_layers=1)
     phases.end("the model")
     views, open_stage = _stages(plain=no_view, quiet=as_json)
     runs = run_demo(settings, opened, open_stage, phases)
@@ -163,7 +166,7 @@ def demo(
         save_picture(picture, [views[0], report(runs, phases)], "wdmoe-node demo")
     if as_json:
         document = as_document(opened.manifest.model, settings.prompt, settings.seed, runs, phases)
-        click.echo(json.dumps(document, indent=2))
+        click.echo(json.dumps({**document, "verdict": verdict(runs)}, indent=2))
     else:
         _console().print(report(runs, phases))
 

@@ -24,7 +24,7 @@ class DemoSettings:
     prompt: str
     devices: int = 8
     tokens: int = 64  # of the answer, at most
-    policy: str = "budget"  # of the first run; the others are top-k
+    policy: str = "cosine"  # of the first run; the others are top-k
     rank: str = "auto"  # of that policy; auto: what the bundle says
     whole_layers: int = 0  # so many first ones drop nothing
     budget_s: float = 0.0  # of the policy `budget`
