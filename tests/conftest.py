@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +20,8 @@ import psutil
 import pytest
 from hypothesis import settings
 
+from tests.lab.waiting import free_ports
+
 SEED = 20240623
 GRACE_S = 5.0  # how long what a test started may take to end after it
 
@@ -34,29 +35,28 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Their tests start base stations and devices, or make the default model: they have the machine to themselves.
-ALONE = {
-    "test_alive",
-    "test_broadcast_live",
-    "test_nodes",
-    "test_default_model",
-    "test_demo",
-    "test_device_node",
-    "test_live_radio",
-    "test_placement_live",
-    "test_quality",
-    "test_right",
-    "test_right_default",
-    "test_station_load",
-}
+# Files that take longest: workers begin with them, so that none is left with one of them at the end.
+LONGEST = (
+    "backbone/test_default_model.py",
+    "nodes/test_demo.py",
+    "nodes/test_alive.py",
+    "nodes/test_broadcast_live.py",
+    "cli/test_nodes.py",
+    "nodes/test_right.py",
+    "broadcast/test_front_comparison.py",
+    "simulation/test_quality.py",
+    "nodes/test_right_default.py",
+    "solver/test_bandwidth.py",
+    "simulation/test_simulation.py",
+    "backbone/test_distil.py",
+)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark them; `tools/check` runs the others in several workers."""
-    for item in items:
-        if item.path.stem in ALONE:
-            item.add_marker(pytest.mark.alone)
+    """Put them first; all others keep their order."""
+    rank = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture
@@ -67,11 +67,8 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture
 def free_port() -> int:
-    """A TCP port that the operating system says is free. Where a server can bind port 0, do that instead."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port that nobody listens at."""
+    return free_ports(1)
 
 
 @pytest.fixture(autouse=True)

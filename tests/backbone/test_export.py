@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.cli.test_commands import fails, run
 from tests.lab import families
+from tests.lab.command import fails, run_here
 from tests.lab.full_disk import PAGE, fill, small_disk
+from tests.lab.waiting import PATIENCE_S
 from wdmoe.backbone.export import export, resume
 from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.export.resume import JOURNAL_NAME, Journal
@@ -169,7 +170,7 @@ def test_killed_export_goes_on(source, tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen([sys.executable, "-c", code, str(source), str(out)], env=environment)
-    give_up = time.monotonic() + 60
+    give_up = time.monotonic() + PATIENCE_S
     while not (out / "experts/000/001.onnx").exists() and process.poll() is None:
         assert time.monotonic() < give_up
         time.sleep(0.005)
@@ -244,7 +245,7 @@ def test_disk_without_room_leaves_nothing_to_trust(source, tmp_path, pages):
 def test_export_command_on_a_full_disk_is_one_line(source, tmp_path):
     with small_disk(tmp_path / "small") as disk:
         fill(disk, 12 * PAGE)
-        line = fails(run("export", str(source), str(disk / "bundle")))
+        line = fails(run_here("export", str(source), str(disk / "bundle")))
     assert "disk is full" in line
     assert "run the same command again" in line
 

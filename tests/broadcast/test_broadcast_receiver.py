@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.broadcast.test_decoder import SMALL, shaken
+from tests.lab.waiting import PATIENCE_S
 from tests.lab.wire_examples import a_tune
 from tests.lab.zmq_lab import Lab, lab
 from wdmoe.broadcast.codec.decoder_export import decoder_graph
@@ -31,7 +32,6 @@ from wdmoe.transport.membership import Device
 from wdmoe.transport.zmq.pubsub import Transmitter, open_transmitter, open_tuner
 
 __all__ = ["lab"]
-PATIENCE_S = 30.0
 HEIGHT, WIDTH = 70, 90  # 3 rows of 4 tiles
 CODEC = shaken(SMALL)
 DECODER = decoder_graph(CODEC)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,27 +10,13 @@ import textwrap
 
 import pytest
 
+from tests.lab.command import fails, run, run_here
 from tests.lab.serving_bench import EchoEngine, serving
+from tests.lab.waiting import PATIENCE_S
 from wdmoe.cli.failures import explain
 from wdmoe.errors import BundleError
 
-MAIN = "from wdmoe.cli.main import main; main()"
 COMMANDS = ["broadcast", "bs", "demo", "device", "export", "place", "split", "status", "token", "trace", "verify"]
-
-
-def run(*words: str, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """`wdmoe-node WORDS` in a process of its own; `before` is Python to run first."""
-    command = [sys.executable, "-c", f"{textwrap.dedent(before)}\n{MAIN}", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, env={**os.environ, **environment})
-
-
-def fails(result: subprocess.CompletedProcess[str]) -> str:
-    """The one line of a stated failure."""
-    assert result.returncode == 1, result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("Error: ")
-    return lines[0]
 
 
 def test_help_teaches_every_command():
@@ -39,9 +24,9 @@ def test_help_teaches_every_command():
     assert overview.returncode == 0
     for command in COMMANDS:
         assert f"\n  {command} " in overview.stdout
-        text = run(command, "--help").stdout
+        text = run_here(command, "--help").stdout
         assert "Example" in text or command == "token"
-    assert "Example" in run("token", "create", "--help").stdout
+    assert "Example" in run_here("token", "create", "--help").stdout
 
 
 def test_help_loads_nothing_heavy():
@@ -55,7 +40,7 @@ def test_help_loads_nothing_heavy():
         print(sorted(set("{heavy}".split()) & set(sys.modules)))
     """
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=PATIENCE_S, check=True
     )
     assert result.stdout.strip() == "[]"
 
@@ -82,7 +67,7 @@ def test_version():
     ],
 )
 def test_wrong_usage_ends_with_2(words, says):
-    result = run(*words)
+    result = run_here(*words)
     assert result.returncode == 2
     assert says in result.stderr
     assert "Traceback" not in result.stderr
@@ -105,12 +90,12 @@ def test_a_missing_extra_is_named(words, missing, extra):
 
 
 def test_a_folder_that_is_no_bundle(tmp_path):
-    assert str(tmp_path) in fails(run("verify", str(tmp_path)))
-    assert "no-such" in fails(run("verify", str(tmp_path / "no-such")))
+    assert str(tmp_path) in fails(run_here("verify", str(tmp_path)))
+    assert "no-such" in fails(run_here("verify", str(tmp_path / "no-such")))
 
 
 def test_a_folder_that_is_no_model(tmp_path):
-    assert str(tmp_path) in fails(run("export", str(tmp_path), str(tmp_path / "out")))
+    assert str(tmp_path) in fails(run_here("export", str(tmp_path), str(tmp_path / "out")))
 
 
 def test_tokens_are_made_listed_and_revoked(tmp_path):
@@ -119,25 +104,43 @@ def test_tokens_are_made_listed_and_revoked(tmp_path):
     from wdmoe.transport.security.keys import new_key_pair
 
     state = ("--state", str(tmp_path / "bs"))
-    made = run("token", "create", *state, "--endpoint", "tcp://192.0.2.7:5555", "--ttl", "10min", "--uses", "1")
+    made = run_here("token", "create", *state, "--endpoint", "tcp://192.0.2.7:5555", "--ttl", "10min", "--uses", "1")
     assert made.returncode == 0
     assert parse_token(made.stdout).endpoints == ("tcp://192.0.2.7:5555",)
     everywhere = parse_token(run("token", XDG_STATE_HOME=str(tmp_path)).stdout)
     assert all(each.endswith(":5555") for each in everywhere.endpoints)
 
     Admission(tmp_path / "bs").admit(new_key_pair().public, "kitchen\x1b[31m")
-    listed = run("token", "list", *state).stdout
+    listed = run_here("token", "list", *state).stdout
     assert "kitchen" in listed
     assert "\x1b" not in listed
-    assert "no admitted device" in fails(run("token", "revoke", *state, "attic"))
-    assert run("token", "revoke", *state, "kitchen\x1b[31m").returncode == 0
-    assert "kitchen" not in run("token", "list", *state).stdout
+    assert "no admitted device" in fails(run_here("token", "revoke", *state, "attic"))
+    assert run_here("token", "revoke", *state, "kitchen\x1b[31m").returncode == 0
+    assert "kitchen" not in run_here("token", "list", *state).stdout
+
+
+def test_names_and_keys_that_begin_with_a_dash(tmp_path):
+    from wdmoe.transport.security.admission import Admission
+    from wdmoe.transport.security.keys import new_key_pair
+
+    state = ("--state", str(tmp_path / "bs"))
+    admission = Admission(tmp_path / "bs")
+    key = next(pair.public for pair in iter(new_key_pair, None) if pair.public.startswith("-"))
+    for name, revoked in (("-hall", "-hall"), ("--help-desk", "--help-desk"), ("attic", key)):
+        admission.admit(key, name)
+        for words in ((revoked, *state), (*state, revoked), (*state, "--", revoked)):
+            admission.admit(key, name)
+            gone = run("token", "revoke", *words)
+            assert f"{name} (" in gone.stdout, gone.stderr
+    assert "Shut out DEVICE" in run("token", "revoke", "-h").stdout
+    assert run("token", "revoke", *state).returncode == 2
+    assert "wdmoe1" in fails(run("device", "--name", "-hall", "--join", "-secret", *state))
 
 
 def test_a_state_folder_that_cannot_be(tmp_path):
     blocker = tmp_path / "file"
     blocker.touch()
-    assert str(blocker) in fails(run("token", "create", "--state", str(blocker / "bs")))
+    assert str(blocker) in fails(run_here("token", "create", "--state", str(blocker / "bs")))
 
 
 def test_status_shows_a_running_base_station():
@@ -145,9 +148,9 @@ def test_status_shows_a_running_base_station():
     with serving(engine, api_key="geheim") as server:
         shown = run("status", "--url", server.url, "--api-key", "geheim")
         machine = run("status", "--url", f"{server.url}/", "--json", WDMOE_API_KEY="geheim")
-        refused = run("status", "--url", server.url)
-        nowhere = run("status", "--url", f"{server.url}/elsewhere", "--api-key", "geheim")
-        placement = run("status", "--url", server.url, "--api-key", "geheim", "--print-placement")
+        refused = run_here("status", "--url", server.url)
+        nowhere = run_here("status", "--url", f"{server.url}/elsewhere", "--api-key", "geheim")
+        placement = run_here("status", "--url", server.url, "--api-key", "geheim", "--print-placement")
     assert shown.returncode == 0
     assert "echo-moe" in shown.stdout
     assert "kitchen" in shown.stdout
@@ -212,7 +215,7 @@ def _start(cleaning_s: float) -> subprocess.Popen[str]:
 def test_a_signal_ends_a_program_after_its_clean_up(number):
     process = _start(cleaning_s=0.05)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, out, err) == (0, "cleaning\nclean\ndone\n", "")
 
 
@@ -222,7 +225,7 @@ def test_a_second_signal_ends_a_clean_up_that_hangs(number):
     process.send_signal(number)
     assert process.stdout.readline() == "cleaning\n"
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode != 0
     assert "clean\n" not in out
 
@@ -235,6 +238,8 @@ def test_a_cancel_from_inside_is_not_taken_for_a_signal():
             raise asyncio.CancelledError
         run_until_stopped(program())
     """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert result.returncode == 1
     assert "CancelledError" in result.stderr

@@ -7,7 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from tests.cli.test_commands import fails, run
+from tests.lab.command import fails, run, run_here
 from wdmoe.cli.main import cli
 from wdmoe.errors import WdmoeError
 from wdmoe.records import ExpertId
@@ -81,4 +81,4 @@ def test_wrong_device_files_are_named(tmp_path, text, said):
 
 
 def test_a_failure_is_one_line():
-    assert "gate trace pyproject.toml" in fails(run("place", "pyproject.toml", "--device", "kit=8GiB,2ms", *SIZE))
+    assert "gate trace pyproject.toml" in fails(run_here("place", "pyproject.toml", "--device", "kit=8GiB,2ms", *SIZE))

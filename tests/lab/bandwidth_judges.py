@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import cvxpy
 import numpy as np
 from scipy.optimize import minimize
 
+from wdmoe.arrays import BoolArray, FloatArray
 from wdmoe.solver import Links
 from wdmoe.solver.reference import bandwidth as reference
 
@@ -16,7 +18,9 @@ BITS = 65536.0
 VIOLATION = 1e-9  # relative: what SLSQP may miss a constraint by
 
 
-def draw_case(rng, blocks=None, devices=None, flat=None):
+def draw_case(
+    rng: np.random.Generator, blocks: int | None = None, devices: int | None = None, flat: bool | None = None
+) -> tuple[FloatArray, Links]:
     """load, links: up to 64 x 64, 40 dB spread of gains, often zero loads, one device that may be hopeless and idle."""
     blocks, devices = blocks or int(rng.integers(1, 65)), devices or int(rng.integers(1, 65))
     flat = bool(rng.integers(2)) if flat is None else flat
@@ -28,14 +32,15 @@ def draw_case(rng, blocks=None, devices=None, flat=None):
     compute = rng.uniform(0, 2e-3, devices) * rng.integers(2)
     names = ("downlink_efficiency", "uplink_efficiency") if flat else ("downlink_snr_hz", "uplink_snr_hz")
     rates = np.log2(1 + snr / TOTAL_HZ) if flat else snr
-    links = Links(downlink_bits=BITS, uplink_bits=BITS, compute_s=compute, **dict(zip(names, rates, strict=True)))
+    qualities: dict[str, Any] = dict(zip(names, rates, strict=True))
+    links = Links(downlink_bits=BITS, uplink_bits=BITS, compute_s=compute, **qualities)
     return load, links
 
 
 class Scaled:
     """A problem without idle devices, its numbers near 1: without that the general solvers lose digits."""
 
-    def __init__(self, load, links):
+    def __init__(self, load: FloatArray, links: Links) -> None:
         used = load.any(axis=0)
         self.load, self.table, self.flat = load[load.any(axis=1)][:, used], links.table[:, used], links.flat
         if not self.load.size:
@@ -47,31 +52,32 @@ class Scaled:
         self.once = self.seconds(np.ones(n))
         self.unit = (self.load * self.once).max(axis=1).sum()
 
-    def seconds(self, share):
+    def seconds(self, share: FloatArray) -> FloatArray:
         """(devices,) per token, compute included."""
-        return reference.seconds_per_token(self.table, self.flat, share * self.guess * TOTAL_HZ) + self.table[4]
+        each = reference.seconds_per_token(self.table, self.flat, share * self.guess * TOTAL_HZ)
+        return np.asarray(each + self.table[4])
 
-    def slopes(self, share):
+    def slopes(self, share: FloatArray) -> FloatArray:
         """(devices,) derivative of `seconds` by the share."""
-        band, slope = share * self.guess * TOTAL_HZ, 0.0
+        band, slope = share * self.guess * TOTAL_HZ, np.zeros(len(share))
         for bits, quality in zip(self.table[:2], self.table[2:4], strict=True):
             ratio = quality / band
             rate = band * (quality if self.flat else np.log1p(ratio) / np.log(2))
             gain = quality if self.flat else (np.log1p(ratio) - ratio / (1 + ratio)) / np.log(2)
             slope = slope - bits * gain / rate**2
-        return slope * self.guess * TOTAL_HZ
+        return np.asarray(slope * self.guess * TOTAL_HZ)
 
-    def times(self, log_share):
+    def times(self, log_share: FloatArray) -> FloatArray:
         """(blocks, devices) in units of `unit`."""
-        return self.load * self.seconds(np.exp(log_share)) / self.unit
+        return np.asarray(self.load * self.seconds(np.exp(log_share)) / self.unit)
 
-    def latency(self, share):
+    def latency(self, share: FloatArray) -> float:
         """Of shares made feasible, seconds."""
         band = np.maximum(share, 1e-12) * self.guess
-        return reference.latency(self.load, self.table, self.flat, band / max(band.sum(), 1.0) * TOTAL_HZ)
+        return float(reference.latency(self.load, self.table, self.flat, band / max(band.sum(), 1.0) * TOTAL_HZ))
 
 
-def clarabel(load, links):
+def clarabel(load: FloatArray, links: Links) -> tuple[float, float, float]:
     """Least latency by a conic interior-point method: as it says, of its bands made feasible, its own seconds."""
     scaled = Scaled(load, links)
     if not scaled.load.size:
@@ -101,7 +107,7 @@ def clarabel(load, links):
     return problem.value * scaled.unit, scaled.latency(share.value), problem.solver_stats.solve_time
 
 
-def slsqp(load, links, few=True, rounds=60):
+def slsqp(load: FloatArray, links: Links, few: bool = True, rounds: int = 60) -> tuple[float, bool]:
     """Latency of the bands that SLSQP ends with, made feasible, and whether it says that it is done.
 
     Minimises sum_i T_i over T and the logarithms of the shares, subject to T_i >= load_ik t_k(share_k) and to the band,
@@ -125,35 +131,35 @@ def slsqp(load, links, few=True, rounds=60):
     return scaled.latency(np.exp(log_share)), False
 
 
-def first_constraints(times):
+def first_constraints(times: FloatArray) -> BoolArray:
     """(blocks, devices) bool: the slowest device of each block, and each device where it comes nearest to that."""
-    kept = times == times.max(axis=1, keepdims=True)
+    kept: BoolArray = np.asarray(times == times.max(axis=1, keepdims=True))
     kept[(times / times.max(axis=1, keepdims=True)).argmax(axis=0), np.arange(times.shape[1])] = True
     return kept
 
 
-def slowest(scaled, kept, log_share):
+def slowest(scaled: Scaled, kept: BoolArray, log_share: FloatArray) -> FloatArray:
     """(blocks,) of the devices whose constraints are kept."""
-    return np.where(kept, scaled.times(log_share), 0.0).max(axis=1)
+    return np.asarray(np.where(kept, scaled.times(log_share), 0.0).max(axis=1))
 
 
-def near_slowest(times):
+def near_slowest(times: FloatArray) -> BoolArray:
     """Of the violated constraints these are added: most others are met once these are."""
-    return times >= 0.9 * times.max(axis=1, keepdims=True)
+    return np.asarray(times >= 0.9 * times.max(axis=1, keepdims=True))
 
 
-def slsqp_with(scaled, kept, log_share):
+def slsqp_with(scaled: Scaled, kept: BoolArray, log_share: FloatArray) -> tuple[FloatArray, bool]:
     """One run of SLSQP with some of the constraints: logarithms of the shares, and whether it says that it is done."""
     (m, n), (rows, columns) = kept.shape, np.nonzero(kept)
     unit = slowest(scaled, kept, log_share)  # of each T: all variables are near 1, or logarithms
     weight, number = scaled.load[rows, columns] / scaled.unit / unit[rows], np.arange(len(rows))
     price = n * unit  # and the second derivatives of the objective are near 1, as SLSQP assumes at first
 
-    def slack(x):
+    def slack(x: FloatArray) -> FloatArray:
         share = np.exp(x[:n])
         return np.append(x[n + rows] - weight * scaled.seconds(share)[columns], 1 - scaled.guess @ share)
 
-    def slope(x):
+    def slope(x: FloatArray) -> FloatArray:
         share = np.exp(x[:n])
         out = np.zeros((len(rows) + 1, n + m))
         out[number, n + rows] = 1

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tests.lab.expert_files import ExpertFile
+from tests.lab.waiting import PATIENCE_S
 from wdmoe.errors import PeerGoneError
 from wdmoe.records import ExpertId
 from wdmoe.transport.channel import Envelope
@@ -39,7 +40,6 @@ from wdmoe.transport.security.zap import Door
 from wdmoe.transport.zmq.channels import open_control_station, open_data_station
 from wdmoe.transport.zmq.sockets import StationSecurity, new_context
 
-PATIENCE_S = 20.0
 DIGEST = "ab" * 32
 
 Experts = dict[ExpertId, ExpertFile]
@@ -130,7 +130,8 @@ class Station:
     async def run(self, expert: int, tokens: Any, **fields: Any) -> Result | Failure:
         """Send a Run for all tokens and wait for its reply."""
         attempt = await self.start_run(expert, tokens, **fields)
-        return await self.until(lambda: self.reply(attempt))
+        reply: Result | Failure = await self.until(lambda: self.reply(attempt))
+        return reply
 
     async def start_run(
         self, expert: int, tokens: Any, *, layer: int = 0, remaining_s: float = 10.0, bandwidth_hz: float = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -100,9 +101,9 @@ class Lab:
         self.devices = [LabDevice(self._data, bundle, f"device {d}", homes[d]) for d in range(devices)]
         self.routing = Routing()
         exchange = self.exchange = Exchange(self._data, lambda envelope: None, lambda route: None)
-        defaults = {"renormalise": manifest.on_drop == "renormalise", "gate_temperature": manifest.gate_temperature}
-        defaults |= {"rank": manifest.rank}
-        all_rules = LayerRules(**{**defaults, "deadline_s": 30.0, **(rules or {})})  # type: ignore[arg-type]
+        defaults: dict[str, Any] = {"renormalise": manifest.on_drop == "renormalise", "rank": manifest.rank}
+        defaults |= {"gate_temperature": manifest.gate_temperature, "deadline_s": 30.0}
+        all_rules = LayerRules(**{**defaults, **(rules or {})})
         self.layers = ExpertLayers(exchange, lambda: self.routing, all_rules)
         self.station = load_station(bundle)
         attach(self.station.model, self.station.experts, self.station.routers, self._run)

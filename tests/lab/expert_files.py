@@ -28,7 +28,7 @@ class ExpertFile:
     def apply(self, tokens: npt.NDArray[np.floating]) -> FloatArray:
         gated = tokens.astype(np.float64) @ self.gate
         out = (gated / (1 + np.exp(-gated)) * (tokens.astype(np.float64) @ self.up)) @ self.down
-        return out.astype(np.float32)
+        return np.asarray(out, np.float32)
 
 
 def make_expert(rng: np.random.Generator, hidden: int = 16, inner: int = 8, scale: float = 1.0) -> ExpertFile:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,26 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tests.lab.waiting import PATIENCE_S, free_ports
 from wdmoe.config import StationSettings
 from wdmoe.errors import WdmoeError
 from wdmoe.nodes.base_station.base_station import BaseStation
 
 T = TypeVar("T")
-PATIENCE_S = 60.0
 NODE = [sys.executable, "-c", "from wdmoe.cli.main import main; main()"]
-
-
-def two_free_ports() -> int:
-    """A port that is free together with the one above it."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
 
 
 class Loop:
@@ -95,7 +81,7 @@ class Fleet:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.bind = f"tcp://127.0.0.1:{two_free_ports()}"
+        self.bind = f"tcp://127.0.0.1:{free_ports(2)}"
         self.loop = Loop()
         self.devices: list[Device] = []
         self.token = ""

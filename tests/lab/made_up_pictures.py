@@ -18,7 +18,7 @@ def made_up(count: int, seed: int = 0) -> np.ndarray:
     spectrum = np.fft.fft2(grey + 0.4 * tint, axes=(1, 2)) * falling[..., None]
     waves = np.fft.ifft2(spectrum, axes=(1, 2)).real
     waves = waves / waves.std(axis=(1, 2, 3), keepdims=True)
-    return np.clip(128 + 45 * waves, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(128 + 45 * waves, 0, 255), np.uint8)
 
 
 def made_up_material(classes: int = 2, each: int = 6) -> Material:

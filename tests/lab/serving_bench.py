@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from wdmoe.errors import RequestError
@@ -97,10 +97,12 @@ class EchoEngine:
 class Server:
     """The HTTP face in a thread with a loop of its own, as a base station runs it."""
 
-    def __init__(self, engine: EchoEngine, api_key: str, limits: ServingLimits | None, host: str) -> None:
+    def __init__(
+        self, engine: EchoEngine, api_key: str, limits: ServingLimits | None, host: str, aliases: Sequence[str]
+    ) -> None:
         self.engine = engine
         self.url = ""
-        self._api_key, self._limits, self._host = api_key, limits, host
+        self._api_key, self._limits, self._host, self._aliases = api_key, limits, host, aliases
         self._ready = threading.Event()
         self._failed: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="http")
@@ -120,7 +122,15 @@ class Server:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        serving = serve_http(self.engine, self._host, 0, self._api_key, limits=self._limits, ready=self._on_ready)
+        serving = serve_http(
+            self.engine,
+            self._host,
+            0,
+            self._api_key,
+            aliases=self._aliases,
+            limits=self._limits,
+            ready=self._on_ready,
+        )
         self._task = asyncio.create_task(serving)
         try:
             await self._task
@@ -137,10 +147,15 @@ class Server:
 
 @contextmanager
 def serving(
-    engine: EchoEngine, *, api_key: str = "", limits: ServingLimits | None = None, host: str = "127.0.0.1"
+    engine: EchoEngine,
+    *,
+    api_key: str = "",
+    limits: ServingLimits | None = None,
+    host: str = "127.0.0.1",
+    aliases: Sequence[str] = (),
 ) -> Iterator[Server]:
     """A running server; it has ended when the block does."""
-    server = Server(engine, api_key, limits, host)
+    server = Server(engine, api_key, limits, host, aliases)
     server.start()
     try:
         yield server

@@ -215,11 +215,11 @@ def a_result(run: m.Run) -> m.Result:
 def same(one: Any, other: Any) -> bool:
     """Whether two messages (or fields of them) hold the same, bit for bit."""
     if isinstance(one, np.ndarray):
-        return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+        return bool(one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes())
     if dataclasses.is_dataclass(one):
         fields = dataclasses.fields(one)
         return type(one) is type(other) and all(same(getattr(one, f.name), getattr(other, f.name)) for f in fields)
-    return type(one) is type(other) and one == other
+    return bool(type(one) is type(other) and one == other)
 
 
 def every_kind() -> list[Message]:

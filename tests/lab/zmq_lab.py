@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab.waiting import PATIENCE_S
 from wdmoe.errors import TransportError
 from wdmoe.transport.channel import Envelope
 from wdmoe.transport.codec.messages import Attach, Message
@@ -20,7 +21,7 @@ from wdmoe.transport.zmq.channels import ZmqDataLink, ZmqDataStation, open_data_
 from wdmoe.transport.zmq.sockets import Context, LinkSecurity, SocketOptions, StationSecurity, new_context
 
 DEFAULTS = SocketOptions()
-WAIT_S = 20.0  # only ends what hangs
+WAIT_S = PATIENCE_S
 
 
 @dataclass

@@ -13,7 +13,8 @@ import pytest
 
 from tests.backbone.test_spine import greedy
 from tests.lab.families import save_tiny
-from tests.lab.fleet import PATIENCE_S, Fleet
+from tests.lab.fleet import Fleet
+from tests.lab.waiting import PATIENCE_S
 from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.errors import ExpertsUnavailableError
 from wdmoe.nodes.base_station.base_station import BaseStation
@@ -142,7 +143,7 @@ def test_without_copies_a_device_killed_in_mid_answer_costs_quality_not_the_answ
 
 
 def test_a_frozen_device_is_left_out_until_it_thaws(fleet: Fleet, bundle: Path, checkpoint: Path) -> None:
-    with fleet.serve(bundle, deadline_s=DEADLINE_S, lease_s=1.0, copies=1) as station:
+    with fleet.serve(bundle, deadline_s=DEADLINE_S, lease_s=2.0, copies=1) as station:
         victim = fleet.devices[0]
         ids, _, receipt = ask(fleet, station, tokens=40, at_token={5: lambda: victim.signal(signal.SIGSTOP)})
         assert len(ids) == 40

@@ -23,7 +23,8 @@ from PIL import Image
 
 from tests.broadcast.test_broadcast_receiver import REPORT
 from tests.broadcast.test_decoder import SMALL, shaken
-from tests.lab.fleet import Device, two_free_ports
+from tests.lab.fleet import Device
+from tests.lab.waiting import PATIENCE_S, free_ports
 from wdmoe.broadcast.codec.image_file import read_picture
 from wdmoe.broadcast.codec.model_file import save_model
 from wdmoe.broadcast.codec.receiver import Ear
@@ -42,7 +43,6 @@ from wdmoe.transport.security.keys import new_key_pair
 from wdmoe.transport.zmq.channels import open_control_link
 from wdmoe.transport.zmq.sockets import LinkSecurity, new_context
 
-PATIENCE_S = 90.0
 COMMAND = [sys.executable, "-m", "wdmoe", "broadcast"]
 ONE_LEVEL = 1  # of 255: what rounding may leave between ONNX Runtime and PyTorch
 
@@ -126,7 +126,7 @@ def test_both_pictures_come_back_as_the_codec_gives_them(
 @pytest.mark.slow
 def test_the_largest_picture_beside_the_smallest(tmp_path: Path, model: Path) -> None:
     sending = prepare(settings(tmp_path, model, ((3000, 4000), (1, 1))), print)
-    audience, _ = run(sending, patience_s=3 * PATIENCE_S)
+    audience, _ = run(sending, patience_s=PATIENCE_S)
     assert [(listener.state, listener.reason) for listener in audience] == [("shown", ""), ("shown", "")]
     large, small = audience
     assert large.shown is not None
@@ -409,7 +409,7 @@ def test_real_devices_join_by_token_and_stay_for_the_next_one(
         "--state",
         str(tmp_path / "bs"),
     ]
-    words += ["--bind", f"tcp://127.0.0.1:{two_free_ports()}", "--out", str(tmp_path / "out")]
+    words += ["--bind", f"tcp://127.0.0.1:{free_ports(2)}", "--out", str(tmp_path / "out")]
     for turn in (1, 2):
         with (tmp_path / f"{turn}.log").open("w") as log:
             process = subprocess.Popen(words, stdout=log, stderr=log)

@@ -17,11 +17,11 @@ import psutil
 import pytest
 
 from tests.lab.families import save_tiny
+from tests.lab.waiting import PATIENCE_S
 from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.nodes.local.process import Child, ChildError
 
 DEMO = [sys.executable, "-m", "wdmoe", "demo"]
-PATIENCE_S = 90.0
 
 
 @pytest.fixture(scope="module")

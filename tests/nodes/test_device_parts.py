@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.lab.expert_files import ExpertFile, make_expert
+from tests.lab.waiting import PATIENCE_S
 from wdmoe.config import DeviceSettings, LinkEmulation
 from wdmoe.errors import ExpertError, PeerBusyError, ProtocolError, RefusedError
 from wdmoe.moe.background_build import BackgroundBuild
@@ -30,7 +31,6 @@ from wdmoe.transport.codec.messages import Attach, Attached, Chunk, Failure, Fet
 from wdmoe.transport.memory import MemoryDataLink, MemoryDataStation
 
 HIDDEN = 16
-PATIENCE_S = 20.0
 
 
 def until(done) -> None:

@@ -24,6 +24,7 @@ from wdmoe.nodes.device.expert_store import ExpertStore
 from wdmoe.nodes.device.join import introduce, open_dialer
 from wdmoe.nodes.device.session import DeviceSession, SentAwayError
 from wdmoe.records import DeviceReport, ExpertId
+from wdmoe.transport.channel import Envelope
 from wdmoe.transport.codec.messages import Failure, Goodbye, Hello, Message, Ping, Place, Pong, Ready, Welcome
 from wdmoe.transport.memory import MemoryControlLink, MemoryControlStation
 
@@ -69,6 +70,31 @@ def test_repeats_hello_until_welcome(monkeypatch):
     monkeypatch.setattr("wdmoe.nodes.device.join.HELLO_AGAIN_S", 0.01)
     assert answered(WELCOME, after=4).data_port == 5556
     assert answered(dataclasses.replace(WELCOME, session=6), Pong(sequence=1), WELCOME).session == 5
+
+
+class StillConnecting:
+    """A link whose connection is made at the third try to send; then it answers."""
+
+    def __init__(self):
+        self.tries = 0
+
+    async def send(self, message):
+        self.tries += 1
+        if self.tries < 3:
+            raise TransportError("not connected")
+
+    async def receive(self):
+        while self.tries < 3:
+            await asyncio.sleep(1)
+        return Envelope(b"", "", WELCOME, 0)
+
+
+def test_a_hello_that_could_not_be_sent_is_tried_again_soon(monkeypatch):
+    """Each join took half a second for that, and the first one of a device two of them."""
+    monkeypatch.setattr("wdmoe.nodes.device.join.HELLO_AGAIN_S", 1e9)
+    link = StillConnecting()
+    assert asyncio.run(introduce(link, HELLO)) == WELCOME
+    assert link.tries == 3
 
 
 @pytest.mark.parametrize(
@@ -165,8 +191,8 @@ def test_messages_that_make_no_sense_are_logged_and_survived(compute, tmp_path, 
 
     in_session(script, compute, tmp_path)
     assert "ignored a placement: a placement names an expert twice" in caplog.text
-    assert "sent a Ping, which is for devices to send" in caplog.text
-    assert "refused something: no" in caplog.text
+    assert "ignored a Ping from the base station" in caplog.text
+    assert "refused a message: no" in caplog.text
 
 
 def test_ready_is_repeated_in_case_one_was_lost(compute, tmp_path):

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from tests.lab.device_station import ids, running, station
 from tests.lab.expert_files import make_expert
 from tests.lab.families import save_tiny
-from tests.lab.fleet import PATIENCE_S, Fleet
+from tests.lab.fleet import Fleet
+from tests.lab.waiting import PATIENCE_S
 from tests.nodes.test_alive import ask, until
 from tests.nodes.test_live_policies import Watched, opened
 from tests.nodes.test_live_policies import ask as ask_lab

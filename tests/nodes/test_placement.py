@@ -69,6 +69,21 @@ def test_a_device_that_lies_about_its_speed_breaks_nothing(flops: float) -> None
     assert not unplaced
 
 
+@pytest.mark.parametrize("measured", [30e9, 3e9, 1e9])
+def test_small_experts_are_dealt_out_evenly_whatever_a_busy_device_measured(measured: float) -> None:
+    """A device that measured itself on a busy machine was home to nothing, though a message takes it no longer."""
+    hosts = [host("a"), host("b"), host("c", flops=measured)]
+    small = replace(catalogue(flop=9e3), experts=tuple(e for e in catalogue().experts if e.layer < 3))
+    targets, _ = choose_targets(small, hosts, {}, {})
+    assert {sum(home == each.device_id for home in targets.values()) for each in hosts} == {EXPERTS}
+
+
+def test_large_experts_go_to_fast_devices() -> None:
+    targets, _ = choose_targets(catalogue(LARGE_FLOP), [host("a"), host("b"), host("c", flops=3e9)], {}, {})
+    held = [sum(home == f"id-{name}" for home in targets.values()) for name in "abc"]
+    assert held[2] < held[0] / 5
+
+
 def test_without_devices_nothing_is_placed() -> None:
     assert choose_targets(catalogue(), [], {}, {}) == ({}, catalogue().experts)
 

@@ -25,8 +25,12 @@ def server():
 
 @pytest.fixture
 def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=20) as client:
+    with _client(server) as client:
         yield client
+
+
+def _client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=20)
 
 
 def _ask(client, text="one two three", **more):
@@ -38,6 +42,21 @@ def test_lists_its_model(client):
     assert client.models.retrieve(MODEL).owned_by == "wdmoe"
     with pytest.raises(openai.NotFoundError, match=MODEL):
         client.models.retrieve("gpt-4")
+
+
+def test_an_alias_is_served_and_listed():
+    with serving(EchoEngine(), aliases=["default", MODEL, "default"]) as server, _client(server) as client:
+        listed = list(client.models.list())
+        assert [model.id for model in listed] == [MODEL, "default"]
+        assert {model.root for model in listed} == {MODEL}
+        assert client.models.retrieve("default").id == "default"
+        message = {"role": "user", "content": "one two"}
+        answer = client.chat.completions.create(model="default", messages=[message], max_tokens=2)
+        assert (answer.model, answer.choices[0].message.content) == (MODEL, "one two")
+        chunks = client.completions.create(model="default", prompt="one two", max_tokens=2, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in chunks) == "one two"
+        with pytest.raises(openai.NotFoundError, match=f"'gpt-4' .* '{MODEL}', 'default'"):
+            client.completions.create(model="gpt-4", prompt="one")
 
 
 def test_chat_answers_with_its_receipt(client):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.lab.waiting import PATIENCE_S
 from wdmoe import solver
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,7 +19,7 @@ THREADS, CALLS = 8, 12
 
 
 def run(*arguments):
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

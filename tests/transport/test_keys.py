@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cli.test_commands import fails, run
+from tests.lab.command import fails, run
 from tests.lab.full_disk import fill, small_disk
 from wdmoe.errors import ConfigError, RefusedError
 from wdmoe.transport.security.admission import Admission

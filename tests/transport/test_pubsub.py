@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import zmq
 
+from tests.lab.waiting import PATIENCE_S
 from tests.lab.zmq_lab import Lab, lab
 from wdmoe.errors import ProtocolError, RefusedError, TransportError
 from wdmoe.transport.codec.messages import Pilot, Symbols
@@ -17,7 +18,6 @@ from wdmoe.transport.zmq.pubsub import Transmitter, Tuner, open_transmitter, ope
 from wdmoe.transport.zmq.sockets import LinkSecurity, SocketOptions
 
 __all__ = ["lab"]
-PATIENCE_S = 20.0
 
 
 @asynccontextmanager

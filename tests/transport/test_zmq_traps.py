@@ -325,7 +325,7 @@ def test_z15_routing_ids_cannot_be_guessed() -> None:
     """
     routes = {
         subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True, timeout=60
+            [sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True, timeout=WAIT_S
         ).stdout
         for _ in range(2)
     }
@@ -422,5 +422,7 @@ def test_z21_both_ends_close_with_a_full_queue_between_them() -> None:
             far.term()
             near.term()
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], timeout=WAIT_S, capture_output=True, check=False
+    )
     assert done.returncode == 0, done.stderr.decode()

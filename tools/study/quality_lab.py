@@ -126,9 +126,10 @@ def table(found: list[Quality], questions: bool) -> tuple[tuple[str, ...], list[
     columns: tuple[str, ...] = ("variant", "perplexity", "times baseline", "dropped, %")
     if questions:
         columns += ("right, %", "change", "by bytes, %", "change")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for number, each in enumerate(found):
-        row = (each.variant, f"{each.perplexity:.2f} ({each.perplexity_low:.2f} to {each.perplexity_high:.2f})")
+        spread = f"{each.perplexity:.2f} ({each.perplexity_low:.2f} to {each.perplexity_high:.2f})"
+        row: tuple[str, ...] = (each.variant, spread)
         row += ("baseline" if not number else f"{each.ratio:.4f} ({each.ratio_low:.4f} to {each.ratio_high:.4f})",)
         row += (f"{100 * each.dropped_weight:.2f}",)
         if questions:

@@ -66,38 +66,55 @@ class Fraction(click.ParamType):  # type: ignore[type-arg]
 @click.command()
 @click.argument("first", type=click.Path(path_type=Path))
 @click.argument("second", type=click.Path(path_type=Path))
-@click.option("--out", type=DIRECTORY, default="broadcast", show_default=True, help="Folder for pictures and figures.")
-@click.option("--snr", "snr_db", type=Decibels(), default="10,5", show_default=True, help="Of both emulated channels.")
+@click.option(
+    "--out", type=DIRECTORY, default="broadcast", show_default=True, help="Folder for the pictures and figures."
+)
+@click.option(
+    "--snr",
+    "snr_db",
+    type=Decibels(),
+    default="10,5",
+    show_default=True,
+    help="Signal-to-noise ratios of the two emulated channels.",
+)
 @click.option(
     "--alpha",
     type=Alpha(),
     default="auto",
     show_default=True,
-    help="How much of the waveform is the first user's, from 0 to 1; auto: as --aim wants it.",
+    help="Share of the waveform that belongs to the first user, from 0 to 1. auto: chosen for --aim.",
 )
 @click.option(
     "--aim",
     default="",
-    help="What --alpha auto is chosen for: the worse user (max-min), both alike (equal), proportional fairness (fair), "
-    "or a PSNR of one user, as in target:25dB@1.  [default: max-min]",
+    help="Goal of --alpha auto. max-min: the worse user. equal: both users alike. fair: proportional fairness. "
+    "target:25dB@1: a PSNR of one user.  [default: max-min]",
 )
 @click.option(
     "--cbr",
     type=Fraction(),
     default="1/6",
     show_default=True,
-    help="Complex symbols of a block of 32x32 pixels, over its 3072 values.",
+    help="Channel bandwidth ratio: complex symbols of a block of 32x32 pixels over its 3072 values.",
 )
-@click.option("--fading", type=click.Choice(("awgn", "rayleigh")), default="awgn", show_default=True, help="Channels.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of both channels.")
-@click.option("--model", type=FILE, help="Weights of another model.  [default: the one that is shipped]")
-@click.option("--bind", default="", help="Where real devices dial in, as in tcp://*:5555, in place of two local ones.")
-@click.option("--advertise", default="", help="Host name or address that devices shall dial, with --bind.")
+@click.option(
+    "--fading", type=click.Choice(("awgn", "rayleigh")), default="awgn", show_default=True, help="Kind of channel."
+)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of both channels.")
+@click.option("--model", type=FILE, help="Weights of another codec.  [default: the shipped ones]")
+@click.option(
+    "--bind",
+    default="",
+    help="Address where real devices connect, as in tcp://*:5555. Without it the command starts two local ones.",
+)
+@click.option("--advertise", default="", help="With --bind: host name or address that join tokens state.")
 @click.option(
     "--wait-for-devices", "wait_s", type=TIME, default="2min", show_default=True, help="Longest wait for two devices."
 )
-@click.option("--state", type=DIRECTORY, help="Folder of the station's key and the admitted devices, with --bind.")
-@click.option("--json", "as_json", is_flag=True, help="All figures as one JSON document, and nothing else.")
+@click.option(
+    "--state", type=DIRECTORY, help="With --bind: folder of the station's key and of the list of admitted devices."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print all figures as one JSON document, and nothing else.")
 def broadcast(
     first: Path,
     second: Path,
@@ -117,12 +134,12 @@ def broadcast(
 ) -> int:
     """Send two pictures at once to two devices whose channels differ.
 
-    The pictures FIRST and SECOND become one waveform, sent once. Each device passes it through its own emulated
-    channel, decodes its own picture and gives it back. OUT gets both pictures, a sheet that shows them beside what
-    was sent, and the figures. Pictures may have any size up to 4000x3000, also different ones. Without --bind two
-    device processes on this machine are used, over encrypted connections.
+    The pictures FIRST and SECOND become one waveform, which is sent once. Each device passes it through its own
+    emulated channel, decodes its own picture and sends that back. The folder OUT gets both pictures, a contact sheet
+    that shows them beside the originals, and the figures. The pictures may differ in size, up to 4000x3000. Without
+    --bind the command starts two device processes on this machine, over encrypted connections.
 
-    Exit code 1 if a picture did not come back.
+    The exit code is 1 if a picture did not come back.
 
     \b
     Examples:
@@ -174,7 +191,9 @@ def broadcast(
     else:
         for user in users:
             click.echo(user.line())
-        click.echo(f"{document['complex_symbols']} complex symbols, once for both; see {settings.out / SHEET}")
+        click.echo(
+            f"{document['complex_symbols']} complex symbols, sent once for both devices; see {settings.out / SHEET}"
+        )
     lost = [user for user in users if user.received is None]
     for user in lost if as_json else ():
         _note(user.line())

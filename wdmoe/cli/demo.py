@@ -27,7 +27,7 @@ _PROMPT = "Tell me a short story about a lighthouse keeper who finds a message i
 
 @click.command()
 @click.argument("prompt", default=_PROMPT)
-@click.option("--devices", type=click.IntRange(1, 64), default=8, show_default=True, help="How many devices.")
+@click.option("--devices", type=click.IntRange(1, 64), default=8, show_default=True, help="Number of devices.")
 @click.option("--tokens", type=click.IntRange(min=1), default=24, show_default=True, help="Longest answer.")
 @click.option(
     "--policy",
@@ -35,49 +35,61 @@ _PROMPT = "Tell me a short story about a lighthouse keeper who finds a message i
     help="How the first run chooses experts.  [default: budget]",
 )
 @click.option(
-    "--budget", "budget_s", type=TIME, default=0, help="Time for the experts of a pass, for --policy budget ..."
+    "--budget", "budget_s", type=TIME, default=0, help="For --policy budget: time of one token in all experts ..."
 )
 @click.option(
-    "--budget-per-token", "budget_per_token_s", type=TIME, default=0, help="... plus this for more tokens in it."
+    "--budget-per-token",
+    "budget_per_token_s",
+    type=TIME,
+    default=0,
+    help="... plus this for each further token of a prompt.",
 )
 @click.option(
     "--max-dropped",
     type=SHARE,
-    help="Share of the experts' worth that --policy budget may drop, in place of a time.  [default: 5%]",
+    help="For --policy budget, in place of a time: share of the experts' worth that it may drop.  [default: 5%]",
 )
 @click.option(
     "--rank",
     type=click.Choice(("auto", *RANKS)),
     default="auto",
     show_default=True,
-    help="What that policy ranks experts by; auto: what the bundle says.",
+    help="How that policy ranks experts. auto: as the bundle says.",
 )
 @click.option(
     "--whole-layers",
     type=click.IntRange(min=0),
-    help="So many first layers drop nothing.  [default: 1 with --policy budget]",
-)
-@click.option(
-    "--links",
-    "rates_bps",
-    type=RATES,
-    help="Rates of the emulated links, both directions alike: one for each device; or two, the ends of a row; or one "
-    "for all; 0 emulates none. In place of --bandwidth.",
+    help="Number of leading MoE layers that never drop experts.  [default: 1 with --policy budget, else 0]",
 )
 @click.option(
     "--bandwidth",
     "bandwidth_hz",
     type=FREQUENCY,
-    help="Band that the devices share, over links whose strengths differ by 30 dB.  [default: 10MHz]",
+    help="Radio band that the devices share, over links whose strengths differ by 30 dB.  [default: 10MHz]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Decides which device has the slow link.")
-@click.option("--model", "bundle", default="default", show_default=True, help="Bundle folder, or the default model.")
-@click.option("--compare/--no-compare", default=True, help="Also run plain top-k, also with equal parts of the band.")
-@click.option("--cache", type=DIRECTORY, help="Folder of experts kept for the next start, shared by all devices.")
-@click.option("--no-view", is_flag=True, help="Plain text; so it is where the output is no terminal.")
-@click.option("--json", "as_json", is_flag=True, help="All figures as one JSON document, and nothing else.")
-@click.option("--picture", type=FILE, help="Save the first run's last frame and the table as an SVG image.")
-@click.option("--installed-in", "installed_s", type=TIME, default=0, hidden=True, help="Told by tools/demo.")
+@click.option(
+    "--links",
+    "rates_bps",
+    type=RATES,
+    help="Links with rates of their own in place of a shared band, alike in both directions: one rate for each device, "
+    "or two as the ends of a geometric row, or one for all. 0 emulates no link.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed that decides which device has which link.")
+@click.option(
+    "--model", "bundle", default="default", show_default=True, help="Folder of a bundle, or the word default."
+)
+@click.option(
+    "--compare/--no-compare",
+    default=True,
+    help="Also run plain top-k, with the best shares of the band and with equal ones.",
+)
+@click.option("--cache", type=DIRECTORY, help="Folder that keeps experts for the next start. All devices share it.")
+@click.option(
+    "--no-view", is_flag=True, help="Print plain text, as the command also does where the output is no terminal."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print all figures as one JSON document, and nothing else.")
+@click.option("--picture", type=FILE, help="Save the last frame of the first run and the table as an SVG image.")
+@click.option("--installed-in", "installed_s", type=TIME, default=0, hidden=True, help="What tools/demo tells.")
 def demo(
     prompt: str,
     devices: int,
@@ -101,17 +113,19 @@ def demo(
 ) -> None:
     """Run a base station and devices on this machine, and watch them answer PROMPT.
 
-    Every part is a process of its own, all traffic is encrypted, and links of different rates are emulated. At
-    the end a table compares the chosen policy with plain top-k; with --bandwidth, also with equal parts of it.
-    The default model is made on first use, which takes minutes; experts stay in the cache. Ctrl-C ends
-    everything at any time.
+    Every part is a process of its own, all traffic is encrypted, and the radio is emulated: the devices share one
+    band, and some are near, some far. Three answers come over the same radio: by the best policy, by plain top-k, and
+    by top-k with equal shares of the band. A table compares them; its last line says what the policy won and what it
+    cost. The command makes the default model on first use and keeps experts in the cache. Ctrl-C ends everything at
+    any time.
 
     \b
     Examples:
       wdmoe-node demo
       wdmoe-node demo "Why is the sky blue?" --tokens 100
-      wdmoe-node demo --devices 4 --links 100Mbit/s,50Mbit/s,20Mbit/s,5Mbit/s
+      wdmoe-node demo --bandwidth 20MHz --max-dropped 10%
       wdmoe-node demo --bandwidth 20MHz --budget 150ms --budget-per-token 50ms
+      wdmoe-node demo --devices 4 --links 100Mbit/s,50Mbit/s,20Mbit/s,5Mbit/s
       wdmoe-node demo --model ./mixtral-bundle --links 0 --json > figures.json
     """
     policy = policy or "budget"
@@ -153,7 +167,7 @@ def demo(
     if installed_s:
         phases.add("installing", installed_s)
     if bundle == "default" and not sys.stderr.isatty():  # where it is, a bar says so
-        click.echo("default model: found in the cache, or made now", err=True)
+        click.echo("default model: taken from the cache, or made now, which takes a while", err=True)
     with needs_extra("bs"):
         opened = Bundle.open(find_bundle(bundle))
     if whole_layers is None and policy == "budget" and len(opened.manifest.moe_layers) > 1:

@@ -25,22 +25,22 @@ from wdmoe.cli.trace import trace
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="wdmoe", prog_name="wdmoe-node")
-@click.option("-v", "--verbose", count=True, help="Say more: -v what happens, -vv every detail.")
-@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+@click.option("-v", "--verbose", count=True, help="Log more: -v events, -vv every detail.")
+@click.option("-q", "--quiet", is_flag=True, help="Log errors only.")
 def cli(verbose: int, quiet: bool) -> None:
     """One Mixture-of-Experts language model across a wireless network.
 
-    The base station holds attention and gate, devices hold the experts. First steps:
+    The base station computes attention and gate, the devices compute the experts. First steps:
 
     \b
-      wdmoe-node demo                        # see it all on this machine
-      wdmoe-node bs default                  # base station with the default model; prints a join token
+      wdmoe-node demo                        # everything on this machine
+      wdmoe-node bs default                  # a base station with the default model; prints a join token
       wdmoe-node device --join TOKEN         # on every device
-      wdmoe-node status                      # who takes part, and how fast
+      wdmoe-node status                      # the devices, and how fast they are
 
     Quantities carry their unit: 20MHz, 150ms, 2GiB, 20Mbit/s, -174dBm/Hz.
 
-    Exit codes: 0 done, 1 a failure that is named in one line, 2 wrong usage.
+    Exit codes: 0 success, 1 a failure, which one line names, 2 wrong usage.
     """
     configure_logging(verbose=verbose, quiet=quiet)
 

@@ -21,14 +21,14 @@ from wdmoe.units import format_quantity
     type=click.Choice(PRECISIONS),
     default="fp32",
     show_default=True,
-    help="Of the experts' weights. int8 is a quarter of the size, fp16 half.",
+    help="Number type of the experts' weights. fp16 halves their size, int8 quarters it.",
 )
-@click.option("--name", default="", help="Model name shown to clients.  [default: the folder's]")
+@click.option("--name", default="", help="Model name that clients see.  [default: the name of the folder]")
 def export(model: Path, bundle: Path, precision: str, name: str) -> None:
     """Turn a Mixture-of-Experts checkpoint into a bundle.
 
-    The folder MODEL holds config.json and safetensors, as transformers saves them. No more memory is used
-    than the largest layer needs. Run it again with the same arguments to go on after an interruption.
+    The folder MODEL holds config.json and safetensors, as transformers saves them. The command never needs more
+    memory than the largest layer does. After an interruption, run it again with the same arguments to go on.
 
     \b
     Examples:
@@ -53,28 +53,30 @@ def export(model: Path, bundle: Path, precision: str, name: str) -> None:
 @click.command()
 @click.argument("dense", type=click.Path(path_type=Path))
 @click.argument("moe", type=DIRECTORY)
-@click.option("--experts", type=click.IntRange(min=2), default=8, show_default=True, help="Of each layer.")
+@click.option("--experts", type=click.IntRange(min=2), default=8, show_default=True, help="Experts per layer.")
 @click.option(
     "--shared",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.5,
     show_default=True,
-    help="Share of each layer's neurons, the strongest, that stays at the base station.",
+    help="Share of each layer's neurons that stays at the base station: the strongest ones.",
 )
-@click.option("--top-k", type=click.IntRange(min=1), default=4, show_default=True, help="Experts that serve a token.")
+@click.option(
+    "--top-k", type=click.IntRange(min=1), default=4, show_default=True, help="Experts that serve one token in a layer."
+)
 @click.option(
     "--calibration",
     type=FILE,
     multiple=True,
-    help="Text to fit the router on; may be repeated.  [default: text that comes along]",
+    help="Text file to fit the router on; may be repeated.  [default: the shipped text]",
 )
 @click.option(
     "--held-out",
     type=FILE,
     multiple=True,
-    help="Other text, to measure perplexity on; may be repeated.  [default: text that comes along]",
+    help="Text file to measure perplexity on; may be repeated.  [default: other shipped text]",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the clustering.")
 def split(
     dense: Path,
     moe: Path,
@@ -87,9 +89,9 @@ def split(
 ) -> None:
     """Split a dense model into experts.
 
-    DENSE is a Llama-like checkpoint: a folder of safetensors, or a GGUF file. The folder MOE becomes a
-    Mixture-of-Experts checkpoint that transformers loads and `wdmoe-node export` takes. Prints the perplexity of
-    both on text that the split was not fitted on.
+    DENSE is a Llama-like checkpoint: a folder of safetensors, or a GGUF file. The command writes a Mixture-of-Experts
+    checkpoint into the folder MOE. transformers loads it, and `wdmoe-node export` takes it. The command prints the
+    perplexity of both models on text that the split was not fitted on.
 
     \b
     Examples:
@@ -116,15 +118,18 @@ def split(
 @click.command()
 @click.argument("folder", type=DIRECTORY)
 @click.option(
-    "--draws", type=click.IntRange(min=1), help="Of results, run only the first so many again.  [default: all]"
+    "--draws",
+    type=click.IntRange(min=1),
+    help="For results: run only this many draws again, from the first on.  [default: all]",
 )
 def verify(folder: Path, draws: int | None) -> None:
     """Check a bundle's files and graphs, or results of a simulation or of the broadcast comparison.
 
-    Of a bundle every file must be what its manifest says, and every expert's graph must be sound. Results of
-    wdmoe-node simulate must have unchanged files, and running the scenario again must give the same figures; so must
-    those of tools/study/broadcast_region and tools/study/broadcast_losses, for as many pairs of pictures as --draws
-    says.
+    A bundle is sound if every file has the hash that the manifest states and every expert's graph is valid.
+
+    Results of `wdmoe-node simulate` are sound if no file has changed and a second run of the scenario gives the same
+    figures. The same holds for results of tools/study/broadcast_region and tools/study/broadcast_losses; there --draws
+    counts pairs of pictures.
 
     \b
     Examples:
@@ -150,7 +155,9 @@ def _verify_results(folder: Path, draws: int | None) -> None:
     with CountProgress(f"verify {folder.name}", "draws") as progress:
         scenario, again = verify_results(folder, progress=progress.reach, draws=draws)
     of = "" if again == scenario.draws else f" of {scenario.draws}"
-    click.echo(f"{folder} holds what {scenario.name} gives: {again}{of} draws run again, seed {scenario.seed}")
+    click.echo(
+        f"{folder} is sound: {again}{of} draws of {scenario.name}, run again with seed {scenario.seed}, are the same"
+    )
 
 
 def _verify_broadcast(folder: Path, pairs: int | None) -> None:
@@ -162,8 +169,8 @@ def _verify_broadcast(folder: Path, pairs: int | None) -> None:
         again = verify_results(folder, pairs, progress.reach)
     photographs = " and of the photographs" if again.photographs else ""
     click.echo(
-        f"{folder} holds what its codecs give: {again.pairs} pairs of each of {again.settings} settings{photographs} "
-        "run again"
+        f"{folder} is sound: {again.pairs} pairs of each of {again.settings} settings{photographs}, run again, "
+        "are the same"
     )
 
 
@@ -175,10 +182,12 @@ def _verify_losses(folder: Path, pairs: int | None) -> None:
     with StageProgress(f"verify {folder.name}") as progress:
         again = verify_losses(folder, pairs, progress.reach)
     if again.systems:
-        ran = f"{', '.join(again.systems)} run again on {again.pairs} pairs of each of {again.settings} settings"
+        ran = (
+            f"{', '.join(again.systems)}, run again on {again.pairs} pairs of each of {again.settings} settings, agree"
+        )
     else:
-        ran = "the weights are not in the folder, so nothing was run again"
-    click.echo(f"{folder} holds what its figures of every pair give; {ran}")
+        ran = "nothing was run again, since the folder has no weights"
+    click.echo(f"{folder} is sound: its tables follow from its figures of every pair; {ran}")
 
 
 def _verify_bundle(folder: Path) -> None:

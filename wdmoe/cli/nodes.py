@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from wdmoe.cli.bundles import find_bundle
+from wdmoe.cli.bundles import alias_of, find_bundle
 from wdmoe.cli.failures import needs_extra
 from wdmoe.cli.logs import tell_events
 from wdmoe.cli.params import (
@@ -43,7 +43,7 @@ from wdmoe.config import (
     type=SECRET,
     envvar="WDMOE_JOIN",
     required=True,
-    help="Join token that the base station printed, or @FILE with it; also from $WDMOE_JOIN.",
+    help="Join token of the base station, or @FILE that holds it; also from $WDMOE_JOIN.",
 )
 @click.option("--name", default="", help="Name shown to people.  [default: the host name]")
 @click.option(
@@ -51,46 +51,47 @@ from wdmoe.config import (
     type=click.Choice(PROVIDERS),
     default="auto",
     show_default=True,
-    help="What computes experts; auto takes the fastest that is there.",
+    help="What computes the experts. auto takes the fastest that works here.",
 )
 @click.option(
     "--threads",
     type=click.IntRange(1, 1024),
     default=1,
     show_default=True,
-    help="CPU threads for one expert; more only helps large experts.",
+    help="CPU threads for one expert. More threads help large experts only.",
 )
 @click.option(
     "--memory",
     "memory_bytes",
     type=SIZE,
     default=0,
-    help="Memory offered to experts.  [default: half of what is free]",
+    help="Memory that this device offers to experts.  [default: half of what is free]",
 )
-@click.option("--cache", type=DIRECTORY, help="Folder of experts kept for the next start.")
+@click.option("--cache", type=DIRECTORY, help="Folder that keeps experts for the next start.")
 @click.option(
     "--cache-size",
     "cache_bytes",
     type=SIZE,
     default="4GiB",
     show_default=True,
-    help="Most the cache may hold.",
+    help="Largest size of the cache.",
 )
-@click.option("--state", type=DIRECTORY, help="Folder of this device's key, its identity over restarts.")
+@click.option("--state", type=DIRECTORY, help="Folder of this device's key. The key is the device's identity.")
 @click.option("--downlink", type=RATE, default=0, help="Emulate a radio link of this rate to the device.")
 @click.option("--uplink", type=RATE, default=0, help="Emulate a radio link of this rate from the device.")
 @click.option(
     "--link-snr",
     type=LINK_SNR,
-    help="Emulate a link of this strength, DOWN[/UP], on whatever part of its --bandwidth the base station gives it: "
-    "received power over noise density, a frequency. In a band that wide the SNR is 1 (0 dB), in a tenth of it 10.",
+    help="Emulate a link of this strength, DOWN[/UP], over the part of --bandwidth that the base station gives this "
+    "device. The strength is received power over noise density, a frequency: in a band of that width the SNR is 1 "
+    "(0 dB), in a tenth of it 10.",
 )
 @click.option(
     "--save-pictures",
     type=DIRECTORY,
-    help="Folder for the pictures that a `wdmoe-node broadcast` sends this device.",
+    help="Folder for pictures that `wdmoe-node broadcast` sends to this device.",
 )
-@click.option("--insecure", is_flag=True, help="No encryption; --join is the base station's address then.")
+@click.option("--insecure", is_flag=True, help="Use no encryption. --join is then the base station's address.")
 def device(
     join: str,
     name: str,
@@ -108,8 +109,8 @@ def device(
 ) -> None:
     """Compute experts for a base station, until stopped.
 
-    The device dials the base station. The join token admits it once, from then on its own key does. It
-    receives its experts from there, and comes back by itself after the link is lost or either side restarts.
+    The device dials the base station. The join token admits it once; after that its own key admits it. The base
+    station sends it its experts. The device reconnects by itself when the link fails or either side restarts.
 
     \b
     Examples:
@@ -143,95 +144,104 @@ def device(
 
 @click.command()
 @click.argument("bundle")
-@click.option("--bind", default="tcp://*:5555", show_default=True, help="Where devices dial in.")
+@click.option("--bind", default="tcp://*:5555", show_default=True, help="Address where devices connect.")
 @click.option(
     "--advertise",
     default="",
-    help="Host name or address that devices shall dial.  [default: this machine's addresses]",
+    help="Host name or address that join tokens state.  [default: this machine's addresses]",
 )
 @click.option(
     "--data-port",
     type=click.IntRange(0, 65535),
     default=0,
-    help="Port for expert traffic.  [default: one above that of --bind]",
+    help="Port for expert traffic.  [default: the port of --bind plus one]",
 )
 @click.option(
     "--http",
     type=LISTEN,
     default="127.0.0.1:8080",
     show_default=True,
-    help="Where clients find the OpenAI-compatible API; off for none.",
+    help="Address of the OpenAI-compatible API. off serves none.",
 )
 @click.option(
     "--api-key",
     type=SECRET,
     envvar="WDMOE_API_KEY",
     default="",
-    help="Key that clients must send, or @FILE with it; also from $WDMOE_API_KEY.",
+    help="Key that clients must send, or @FILE that holds it; also from $WDMOE_API_KEY.",
 )
 @click.option(
     "--policy",
     type=click.Choice(POLICIES),
-    help="Which experts serve a token: the gate's top k; or of those the ones worth their latency (cosine), all but "
-    "light work of the device that would be last (bottleneck), or as much as fits --budget.  [default: topk; budget "
-    "with --budget]",
+    help="Which experts serve a token. topk: the gate's top k. cosine: those of them that are worth their latency. "
+    "bottleneck: all but light work of the device that would be last. budget: as much gate weight as fits --budget.  "
+    "[default: topk; budget with --budget]",
 )
 @click.option(
     "--rank",
     type=click.Choice(("auto", *RANKS)),
     default="auto",
     show_default=True,
-    help="What --policy ranks experts by: the gate's probabilities, or the squares of its scores, for routers that "
-    "predict the norms of experts' outputs; auto does what the bundle says.",
+    help="How --policy ranks experts. probability: by the gate's probabilities. energy: by the squares of its scores, "
+    "for routers that predict the norms of experts' outputs. auto: as the bundle says.",
 )
 @click.option(
     "--whole-layers",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="So many MoE layers from the first on drop nothing.",
+    help="Number of leading MoE layers that never drop experts.",
 )
 @click.option(
     "--budget",
     "budget_s",
     type=TIME,
     default=0,
-    help="Time that a pass through the model may spend in experts, all layers together, for --policy budget ...",
+    help="For --policy budget: time that one token may spend in the experts of all layers together ...",
 )
 @click.option(
     "--budget-per-token",
     "budget_per_token_s",
     type=TIME,
     default=0,
-    help="... plus this for each further token of a prompt; without it a prompt has the time of one token.",
+    help="... plus this time for each further token of a prompt. Without it a whole prompt gets the time of one token.",
 )
 @click.option(
     "--max-dropped",
     type=SHARE,
     default=0,
-    help="Share of the experts' worth that a request may drop in each layer, for --policy budget, in place of a time.",
+    help="For --policy budget, in place of a time: share of the experts' worth that a request may drop in each layer.",
 )
 @click.option(
     "--bandwidth",
     "bandwidth_hz",
     type=FREQUENCY,
     default=0,
-    help="A band that all devices share, given out anew in each layer. Each device must state its --link-snr.",
+    help="Radio band that all devices share. Each layer divides it anew. Each device must state its --link-snr.",
 )
 @click.option(
     "--allocation",
     type=click.Choice(ALLOCATIONS),
-    help="Who gets how much of --bandwidth: optimal, so that a layer is done soonest, or equal.  [default: optimal]",
+    help="How devices share --bandwidth. optimal: each layer ends as early as it can. equal: equal parts.  "
+    "[default: optimal]",
 )
-@click.option("--placement", type=FILE, help="Who holds what; `place` and `status --print-placement` write one.")
+@click.option(
+    "--placement",
+    type=FILE,
+    help="File that says which device holds which experts. `place` and `status --print-placement` write one.",
+)
 @click.option(
     "--copies",
     type=click.IntRange(1, 2),
     default=2,
     show_default=True,
-    help="Devices that hold each expert, as far as their memory goes. With 2, a lost device costs time, not quality.",
+    help="Devices that hold each expert, where memory allows. With 2 copies a lost device costs time, not quality.",
 )
-@click.option("--record-trace", type=FILE, help="Leave a gate trace (.npz, no text) of what was served when it stops.")
+@click.option(
+    "--record-trace",
+    type=FILE,
+    help="When the base station stops, write a gate trace (.npz, without text) of what it served.",
+)
 @click.option(
     "--deadline",
     "deadline_s",
@@ -246,26 +256,26 @@ def device(
     type=TIME,
     default="20ms",
     show_default=True,
-    help="... plus this for each token of a prompt.",
+    help="... plus this time for each token of a prompt.",
 )
 @click.option(
     "--prefill-chunk",
     type=click.IntRange(min=1),
     default=128,
     show_default=True,
-    help="Tokens of a prompt computed before others get their turn.",
+    help="Tokens of a prompt that are computed before another request gets its turn.",
 )
 @click.option(
     "--max-active",
     type=click.IntRange(min=1),
-    help="Requests computed at the same time.  [default: 4; 1 with --bandwidth, which one layer at a time gets whole]",
+    help="Requests that are computed at the same time.  [default: 4; 1 with --bandwidth: a layer uses the whole band]",
 )
 @click.option(
     "--max-queued",
     type=click.IntRange(min=0),
     default=16,
     show_default=True,
-    help="Requests that may wait; more are answered 429.",
+    help="Requests that may wait. Further requests get the answer 429.",
 )
 @click.option(
     "--lease",
@@ -273,19 +283,29 @@ def device(
     type=TIME,
     default="3s",
     show_default=True,
-    help="Silence after which a device is lost.",
+    help="Silence after which a device counts as lost.",
 )
 @click.option(
     "--device",
     default="auto",
     show_default=True,
-    help="Where attention and gate run: auto, cpu, cuda, cuda:1.",
+    help="Where attention and gate run: auto, cpu, cuda or cuda:1.",
 )
-@click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16, or auto by device.")
-@click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads.  [default: torch's choice]")
-@click.option("--state", type=DIRECTORY, help="Folder of the base station's key and the admitted devices.")
-@click.option("--insecure", is_flag=True, help="No encryption, no admission: for closed networks only.")
-@click.option("--commands", is_flag=True, hidden=True, help="Obey commands on standard input, as `demo` gives them.")
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    help="Number type of attention and gate: float32, bfloat16, float16, or auto (by --device).",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(0, 1024),
+    default=0,
+    help="CPU threads of attention and gate.  [default: torch's choice]",
+)
+@click.option("--state", type=DIRECTORY, help="Folder of the base station's key and of the list of admitted devices.")
+@click.option("--insecure", is_flag=True, help="Use no encryption and admit everybody: for closed networks only.")
+@click.option("--commands", is_flag=True, hidden=True, help="Obey commands on standard input, as `demo` sends them.")
 def bs(
     bundle: str,
     bind: str,
@@ -319,9 +339,11 @@ def bs(
 ) -> None:
     """Serve the model in BUNDLE, until stopped.
 
-    BUNDLE is a folder made by `wdmoe-node export`, or the word default: the default model, made on first use.
-    Prints a join token: run `wdmoe-node device --join TOKEN` on each device. Answers come once every expert
-    has a device.
+    BUNDLE is a folder that `wdmoe-node export` made, or the word default: the default model, which is made on first
+    use. Clients may ask for the model by its own name, by the word default, or by the name of the folder.
+
+    The command prints a join token. Run `wdmoe-node device --join TOKEN` on each device; `wdmoe-node token` prints
+    further tokens. The base station answers as soon as every expert has a device.
 
     \b
     Examples:
@@ -337,6 +359,8 @@ def bs(
         raise click.UsageError("--allocation says how --bandwidth is shared: give that too, as in --bandwidth 20MHz")
     tell_events()
     with needs_extra("bs"):
+        import fastapi  # noqa: F401 - what is missing is said at once, not after the seconds that torch takes
+
         folder = find_bundle(bundle)
     host, port = http
     settings = StationSettings(
@@ -370,10 +394,10 @@ def bs(
         state=state or state_home() / "bs",
         insecure=insecure,
     )
-    run_until_stopped(_serve(settings, commands))
+    run_until_stopped(_serve(settings, alias_of(bundle), commands))
 
 
-async def _serve(settings: StationSettings, commands: bool) -> None:
+async def _serve(settings: StationSettings, alias: str, commands: bool) -> None:
     """A base station and its HTTP face."""
     with needs_extra("bs"):
         from wdmoe.nodes.base_station.base_station import BaseStation
@@ -385,7 +409,7 @@ async def _serve(settings: StationSettings, commands: bool) -> None:
         _tell_how_to_join(station.join_text, settings.insecure)
         parts = [station.run()]
         if port >= 0:
-            parts.append(serve_http(station.engine, host, port, settings.api_key, ready=_tell_url))
+            parts.append(serve_http(station.engine, host, port, settings.api_key, aliases=[alias], ready=_tell_url))
         if commands:
             parts.append(obey(station, settings, click.echo))
         await run_together(*parts)

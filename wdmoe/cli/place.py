@@ -46,14 +46,26 @@ class _Device(click.ParamType):  # type: ignore[type-arg]  # generic only since 
 
 @click.command()
 @click.argument("trace", type=FILE)
-@click.option("--device", "flags", type=_Device(), multiple=True, help="A device; repeat for each one.")
-@click.option("--devices", "file", type=FILE, help="Devices from a JSON file instead, see below.")
-@click.option("--expert-size", type=SIZE, required=True, help="Memory of one expert; a CPU takes 4 bytes a weight.")
+@click.option("--device", "flags", type=_Device(), multiple=True, help="One device; repeat the option for each.")
+@click.option("--devices", "file", type=FILE, help="JSON file of devices, in place of --device; the form stands above.")
 @click.option(
-    "--replicas", type=click.IntRange(min=1), default=1, show_default=True, help="Copies of an expert at most."
+    "--expert-size", type=SIZE, required=True, help="Memory of one expert. On a CPU each weight takes 4 bytes."
 )
-@click.option("--exact/--greedy", default=False, help="Prove the optimum, or be done at once.  [default: --greedy]")
-@click.option("--time-limit", type=TIME, default="60s", show_default=True, help="For --exact; then the best so far.")
+@click.option(
+    "--replicas",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Largest number of copies of an expert.",
+)
+@click.option("--exact/--greedy", default=False, help="Prove the optimum, or end at once.  [default: --greedy]")
+@click.option(
+    "--time-limit",
+    type=TIME,
+    default="60s",
+    show_default=True,
+    help="Time for --exact. After it the best plan so far counts.",
+)
 def place(
     trace: Path,
     flags: tuple[Place, ...],
@@ -63,12 +75,14 @@ def place(
     exact: bool,
     time_limit: float,
 ) -> None:
-    """Plan which device holds which expert, from how often a trace uses each.
+    """Plan which device holds which expert, by how often a trace uses each expert.
 
-    TRACE is a file of `wdmoe-node trace`. A device is stated by its name (as in `wdmoe-node device --name`), the
-    memory it offers, and the time that one token takes through one expert there, link and computing together. The plan
-    keeps within memory and makes the time that a token spends in the experts of all layers as short as it can be;
-    it is printed in the form that `wdmoe-node bs --placement` reads, and what it brings on standard error.
+    TRACE is a file that `wdmoe-node trace` wrote. Describe each device by its name (as in `wdmoe-node device --name`),
+    the memory that it offers, and the time that one token takes through one expert there, link and computing together.
+
+    The plan fits the memory of every device and keeps a token's time in the experts of all layers as short as
+    possible. Standard output gets the plan in the form that `wdmoe-node bs --placement` reads, standard error says
+    what it brings.
 
     \b
     Examples:

@@ -15,20 +15,28 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("scenario")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Results folder.  [default: its name]")
-@click.option("--draws", type=click.IntRange(min=1), help="Channel draws.  [default: the scenario's]")
-@click.option("--seed", type=click.IntRange(min=0), help="Of all randomness.  [default: the scenario's]")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one for each core]")
-@click.option("--backend", help="loky, dask:ADDRESS or ray:ADDRESS.  [default: the scenario's]")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the results.  [default: the scenario's name and -results]",
+)
+@click.option("--draws", type=click.IntRange(min=1), help="Number of channel draws.  [default: the scenario's]")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of all randomness.  [default: the scenario's]")
+@click.option("--workers", type=click.IntRange(min=1), help="Number of processes.  [default: one for each core]")
+@click.option(
+    "--backend",
+    help="Where draws are computed: loky (this machine), dask:ADDRESS or ray:ADDRESS.  [default: the scenario's]",
+)
 def simulate(
     scenario: str, out: Path | None, draws: int | None, seed: int | None, workers: int | None, backend: str | None
 ) -> None:
     """Simulate a network of devices over many channel draws.
 
-    SCENARIO is a TOML file, or one that comes along: journal, wifi-room, decode, prefill, multicast, moving. Every
-    draw places the devices, fades their links and replays real gates; all variants of the scenario meet the same
-    draws. The results folder gets all draws and a summary as CSV, figures as PNG and SVG, and a manifest. The same seed
-    gives the same digits on any number of workers.
+    SCENARIO is a TOML file, or the name of a shipped one: bridge, decode, journal, moving, multicast, prefill,
+    wifi-room. Every draw places the devices, fades their links and replays recorded gates. All variants of the
+    scenario meet the same draws. The same seed gives the same digits on any number of workers.
+
+    The results folder gets all draws and a summary as CSV, figures as PNG and SVG, and a manifest.
 
     \b
     Examples:

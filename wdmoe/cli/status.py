@@ -23,12 +23,22 @@ _COLUMNS = ("device", "hardware", "provider", "experts", "ready", "memory", "spe
 
 
 @click.command()
-@click.option("--url", default="http://127.0.0.1:8080", show_default=True, help="Where it serves HTTP.")
-@click.option("--api-key", type=SECRET, envvar="WDMOE_API_KEY", default="", help="The key it wants, or @FILE with it.")
-@click.option("--json", "as_json", is_flag=True, help="Everything it says, for machines.")
-@click.option("--print-placement", is_flag=True, help="Who holds which expert, as `bs --placement` reads it.")
+@click.option("--url", default="http://127.0.0.1:8080", show_default=True, help="HTTP address of the base station.")
+@click.option(
+    "--api-key",
+    type=SECRET,
+    envvar="WDMOE_API_KEY",
+    default="",
+    help="API key of the base station, or @FILE that holds it; also from $WDMOE_API_KEY.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the whole status as JSON.")
+@click.option(
+    "--print-placement",
+    is_flag=True,
+    help="Print which device holds which experts, in the form that `bs --placement` reads.",
+)
 def status(url: str, api_key: str, as_json: bool, print_placement: bool) -> None:
-    """Show who takes part in a running base station.
+    """Show the devices of a running base station, and how fast they are.
 
     \b
     Examples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 from pathlib import Path
 
 import click
@@ -23,9 +24,9 @@ _STATE = click.option(
 @click.group(invoke_without_command=True)
 @click.pass_context
 def token(ctx: click.Context) -> None:
-    """Make join tokens, list who was admitted, and shut devices out.
+    """Make join tokens, list the admitted devices, and shut devices out.
 
-    Without a subcommand it makes a token. Works while the base station runs, and before.
+    Without a subcommand it makes a token. It works while the base station runs, and before.
     """
     if ctx.invoked_subcommand is None:
         ctx.invoke(create)
@@ -37,13 +38,15 @@ def token(ctx: click.Context) -> None:
     "--endpoint",
     "endpoints",
     multiple=True,
-    help="Where devices reach the base station; may be repeated, best first.  "
-    "[default: where it was reached last, else this machine's addresses, port 5555]",
+    help="Address where devices reach the base station; may be repeated, best first.  "
+    "[default: the addresses of its last run, else this machine's addresses with port 5555]",
 )
-@click.option("--ttl", type=TIME, default="24h", show_default=True, help="How long devices may join with it.")
-@click.option("--uses", type=click.IntRange(min=1), help="How many devices may join.  [default: any number]")
+@click.option("--ttl", type=TIME, default="24h", show_default=True, help="How long devices may join with this token.")
+@click.option(
+    "--uses", type=click.IntRange(min=1), help="How many devices may join with this token.  [default: any number]"
+)
 def create(state: Path, endpoints: tuple[str, ...], ttl: float, uses: int | None) -> None:
-    """Print a new join token. It is a secret: whoever has it may join until it expires.
+    """Print a new join token. Keep it secret: whoever has it may join until it expires.
 
     \b
     Examples:
@@ -71,11 +74,36 @@ def list_devices(state: Path) -> None:
     print_table(("device", "fingerprint", "admitted"), rows)
 
 
-@token.command()
+class _AnyName(click.Command):
+    """A command whose one argument may begin with a dash, as a device's name or key may."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put words that look like options and are none behind `--`, where click takes them as they are."""
+        takes_value = {name: not option.is_flag for option in self._options(ctx) for name in option.opts}
+        options: list[str] = []
+        names: list[str] = []
+        words = iter(args)
+        for word in words:
+            if word == "--":
+                names += words
+            elif not word.startswith("-") or word.partition("=")[0] not in takes_value:
+                names.append(word)
+            else:
+                options.append(word)
+                options += itertools.islice(words, 1 if takes_value.get(word) else 0)
+        return super().parse_args(ctx, [*options, "--", *names])
+
+    def _options(self, ctx: click.Context) -> list[click.Option]:
+        return [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+
+
+@token.command(cls=_AnyName)
 @_STATE
 @click.argument("device")
 def revoke(state: Path, device: str) -> None:
-    """Shut out DEVICE: a name, a fingerprint, or the start of one. At once, also while it works.
+    """Shut out DEVICE: its name, its public key, its fingerprint, or the start of that.
+
+    It takes effect at once, also while the device works.
 
     \b
     Example:
@@ -84,5 +112,5 @@ def revoke(state: Path, device: str) -> None:
     from wdmoe.transport.security.admission import Admission
 
     for gone in Admission(state).revoke(device):
-        click.echo(f"{printable(gone.name)} ({gone.fingerprint}) may not join any more")
-    click.echo("all join tokens have ended; devices that joined stay admitted")
+        click.echo(f"{printable(gone.name)} ({gone.fingerprint}) is shut out")
+    click.echo("All join tokens are void now. The other devices stay admitted.")

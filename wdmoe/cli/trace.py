@@ -14,18 +14,27 @@ from wdmoe.units import format_quantity
 @click.command()
 @click.argument("model")
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--text", type=FILE, multiple=True, help="What it reads; may be repeated.  [default: shipped text]")
-@click.option("--tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="How many, in all.")
+@click.option(
+    "--text",
+    type=FILE,
+    multiple=True,
+    help="Text file that the model reads; may be repeated.  [default: the shipped text]",
+)
+@click.option("--tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Number of tokens in all.")
 @click.option("--window", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens of one sequence.")
-@click.option("--similarity", is_flag=True, help="Also record how alike neighbouring tokens' hidden states are.")
-@click.option("--expert-similarity", is_flag=True, help="Also measure how well experts stand in for each other.")
+@click.option("--similarity", is_flag=True, help="Also record the similarity of neighbouring tokens' hidden states.")
+@click.option(
+    "--expert-similarity",
+    is_flag=True,
+    help="Also measure the similarity of experts, which says how well one replaces another.",
+)
 def trace(
     model: str, out: Path, text: tuple[Path, ...], tokens: int, window: int, similarity: bool, expert_similarity: bool
 ) -> None:
-    """Record what a model's gates ask for.
+    """Record which experts a model's gates choose.
 
-    MODEL is the folder of a Mixture-of-Experts checkpoint, or the word default. It reads text on this machine, and
-    the scores and choices of every gate go to the file OUT (.npz), which holds no text. Simulations replay it.
+    MODEL is the folder of a Mixture-of-Experts checkpoint, or the word default. The model reads text on this machine.
+    The file OUT (.npz) gets the scores and choices of every gate, and no text. Simulations replay it.
 
     \b
     Examples:

@@ -140,7 +140,7 @@ class Sessions:
             try:
                 await self._handle(envelope)
             except (BundleError, TransportError) as error:
-                log.warning("not served: %s", error)
+                log.warning("could not serve a message: %s", error)
 
     async def _watch(self) -> None:
         """Leases, and keys that are revoked."""

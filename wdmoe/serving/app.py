@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,9 +15,10 @@ from starlette.types import ASGIApp
 
 from wdmoe.errors import WdmoeError
 from wdmoe.records import TextEngine
-from wdmoe.serving.errors import Problem, problem_from
+from wdmoe.serving.errors import problem_from
 from wdmoe.serving.metrics import Metrics
 from wdmoe.serving.middleware import Guard
+from wdmoe.serving.model_names import ModelNames
 from wdmoe.serving.requests import ServingLimits, plan_chat, plan_completion
 from wdmoe.serving.responses import device_count, health
 from wdmoe.serving.schemas import ChatRequest, CompletionRequest
@@ -27,6 +29,7 @@ def create_app(
     engine: TextEngine,
     *,
     api_key: str = "",
+    aliases: Sequence[str] = (),
     limits: ServingLimits | None = None,
     closing: asyncio.Event | None = None,
 ) -> ASGIApp:
@@ -35,6 +38,7 @@ def create_app(
     Args:
         engine: answers the requests; the caller owns it.
         api_key: wanted from every client, except at /health; "": none.
+        aliases: names that clients may use for the model beside the engine's own.
         limits: bounds on what a client may ask for.
         closing: once set, answers that still run are ended with an error.
     """
@@ -46,8 +50,9 @@ def create_app(
     for kind in (WdmoeError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _tell)
     _add_state_routes(app, engine, metrics)
-    _add_model_routes(app, engine)
-    _add_generation_routes(app, service)
+    names = ModelNames.of(engine.model_name, aliases)
+    _add_model_routes(app, names)
+    _add_generation_routes(app, service, names)
     paths = frozenset(getattr(route, "path", "") for route in app.routes)
     return Guard(app, api_key=api_key, body_bytes=limits.body_bytes, metrics=metrics, paths=paths)
 
@@ -74,35 +79,33 @@ def _add_state_routes(app: FastAPI, engine: TextEngine, metrics: Metrics) -> Non
         return JSONResponse(dict(engine.status()))
 
 
-def _add_model_routes(app: FastAPI, engine: TextEngine) -> None:
-    started = int(time.time())
-
-    def describe() -> dict[str, object]:
-        return {"id": engine.model_name, "object": "model", "created": started, "owned_by": "wdmoe"}
+def _add_model_routes(app: FastAPI, names: ModelNames) -> None:
+    started_unix = int(time.time())
 
     @app.get("/v1/models")
     async def list_models() -> Response:
-        """The one model that is served."""
-        return JSONResponse({"object": "list", "data": [describe()]})
+        """The one model that is served, under each of its names."""
+        data = [names.describe(name, started_unix) for name in (names.own, *names.aliases)]
+        return JSONResponse({"object": "list", "data": data})
 
     @app.get("/v1/models/{name:path}")
     async def get_model(name: str) -> Response:
-        """The model, by its name."""
-        if name != engine.model_name:
-            message = f"the model {name!r} is not served here; {engine.model_name!r} is"
-            raise Problem(404, message, param="model", code="model_not_found")
-        return JSONResponse(describe())
+        """The model, by one of its names."""
+        names.check(name)
+        return JSONResponse(names.describe(name, started_unix))
 
 
-def _add_generation_routes(app: FastAPI, service: Service) -> None:
+def _add_generation_routes(app: FastAPI, service: Service, names: ModelNames) -> None:
     @app.post("/v1/completions")
     async def complete(request: Request, body: CompletionRequest) -> Response:
         """Go on with a text."""
+        names.check(body.model)
         job = await plan_completion(service.engine, body, request.state.request_id, service.limits)
         return Reply(job, service)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation."""
+        names.check(body.model)
         job = await plan_chat(service.engine, body, request.state.request_id, service.limits)
         return Reply(job, service)

@@ -55,7 +55,7 @@ async def plan_chat(engine: TextEngine, body: ChatRequest, request_id: str, limi
     """Check a chat request and turn it into work.
 
     Raises:
-        Problem: 404, another model; 400, not served.
+        Problem: 400, the context does not hold it.
         RequestError: the engine can never serve it.
     """
     messages = tuple(message.plain() for message in body.messages)
@@ -82,9 +82,6 @@ async def _plan(
     stated_tokens: int | None,
     default_tokens: int,
 ) -> Job:
-    if body.model not in (None, engine.model_name):
-        message = f"the model {body.model!r} is not served here; {engine.model_name!r} is"
-        raise Problem(404, message, param="model", code="model_not_found")
     generations = [await _fit(engine, draft, stated_tokens, default_tokens) for draft in drafts]
     return Job(
         request_id=drafts[0].request_id,

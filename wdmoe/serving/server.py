@@ -6,7 +6,7 @@ import asyncio
 import ipaddress
 import logging
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import uvicorn
@@ -35,6 +35,7 @@ async def serve_http(
     port: int,
     api_key: str = "",
     *,
+    aliases: Sequence[str] = (),
     limits: ServingLimits | None = None,
     ready: Callable[[str], None] | None = None,
 ) -> None:
@@ -49,6 +50,7 @@ async def serve_http(
         host: address or name to bind; anything but the loopback should have an API key.
         port: 0 lets the system choose.
         api_key: wanted from every client; "": none.
+        aliases: names that clients may use for the model beside the engine's own.
         limits: bounds on what a client may ask for.
         ready: called with the base URL once connections are accepted.
     Raises:
@@ -58,7 +60,7 @@ async def serve_http(
     closing = asyncio.Event()
     listener = _listen(host, port)
     config = uvicorn.Config(
-        create_app(engine, api_key=api_key, limits=limits, closing=closing),
+        create_app(engine, api_key=api_key, aliases=aliases, limits=limits, closing=closing),
         log_config=None,
         access_log=False,  # the guard logs requests, with their ids
         lifespan="off",

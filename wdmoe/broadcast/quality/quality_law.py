@@ -20,7 +20,7 @@ from wdmoe.arrays import FloatArray
 from wdmoe.errors import ConfigError
 
 FORMAT = 1
-LAW_FILE = Path(__file__).resolve().parent / "data" / "law.json"  # of the shipped codec
+LAW_FILE = Path(__file__).resolve().parents[1] / "data" / "law.json"  # of the shipped codec
 SHARE_KNOTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 SNR_KNOTS_DB = (0.0, 5.0, 10.0, 20.0)
 CBR_KNOTS = (1 / 12, 1 / 6, 1 / 3)

@@ -36,7 +36,7 @@ from wdmoe.results.folder import BROADCAST_KIND, MANIFEST, kind_of, sha256_of, w
 FORMAT = 2  # 2: classical codecs on fading channels too
 JOINT_FILE, SINGLE_FILE, ARRAYS = "codec.safetensors", "single.safetensors", "qualities.npz"
 NEEDED = (ARRAYS, FRONTS, STANDINGS, LEADS, PAGE, SETS, FOUR_PAGE)
-DATA = Path(__file__).resolve().parent / "data"  # where the shipped weights lie
+DATA = Path(__file__).resolve().parents[1] / "data"  # where the shipped weights lie
 _PACKAGES = ("wdmoe", "torch", "numpy", "pillow", "pillow-heif", "pytorch-msssim", "matplotlib", "safetensors")
 _SEPARATOR = "|"
 _PART = "part-"

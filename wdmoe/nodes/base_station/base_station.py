@@ -259,6 +259,6 @@ def _save_trace(recorder: TraceRecorder, file: Path) -> None:
         trace = recorder.trace()
         trace.save(file)
     except WdmoeError as error:  # the station ends all the same
-        log.error("no gate trace was saved: %s", error)
+        log.error("could not save the gate trace: %s", error)
     else:
-        log.info("%s: a gate trace of %d tokens", file, trace.tokens)
+        log.info("saved a gate trace of %d tokens as %s", trace.tokens, file)

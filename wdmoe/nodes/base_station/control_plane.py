@@ -151,7 +151,7 @@ class ControlPlane(Host):
     def lost(self, device: Device, reason: str) -> None:
         """Others take over its experts soon."""
         self.lost_devices += 1
-        log.warning("%s lost: %s", device.report.name, reason)
+        log.warning("lost %s: %s", device.report.name, reason)
         self._place_soon()
 
     def changed(self) -> None:

@@ -31,8 +31,8 @@ def layer_rules(settings: StationSettings, manifest: Manifest) -> LayerRules:
         )
     if rank == "energy" and manifest.rank != "energy":
         log.warning(
-            "%s does not say that its router predicts the norms of experts' outputs: ranked by energy, experts that "
-            "matter may be dropped",
+            "the bundle of %s does not say that its router predicts the norms of experts' outputs: --rank energy may "
+            "drop experts that matter",
             manifest.model,
         )
     return LayerRules(

@@ -103,12 +103,13 @@ def choose_targets(
     room = [host.report.memory_bytes for host in hosts]
     for device_id, experts in copies.items():
         room[index[device_id]] -= sum(catalogue.weight_bytes[expert] for expert in experts)
-    parcels = _parcels(catalogue, free, span(catalogue, hosts, least_span))
+    per_layer = span(catalogue, hosts, least_span)
+    parcels = _parcels(catalogue, free, per_layer)
     homes = place_experts(
         weight_bytes=np.array([sum(catalogue.weight_bytes[e] for e in p) for p in parcels], np.int64),
         load=np.array([sum(catalogue.load[e] for e in p) for p in parcels], np.float64),
         memory_bytes=np.maximum(np.array(room, np.int64), 0),
-        speed=np.array([_speed(host.report) for host in hosts], np.float64),
+        speed=np.array([layers_per_s(catalogue, host.report, per_layer) for host in hosts], np.float64),
         layer=np.array([p[0].layer for p in parcels], np.int32),
         sticky=np.array([_home(p, before, index) for p in parcels], np.int32),
     )
@@ -126,9 +127,22 @@ def span(catalogue: Catalogue, hosts: Sequence[Holder], least: int = LEAST_SPAN)
     if not catalogue.experts:
         return 1
     speed = sum(_speed(host.report) for host in hosts) / len(hosts)
-    expert_s = sum(catalogue.load.values()) / len(catalogue.load) / speed
-    worth = math.ceil(catalogue.top_k * expert_s / MESSAGE_S)
+    worth = math.ceil(catalogue.top_k * _mean_load(catalogue) / speed / MESSAGE_S)
     return min(max(worth, least), len(hosts))
+
+
+def layers_per_s(catalogue: Catalogue, report: DeviceReport, per_layer: int) -> float:
+    """How fast a device answers its part of a layer for one token, where the layer has so many parts.
+
+    A message takes the same time on every device; only the arithmetic goes with the speed that a device measured. So
+    experts that are small beside a message are dealt out evenly, also to a device that was busy when it measured.
+    """
+    return 1 / (MESSAGE_S + catalogue.top_k / per_layer * _mean_load(catalogue) / _speed(report))
+
+
+def _mean_load(catalogue: Catalogue) -> float:
+    """FLOP of one token in one expert."""
+    return sum(catalogue.load.values()) / max(len(catalogue.load), 1)
 
 
 def has_room_for_copies(catalogue: Catalogue, hosts: Sequence[Holder], copies: int) -> bool:

@@ -79,11 +79,11 @@ class Radio:
         try:
             await Listening(plan_reception(tune), self._site, self._fetch, self._send).run()
         except WdmoeError as error:
-            log.warning("a broadcast was given up: %s", error)
+            log.warning("gave up a broadcast: %s", error)
             try:
                 await self._send(Failure(attempt=tune.broadcast, reason=str(error)))
             except WdmoeError as again:  # the session ends, and tells the station enough
-                log.debug("not told: %s", again)
+                log.debug("could not tell the station: %s", again)
 
 
 class Listening:
@@ -140,7 +140,7 @@ class Listening:
             try:
                 message = (await asyncio.wait_for(tuner.receive(), SILENCE_S)).message
             except asyncio.TimeoutError:
-                log.warning("nothing was heard for %.0f s: the rest is lost", SILENCE_S)
+                log.warning("heard nothing for %.0f s: the rest is lost", SILENCE_S)
                 self._store.end(self._tune.blocks)
             else:
                 await self._note(message)
@@ -169,7 +169,7 @@ class Listening:
         await self._give(await in_thread(self._blender.finish))
         store = self._store
         heard = self._reception.tiles - store.lost
-        log.info("shown: %d of %d blocks were heard", heard, self._reception.tiles)
+        log.info("heard %d of %d blocks", heard, self._reception.tiles)
         await self._deliver(
             Shown(broadcast=self._tune.broadcast, heard=heard, lost=store.lost, decode_s=self._decode_s)
         )
@@ -229,6 +229,6 @@ class Listening:
             folder.mkdir(parents=True, exist_ok=True)
             file.write_bytes(png_bytes(np.concatenate(self._kept)))
         except OSError as error:
-            log.warning("the picture was not saved as %s: %s", file, error.strerror or error)
+            log.warning("could not save the picture as %s: %s", file, error.strerror or error)
         else:
             log.info("saved %s", file)

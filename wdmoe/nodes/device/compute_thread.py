@@ -25,6 +25,7 @@ from wdmoe.transport.codec.messages import Activations, Attach, Attached, Failur
 log = logging.getLogger(__name__)
 
 QUEUE_RUNS = 64  # taken in and not computed yet; what exceeds it waits in the socket, where the station sees it
+CONNECTING_S = 0.02  # before an Attach that could not even be sent is tried again
 ATTACH_RETRY_S = 0.2
 ATTACH_AGAIN_S = 1.0  # also while attached: a connection that was lost and made again is a stranger to the station
 REFUSED_RETRY_S = 2.0
@@ -148,8 +149,8 @@ class ComputeThread:
         """Do what is due: attach, answer, compute, or wait for something."""
         now_s = time.monotonic()
         if self._attach_s <= now_s:
-            self._attach_s = now_s + ATTACH_RETRY_S
-            self._send(link, Attach(session=session), quietly=True)
+            sent = self._send(link, Attach(session=session), quietly=True)
+            self._attach_s = now_s + (ATTACH_RETRY_S if sent else CONNECTING_S)
         if self._answers and self._answers[0].due_s <= now_s:
             self._send_answer(link, self._answers.popleft())
         elif self._jobs and self._jobs[0].ready_s <= now_s:
@@ -192,7 +193,7 @@ class ComputeThread:
         elif isinstance(message, (Failure, Goodbye)):
             log.debug("data plane: the base station says: %s", message.reason)
         else:
-            log.warning("data plane: the base station sent a %s; ignored", type(message).__name__)
+            log.warning("data plane: ignored a %s from the base station", type(message).__name__)
 
     def _compute(self, link: DataLink, job: _Job) -> None:
         run, start_s = job.run, time.monotonic()
@@ -230,10 +231,12 @@ class ComputeThread:
         self.done += 1
         self._send(link, result)
 
-    def _send(self, link: DataLink, message: Message, quietly: bool = False) -> None:
-        """A message that can't go is dropped: the base station's deadline covers it."""
+    def _send(self, link: DataLink, message: Message, quietly: bool = False) -> bool:
+        """Whether it went. A message that can't go is dropped: the base station's deadline covers it."""
         try:
             link.send(message)
+            return True
         except (TransportError, ProtocolError) as error:
             level = logging.DEBUG if quietly else logging.WARNING
             log.log(level, "a %s was not sent: %s", type(message).__name__, error)
+            return False

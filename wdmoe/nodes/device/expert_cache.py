@@ -45,10 +45,10 @@ class ExpertCache:
         except FileNotFoundError:
             return None
         except OSError as error:
-            log.warning("expert cache: can't read %s: %s", path, error)
+            log.warning("expert cache: cannot read %s: %s", path, error)
             return None
         if hashlib.sha256(data).hexdigest() != sha256:
-            log.warning("expert cache: %s is damaged; removed, and fetched again", path)
+            log.warning("expert cache: removed %s, which is damaged; fetching it again", path)
             with contextlib.suppress(OSError):
                 path.unlink()
             return None

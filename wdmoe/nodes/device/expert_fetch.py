@@ -51,7 +51,7 @@ class ExpertFetcher:
             data = await self._download(wanted)
             if await in_thread(lambda: hashlib.sha256(data).hexdigest()) == wanted.sha256:  # noqa: B023
                 return data
-            log.warning("the base station sent layer %d expert %d damaged; asking again", *wanted.expert)
+            log.warning("layer %d expert %d arrived damaged; asking for it again", *wanted.expert)
         raise ExpertError(f"layer {wanted.expert.layer} expert {wanted.expert.expert} arrived damaged every time")
 
     async def _download(self, wanted: WantedExpert) -> bytes:

@@ -19,6 +19,7 @@ from wdmoe.transport.zmq.pubsub import Tuner, open_tuner
 from wdmoe.transport.zmq.sockets import Context, LinkSecurity, new_context
 
 HELLO_AGAIN_S = 0.5
+CONNECTING_S = 0.02  # before a Hello that could not even be sent is tried again
 HELLO_PATIENCE_S = 10.0
 
 
@@ -111,7 +112,7 @@ def open_dialer(settings: DeviceSettings) -> Dialer:
 
 
 async def introduce(link: ControlLink, hello: Hello) -> Welcome:
-    """Say Hello until the base station answers: the first ones may be lost while the connection is made.
+    """Say Hello until the base station answers: the first ones cannot be sent while the connection is made.
 
     Raises:
         SentAwayError: it wants this device not to come back.
@@ -122,11 +123,12 @@ async def introduce(link: ControlLink, hello: Hello) -> Welcome:
     give_up_s = time.monotonic() + HELLO_PATIENCE_S
     reason = "no answer"
     while (now_s := time.monotonic()) < give_up_s:
+        again_s = HELLO_AGAIN_S
         try:
             await link.send(hello)
         except TransportError as error:
-            reason = str(error)
-        answer = await _answer(link, now_s + HELLO_AGAIN_S)
+            reason, again_s = str(error), CONNECTING_S
+        answer = await _answer(link, now_s + again_s)
         if isinstance(answer, Welcome) and answer.session == hello.session:
             return _checked(answer)
         if isinstance(answer, Failure):

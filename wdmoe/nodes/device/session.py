@@ -111,9 +111,9 @@ class DeviceSession:
         elif isinstance(message, Welcome):
             self._compute.attach_again()
         elif isinstance(message, Failure):
-            log.warning("the base station refused something: %s", message.reason)
+            log.warning("the base station refused a message: %s", message.reason)
         elif not isinstance(message, Pong):
-            log.warning("the base station sent a %s, which is for devices to send", type(message).__name__)
+            log.warning("ignored a %s from the base station: only devices send that", type(message).__name__)
 
     def _new_place(self, place: Place) -> None:
         if place.generation <= self._generation:

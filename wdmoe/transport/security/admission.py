@@ -107,7 +107,7 @@ def _read(file: Path) -> dict[str, Any] | None:
         _LOG.warning("skipped %s: it needs a 'key' of 40 Z85 characters", file)
         return None
     if file.stem != fingerprint(entry["key"]):
-        _LOG.warning("skipped %s: its key belongs into %s.json", file, fingerprint(entry["key"]))
+        _LOG.warning("skipped %s: its key belongs in %s.json", file, fingerprint(entry["key"]))
         return None
     return entry
 
@@ -173,8 +173,8 @@ class Admission:
                 self._tokens.write(enrolment_key, {**token, "uses_left": int(_number(token, "uses_left")) - 1})
             return device
 
-    def revoke(self, name_or_fingerprint: str) -> Sequence[AdmittedDevice]:
-        """Take devices off the list: all of a name, or by fingerprint (its first 8 digits or more).
+    def revoke(self, named: str) -> Sequence[AdmittedDevice]:
+        """Take devices off the list: all of a name, or one by its key or fingerprint (its first 8 digits or more).
 
         All join tokens end with it: the board that is shut out may hold one, and come back with another key.
 
@@ -183,15 +183,15 @@ class Admission:
         Raises:
             ConfigError: nobody is meant by that.
         """
-        wanted = name_or_fingerprint.strip()
+        wanted = named.strip()
         prefix = wanted if len(wanted) >= 8 else None
         meant = [
             device
             for device in self.devices()
-            if (wanted and device.name == wanted) or (prefix and device.fingerprint.startswith(prefix))
+            if (wanted and wanted in (device.name, device.key)) or (prefix and device.fingerprint.startswith(prefix))
         ]
         if not meant:
-            raise ConfigError(f"no admitted device is called {wanted!r} or has such a fingerprint")
+            raise ConfigError(f"no admitted device has the name, key or fingerprint {wanted!r}")
         for device in meant:
             self._devices.delete(device.key)
             _LOG.info("revoked device %s (%s)", device.fingerprint, device.name)
