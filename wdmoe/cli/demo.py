@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _BANDWIDTH_HZ = 10e6
 _MAX_DROPPED = 0.05
-_PROMPT = "Tell me a short story about a lighthouse keeper who finds a message in a bottle."
+_PROMPT = "Tell me a short story about a lighthouse keeper."
 
 
 @click.command()

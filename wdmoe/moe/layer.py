@@ -97,7 +97,7 @@ class ExpertLayers:
         return routing
 
     def _choose(self, routing: Routing, call: LayerCall) -> Chosen:
-        if self.rules.rehearsal and len(call.tokens) > 1:
+        if self.rules.rehearsal and self.rules.policy != "topk" and len(call.tokens) > 1:
             return joined([self._choose(routing, call.of(np.array([row]))) for row in range(len(call.tokens))])
         all_served = self.health.all_well and call.layer in routing.complete
         device_of = self._device_of(routing, call.layer)
