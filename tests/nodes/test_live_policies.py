@@ -24,7 +24,7 @@ from wdmoe.layer_call import Demand, LayerCall
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.moe.select import Costs, choose
 from wdmoe.nodes.base_station.layer_rules import layer_rules
-from wdmoe.receipt import Receipt
+from wdmoe.receipt import Ledger, Receipt
 from wdmoe.records import GenerationRequest, Sampling, TextDelta
 from wdmoe.solver import select_experts, shed_bottleneck
 from wdmoe.solver.bandwidth import Links, with_compute
@@ -74,6 +74,7 @@ class Watched:
     """What every layer demanded, and what the devices were asked."""
 
     def __init__(self, lab: Lab) -> None:
+        self.calls: list[LayerCall] = []
         self.wanted: list[float] = []  # sum over tokens of the share of the gate weight that was not asked for
         self.runs: list[Run] = []
         self.layers: list[list[Run]] = []  # the runs of each layer of each pass
@@ -92,13 +93,18 @@ class Watched:
         out = self._run(call)
         asked = np.zeros(len(tokens))
         self.layers.append(self.runs[before:])
-        for run in self.layers[-1]:
-            experts = np.repeat(run.experts, run.counts)
-            rows = [int(np.flatnonzero((tokens == run.tokens[row]).all(axis=1))[0]) for row in run.rows]
-            for row, expert in zip(rows, experts, strict=True):
-                asked[row] += demand.weights[row][demand.experts[row] == expert][0]
+        self.calls.append(call)
+        for row, expert in pairs(tokens, self.layers[-1]):
+            asked[row] += demand.weights[row][demand.experts[row] == expert][0]
         self.wanted.append(float((1 - asked / demand.weights.sum(axis=1)).sum()))
         return out
+
+
+def pairs(tokens: Any, runs: list[Run]) -> Iterator[tuple[int, int]]:
+    """(row of `tokens`, expert) that was asked."""
+    for run in runs:
+        rows = [int(np.flatnonzero((tokens == run.tokens[row]).all(axis=1))[0]) for row in run.rows]
+        yield from zip(rows, np.repeat(run.experts, run.counts).tolist(), strict=True)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -127,6 +133,50 @@ def test_a_budget_that_is_never_short_changes_nothing(bundle: Bundle) -> None:
         for _ in range(2):
             ids, receipt = ask(lab)
             assert (ids, receipt.dropped_weight) == (plain, 0.0)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_a_bound_on_what_is_dropped_holds_over_a_request(bundle: Bundle, rank: str) -> None:
+    """In prompt and answer: a token has no light experts, but what it leaves of the bound, later ones may drop."""
+    with opened(bundle, policy="budget", max_dropped=0.1, rank=rank) as lab:
+        ask(lab)
+        watched = Watched(lab)
+        _, receipt = ask(lab)
+        layers = len(lab.station.manifest.moe_layers)
+    asked: dict[int, float] = {}
+    dropped: dict[int, float] = {}
+    for call, chosen in zip(watched.calls, watched.layers, strict=True):
+        energy = rank_weights(call.demand.gate, call.demand.experts, 1.0, "energy")
+        ranks = energy if rank == "energy" else call.demand.weights.astype(np.float64)
+        kept = sum(
+            float(ranks[row][call.demand.experts[row] == expert][0]) for row, expert in pairs(call.tokens, chosen)
+        )
+        asked[call.layer] = asked.get(call.layer, 0.0) + float(ranks.sum())
+        dropped[call.layer] = dropped.get(call.layer, 0.0) + float(ranks.sum()) - kept
+        assert dropped[call.layer] <= 0.1 * asked[call.layer] * (1 + 1e-6)
+    assert len(asked) == layers
+    assert sum(watched.wanted[2 * layers :]) > 0  # of the answer, whose tokens come one by one
+    assert receipt.dropped_weight > 0
+
+
+def test_a_rehearsal_decides_as_in_an_answer(bundle: Bundle) -> None:
+    rules = {"policy": "budget", "max_dropped": 0.1}
+    with opened(bundle, **rules) as lab:
+        ask(lab)
+        lab.layers.health.answered = lambda *seen: None  # type: ignore[assignment]  # what was measured stays
+        lab.layers.rules = replace(lab.layers.rules, rehearsal=True)
+        together, alone = Ledger(), Ledger()
+        tokens = np.random.default_rng(0).normal(size=(12, lab.station.manifest.hidden)).astype(np.float32)
+        gate = np.random.default_rng(1).normal(size=(12, 8)).astype(np.float32)
+        experts = np.argsort(-gate, axis=1)[:, :2].astype(np.int32)
+        layer = lab.station.manifest.moe_layers[0]
+        whole = LayerCall(layer, tokens, Demand(experts, np.full((12, 2), 0.5, np.float32), gate), together)
+        parts = [replace(whole.of(np.array([row])), ledger=alone) for row in range(12)]
+        chosen = lab.layers._choose(lab.routing, whole).experts
+        by_one = [lab.layers._choose(lab.routing, part).experts for part in parts]
+    assert (chosen < 0).any()
+    np.testing.assert_array_equal(chosen, np.concatenate(by_one))
+    assert together.unspent == alone.unspent
 
 
 def test_a_prompt_may_have_more_time_than_a_token(bundle: Bundle) -> None:

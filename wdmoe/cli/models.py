@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -78,7 +77,16 @@ def export(model: Path, bundle: Path, precision: str, name: str) -> None:
     help="Text file to measure perplexity on; may be repeated.  [default: other shipped text]",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the clustering.")
-def split(dense: Path, moe: Path, **flags: Any) -> None:
+def split(
+    dense: Path,
+    moe: Path,
+    experts: int,
+    shared: float,
+    top_k: int,
+    calibration: tuple[Path, ...],
+    held_out: tuple[Path, ...],
+    seed: int,
+) -> None:
     """Split a dense model into experts.
 
     DENSE is a Llama-like checkpoint: a folder of safetensors, or a GGUF file. The command writes a Mixture-of-Experts
@@ -96,7 +104,9 @@ def split(dense: Path, moe: Path, **flags: Any) -> None:
         from wdmoe.backbone.split.split import split_checkpoint
     from wdmoe.cli.progress import StageProgress
 
-    settings = SplitSettings(**flags)
+    settings = SplitSettings(
+        experts=experts, shared=shared, top_k=top_k, calibration=calibration, held_out=held_out, seed=seed
+    )
     with StageProgress(f"split {dense.name}") as progress:
         report = split_checkpoint(dense, moe, settings, progress.reach)
     click.echo(

@@ -23,7 +23,7 @@ from wdmoe.moe.bandwidth_share import SharedBand
 from wdmoe.moe.combine import Answer, Share, arrived_weight, combine
 from wdmoe.moe.dispatch import Part, Work, dispatch
 from wdmoe.moe.health import DeviceHealth
-from wdmoe.moe.select import Chosen, Costs, choose, substitute
+from wdmoe.moe.select import Bound, Chosen, Costs, choose, joined, substitute
 from wdmoe.receipt import Ledger
 from wdmoe.solver.combining import is_finite
 from wdmoe.transport.codec.messages import Activations
@@ -42,6 +42,7 @@ class LayerRules:
     policy: str = "topk"
     budget_s: float = 0.0  # `budget`: what one layer may take for one token
     budget_per_token_s: float = 0.0  # and for each further one
+    max_dropped: float = 0.0  # `budget` without a time: the share of the experts' worth that a request may drop
     bandwidth_hz: float = 0.0  # the band that all devices share in a layer; 0: each has a link of its own
     equal_bandwidth: bool = False  # each device gets the same part of it, whatever it needs
     renormalise: bool = True  # on drop: kept weights grow to the sum of all; else they keep their values
@@ -50,6 +51,7 @@ class LayerRules:
     whole_layers: frozenset[int] = frozenset()  # decoder layers that keep all their experts, whatever the policy
     deadline_s: float = 1.0
     deadline_per_token_s: float = 0.02
+    rehearsal: bool = False  # decide on each token alone, as in an answer, and send no band, so that no link waits
 
 
 class ExpertLayers:
@@ -95,10 +97,13 @@ class ExpertLayers:
         return routing
 
     def _choose(self, routing: Routing, call: LayerCall) -> Chosen:
+        if self.rules.rehearsal and self.rules.policy != "topk" and len(call.tokens) > 1:
+            return joined([self._choose(routing, call.of(np.array([row]))) for row in range(len(call.tokens))])
         all_served = self.health.all_well and call.layer in routing.complete
         device_of = self._device_of(routing, call.layer)
         policy = "topk" if call.layer in self.rules.whole_layers else self.rules.policy
-        return choose(
+        bound = Bound(self.rules.max_dropped, call.ledger.unspent.get(call.layer, 0.0))
+        chosen = choose(
             call.demand,
             policy=policy,
             costs=None if policy == "topk" else self._costs(routing, call, device_of),
@@ -107,7 +112,10 @@ class ExpertLayers:
             renormalise=self.rules.renormalise,
             gate_temperature=self.rules.gate_temperature,
             rank=self.rules.rank,
+            bound=bound if self.rules.max_dropped else None,
         )
+        call.ledger.unspent[call.layer] = chosen.unspent
+        return chosen
 
     def _costs(self, routing: Routing, call: LayerCall, device_of: Int32Array) -> Costs | None:
         """What the policy decides by: what was measured, and in a shared band what the air takes if all have the same.
@@ -132,10 +140,9 @@ class ExpertLayers:
 
     def _air(self, routing: Routing, tokens: Activations) -> SharedBand:
         """Of this routing table, which need not be the newest: another request may have seen that meanwhile."""
-        air = self._last_air
-        if air is None or air.devices is not routing.devices:
-            bits = 8.0 * tokens.itemsize * tokens.shape[1]
-            air = SharedBand(routing.devices, bits, self.rules.bandwidth_hz, self.rules.equal_bandwidth)
+        air, total_hz, equal = self._last_air, self.rules.bandwidth_hz, self.rules.equal_bandwidth
+        if air is None or air.devices is not routing.devices or (air.total_hz, air.equal) != (total_hz, equal):
+            air = SharedBand(routing.devices, 8.0 * tokens.itemsize * tokens.shape[1], total_hz, equal)
             self._last_air = air
         return air
 
@@ -152,7 +159,8 @@ class ExpertLayers:
     def _ask(self, routing: Routing, call: LayerCall, chosen: Chosen) -> list[Part]:
         """Dispatch, and book what it took."""
         started_s, busy = time.monotonic(), _Busy(call.meanwhile)
-        air = self._air(routing, call.tokens) if self.rules.bandwidth_hz and routing.devices else None
+        on_air = self.rules.bandwidth_hz and not self.rules.rehearsal
+        air = self._air(routing, call.tokens) if on_air and routing.devices else None
         device_of = self._device_of(routing, call.layer)
         parts = dispatch(
             self._exchange,

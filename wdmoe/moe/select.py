@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +13,11 @@ from wdmoe.errors import BundleError
 from wdmoe.layer_call import Demand
 from wdmoe.solver.bandwidth import Links
 from wdmoe.solver.bottleneck import shed_bottleneck
-from wdmoe.solver.budget import select_within_budget
+from wdmoe.solver.budget import select_at_most_dropped, select_within_budget
 from wdmoe.solver.ranking import rank_weights
 from wdmoe.solver.selection import prune_experts
+
+_NO_WORTH = 1e-300  # in place of 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,6 +28,19 @@ class Chosen:
     weights: Float32Array  # (tokens, top_k), 0 where dropped
     dropped: Float32Array | None = None  # (tokens,) share of the gate weight left out by the policy; None: nothing
     lost: Float32Array | None = None  # (tokens,) share left out because no device serves the expert; None: nothing
+    unspent: float = 0.0  # of `Bound`, for the next pass
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """How much worth, by what the policy ranks by, `budget` may drop in a layer, where it is given no time.
+
+    An answer is computed token by token, and of the few experts of one token none is light. So a request keeps an
+    account for each layer: what one pass might have dropped and did not, later ones may.
+    """
+
+    share: float  # of the worth of all that the gate asks for in this layer, over the whole request
+    unspent: float = 0.0  # worth that earlier passes of the request left
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,41 +63,69 @@ def choose(
     renormalise: bool,
     gate_temperature: float,
     rank: str,
+    bound: Bound | None = None,
 ) -> Chosen:
     """Apply availability, then the policy, to the gate's demand.
 
     Args:
         demand: the gate's own choice.
         policy: "topk" keeps it; "cosine" drops by weight and latency (Algorithm 1 of WDMoE); "bottleneck" relieves the
-            device that would be last (Algorithm 2); "budget" keeps the most weight that fits a time.
+            device that would be last (Algorithm 2); "budget" keeps the most weight that fits a time, or is as fast as
+            a bound on what it drops allows.
         costs: of the devices; None where nothing is known: the policy drops nothing.
         budget_s: seconds that this layer may take, for "budget".
         available: (experts,) bool; None where every expert is served.
         renormalise: kept weights grow to the sum of all; else they keep their values.
         gate_temperature: what the router's scores are divided by before a policy ranks by them.
         rank: what a policy ranks by, as in `wdmoe.solver.ranking`.
+        bound: for "budget", in place of `budget_s`.
     Raises:
         BundleError: `rank` is "energy", and the model's router does not give its scores.
     """
     kept, lost = (demand, None) if available is None else _without_unavailable(demand, available, renormalise)
     if policy == "topk" or costs is None:
-        return Chosen(kept.experts, kept.weights, lost=lost)
+        return Chosen(kept.experts, kept.weights, lost=lost, unspent=bound.unspent if bound else 0.0)
     ranks = _ranks(kept, gate_temperature, rank)
-    pruned = _prune(kept.experts, ranks, policy, costs, budget_s)
+    may_drop = None if bound is None else bound.unspent + bound.share * float(ranks.sum())
+    pruned = _prune(kept.experts, ranks, policy, costs, budget_s, may_drop)
+    unspent = 0.0 if may_drop is None else max(may_drop - float(ranks[pruned != kept.experts].sum()), 0.0)
     if np.array_equal(pruned, kept.experts):
-        return Chosen(kept.experts, kept.weights, lost=lost)
+        return Chosen(kept.experts, kept.weights, lost=lost, unspent=unspent)
     weights = np.where(pruned >= 0, kept.weights, np.float32(0))
     dropped = _share(kept.weights - weights, demand.weights)
     if renormalise:
         weights = _grow(weights, kept.weights.sum(axis=1))
-    return Chosen(pruned, weights, dropped=dropped, lost=lost)
+    return Chosen(pruned, weights, dropped=dropped, lost=lost, unspent=unspent)
 
 
-def _prune(experts: Int32Array, ranks: FloatArray, policy: str, costs: Costs, budget_s: float) -> Int32Array:
+def joined(choices: Sequence[Chosen]) -> Chosen:
+    """Choices for some tokens each, at least one, as one for all of them."""
+    return Chosen(
+        np.concatenate([each.experts for each in choices]),
+        np.concatenate([each.weights for each in choices]),
+        dropped=_shares([each.dropped for each in choices], choices),
+        lost=_shares([each.lost for each in choices], choices),
+        unspent=choices[-1].unspent,
+    )
+
+
+def _shares(found: Sequence[Float32Array | None], choices: Sequence[Chosen]) -> Float32Array:
+    empty = (np.zeros(len(each.experts), np.float32) for each in choices)
+    return np.concatenate([none if share is None else share for share, none in zip(found, empty, strict=True)])
+
+
+def _prune(
+    experts: Int32Array, ranks: FloatArray, policy: str, costs: Costs, budget_s: float, may_drop: float | None
+) -> Int32Array:
     """(tokens, top_k) what the policy keeps, -1 where it drops."""
     if policy == "bottleneck":
         kept = shed_bottleneck(experts, ranks, costs.device_of, costs.token_s)
         return np.where(kept, experts, np.int32(-1))
+    if policy == "budget" and costs.links is not None and may_drop is not None:
+        share = min(may_drop / max(float(ranks.sum()), _NO_WORTH), 1.0)
+        return select_at_most_dropped(
+            experts, ranks, costs.device_of, costs.links, costs.total_hz, share, renormalise=False
+        ).experts
     if policy == "budget" and costs.links is not None:
         return select_within_budget(
             experts, ranks, costs.device_of, costs.links, costs.total_hz, budget_s, renormalise=False
