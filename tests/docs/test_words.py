@@ -22,6 +22,11 @@ def test_design_and_contributing_show_the_same_tree():
     assert first == second
 
 
+def test_every_figure_is_filled_in():
+    """Pages that a tool fills in have no gap left."""
+    assert [name_of(page) for page in PAGES if "{{" in page.read_text(encoding="utf-8")] == []
+
+
 def test_prose_is_wrapped():
     long = [f"{name_of(page)}:{number}" for page in PAGES for number, line in prose(page) if len(line) > MOST_COLUMNS]
     assert not long, "\n".join(long)
