@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -137,31 +138,32 @@ def test_a_budget_that_is_never_short_changes_nothing(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_a_bound_on_what_is_dropped_holds_over_a_request(bundle: Bundle, rank: str) -> None:
-    """In prompt and answer: a token has no light experts, but what it leaves of the bound, later ones may drop."""
+    """In each layer of a prompt; in an answer over all layers, since a single token has no light experts."""
     with opened(bundle, policy="budget", max_dropped=0.1, rank=rank) as lab:
         ask(lab)
         watched = Watched(lab)
         _, receipt = ask(lab)
         layers = len(lab.station.manifest.moe_layers)
-    asked: dict[int, float] = {}
-    dropped: dict[int, float] = {}
+    asked, dropped = np.zeros(2), np.zeros(2)  # in the prompt, in the answer
     for call, chosen in zip(watched.calls, watched.layers, strict=True):
         energy = rank_weights(call.demand.gate, call.demand.experts, 1.0, "energy")
         ranks = energy if rank == "energy" else call.demand.weights.astype(np.float64)
         kept = sum(
             float(ranks[row][call.demand.experts[row] == expert][0]) for row, expert in pairs(call.tokens, chosen)
         )
-        asked[call.layer] = asked.get(call.layer, 0.0) + float(ranks.sum())
-        dropped[call.layer] = dropped.get(call.layer, 0.0) + float(ranks.sum()) - kept
-        assert dropped[call.layer] <= 0.1 * asked[call.layer] * (1 + 1e-6)
-    assert len(asked) == layers
+        answer = int(len(call.tokens) == 1)
+        asked[answer] += ranks.sum()
+        dropped[answer] += ranks.sum() - kept
+        assert answer or ranks.sum() - kept <= 0.1 * ranks.sum() * (1 + 1e-6)
+    if rank == "probability":  # where every token is worth as much
+        assert dropped.sum() <= 0.1 * asked.sum() * (1 + 1e-6)
+    assert (dropped > 0).all()
     assert sum(watched.wanted[2 * layers :]) > 0  # of the answer, whose tokens come one by one
     assert receipt.dropped_weight > 0
 
 
 def test_a_rehearsal_decides_as_in_an_answer(bundle: Bundle) -> None:
-    rules = {"policy": "budget", "max_dropped": 0.1}
-    with opened(bundle, **rules) as lab:
+    with opened(bundle, policy="budget", max_dropped=0.1) as lab:
         ask(lab)
         lab.layers.health.answered = lambda *seen: None  # type: ignore[assignment]  # what was measured stays
         lab.layers.rules = replace(lab.layers.rules, rehearsal=True)
@@ -172,7 +174,9 @@ def test_a_rehearsal_decides_as_in_an_answer(bundle: Bundle) -> None:
         layer = lab.station.manifest.moe_layers[0]
         whole = LayerCall(layer, tokens, Demand(experts, np.full((12, 2), 0.5, np.float32), gate), together)
         parts = [replace(whole.of(np.array([row])), ledger=alone) for row in range(12)]
+        price = copy.deepcopy(lab.layers._price)
         chosen = lab.layers._choose(lab.routing, whole).experts
+        lab.layers._price = price
         by_one = [lab.layers._choose(lab.routing, part).experts for part in parts]
     assert (chosen < 0).any()
     np.testing.assert_array_equal(chosen, np.concatenate(by_one))
@@ -355,11 +359,14 @@ def test_auto_ranks_as_the_bundle_says(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--policy", "budget"], "policy budget needs --budget"),
+        (["--policy", "bottleneck", "--max-dropped", "5%"], "does not look at it"),
+        (["--budget", "150ms", "--max-dropped", "5%"], "give --budget or --max-dropped"),
+        (["--max-dropped", "100%"], "max_dropped must be above 0 and below 1"),
+        (["--max-dropped", "-1%"], "a share is from 0 to 1"),
+        (["--max-dropped", "some"], "give a share, as in 5% or 0.05"),
         (["--policy", "bottleneck", "--budget", "150ms"], "does not look at it"),
         (["--policy", "budget", "--budget", "150"], "the unit is missing"),
         (["--policy", "budget", "--budget-per-token", "1ms"], "policy budget needs --budget"),
-        (["--budget-per-token", "1ms"], "does not look at it"),
         (["--policy", "luck"], "'luck' is not one of"),
         (["--policy", "topk", "--rank", "energy"], "policy topk drops none"),
         (["--policy", "topk", "--whole-layers", "1"], "policy topk drops none"),
@@ -371,6 +378,15 @@ def test_flags_that_do_not_go_together(command: list[str], flags: list[str], sai
     done = CliRunner().invoke(cli, [*command, *flags])
     assert done.exit_code == 2
     assert said in done.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [(["--policy", "budget"], "policy budget needs --budget"), (["--budget-per-token", "1ms"], "does not look at it")],
+)
+def test_a_base_station_is_told_its_budget(flags: list[str], said: str) -> None:
+    done = CliRunner().invoke(cli, ["bs", "nowhere", *flags])
+    assert (done.exit_code, said in done.output) == (2, True)
 
 
 @pytest.mark.parametrize("renormalise", [False, True])

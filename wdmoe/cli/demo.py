@@ -130,7 +130,7 @@ def demo(
     """
     policy = policy or "budget"
     if max_dropped is None:
-        max_dropped = _MAX_DROPPED if policy == "budget" and not budget_s else 0.0
+        max_dropped = _MAX_DROPPED if policy == "budget" and not (budget_s or budget_per_token_s) else 0.0
     policy = chosen_policy(policy, budget_s, budget_per_token_s, policy, max_dropped)
     check_rank_flags(policy, rank, whole_layers or 0)
     if bandwidth_hz and rates_bps:

@@ -22,6 +22,7 @@ from wdmoe.layer_call import LayerCall
 from wdmoe.moe.bandwidth_share import SharedBand
 from wdmoe.moe.combine import Answer, Share, arrived_weight, combine
 from wdmoe.moe.dispatch import Part, Work, dispatch
+from wdmoe.moe.drop_price import DropPrice
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.moe.select import Bound, Chosen, Costs, choose, joined, substitute
 from wdmoe.receipt import Ledger
@@ -32,6 +33,7 @@ from wdmoe.transport.routing import Routing
 
 log = logging.getLogger(__name__)
 
+SAVED_TOKENS = 4  # of an answer, whose share a request may save up; more would come off at once
 NOTHING = 1e-6  # share of a token's gate weight below which it counts as unanswered
 
 
@@ -65,6 +67,7 @@ class ExpertLayers:
         self._routing = routing
         self.rules = rules
         self.health = DeviceHealth()
+        self._price = DropPrice()
         self._seen = Routing()
         self._last_air: SharedBand | None = None
 
@@ -102,20 +105,35 @@ class ExpertLayers:
         all_served = self.health.all_well and call.layer in routing.complete
         device_of = self._device_of(routing, call.layer)
         policy = "topk" if call.layer in self.rules.whole_layers else self.rules.policy
-        bound = Bound(self.rules.max_dropped, call.ledger.unspent.get(call.layer, 0.0))
+        costs = None if policy == "topk" else self._costs(routing, call, device_of)
+        bound = self._bound(routing, call) if self.rules.max_dropped else None
         chosen = choose(
             call.demand,
             policy=policy,
-            costs=None if policy == "topk" else self._costs(routing, call, device_of),
+            costs=costs,
             budget_s=self.rules.budget_s + (len(call.tokens) - 1) * self.rules.budget_per_token_s,
             available=None if all_served else self.health.available(routing.devices, device_of),
             renormalise=self.rules.renormalise,
             gate_temperature=self.rules.gate_temperature,
             rank=self.rules.rank,
-            bound=bound if self.rules.max_dropped else None,
+            bound=bound,
         )
-        call.ledger.unspent[call.layer] = chosen.unspent
+        if bound is not None and costs is not None:
+            self._pay(call, chosen, bound, float(costs.token_s.mean()))
         return chosen
+
+    def _bound(self, routing: Routing, call: LayerCall) -> Bound:
+        share, price = self.rules.max_dropped, self._price
+        allowance, unspent = share * len(routing.device_of), call.ledger.unspent
+        price_s = price.seconds(unspent, allowance)
+        return Bound(share, unspent, SAVED_TOKENS * allowance, price.mean_worth(call.layer), price_s)
+
+    def _pay(self, call: LayerCall, chosen: Chosen, bound: Bound, layer_s: float) -> None:
+        """Book what a layer was worth and what it dropped of that, and learn the price that answers pay."""
+        call.ledger.unspent = chosen.unspent
+        self._price.saw(call.layer, chosen.worth, len(call.tokens))
+        if len(call.tokens) == 1:
+            self._price.spent(chosen.unspent, bound.most / SAVED_TOKENS, layer_s)
 
     def _costs(self, routing: Routing, call: LayerCall, device_of: Int32Array) -> Costs | None:
         """What the policy decides by: what was measured, and in a shared band what the air takes if all have the same.

@@ -14,10 +14,9 @@ from wdmoe.layer_call import Demand
 from wdmoe.solver.bandwidth import Links
 from wdmoe.solver.bottleneck import shed_bottleneck
 from wdmoe.solver.budget import select_at_most_dropped, select_within_budget
+from wdmoe.solver.priced_drop import drop_at_price
 from wdmoe.solver.ranking import rank_weights
 from wdmoe.solver.selection import prune_experts
-
-_NO_WORTH = 1e-300  # in place of 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,19 +27,24 @@ class Chosen:
     weights: Float32Array  # (tokens, top_k), 0 where dropped
     dropped: Float32Array | None = None  # (tokens,) share of the gate weight left out by the policy; None: nothing
     lost: Float32Array | None = None  # (tokens,) share left out because no device serves the expert; None: nothing
+    worth: float = 0.0  # of all that the gate asked for, by what the policy ranks by; 0: no policy looked at it
     unspent: float = 0.0  # of `Bound`, for the next pass
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """How much worth, by what the policy ranks by, `budget` may drop in a layer, where it is given no time.
+    """How much worth, by what the policy ranks by, `budget` may drop, where it is given no time.
 
-    An answer is computed token by token, and of the few experts of one token none is light. So a request keeps an
-    account for each layer: what one pass might have dropped and did not, later ones may.
+    Among the many tokens of a prompt some experts are light: each layer drops its share. An answer is computed token by
+    token, and of the few experts of one token none is light. So its layers pay from one account of the request, a price
+    for each second: they drop little where that saves little. The account is in worths of a mean token of the layer.
     """
 
-    share: float  # of the worth of all that the gate asks for in this layer, over the whole request
-    unspent: float = 0.0  # worth that earlier passes of the request left
+    share: float  # of the worth of all that the gate asks for
+    unspent: float = 0.0  # the account: what earlier layers and passes left
+    most: float = 0.0  # that it may hold
+    mean_worth: float = 0.0  # of a token's experts in this layer; 0: none was seen
+    price_s: float = 0.0  # seconds that such a worth must save; 0: not known
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,16 +90,16 @@ def choose(
     if policy == "topk" or costs is None:
         return Chosen(kept.experts, kept.weights, lost=lost, unspent=bound.unspent if bound else 0.0)
     ranks = _ranks(kept, gate_temperature, rank)
-    may_drop = None if bound is None else bound.unspent + bound.share * float(ranks.sum())
-    pruned = _prune(kept.experts, ranks, policy, costs, budget_s, may_drop)
-    unspent = 0.0 if may_drop is None else max(may_drop - float(ranks[pruned != kept.experts].sum()), 0.0)
+    worth = float(ranks.sum())
+    pruned = _prune(kept.experts, ranks, policy, costs, budget_s, bound)
+    unspent = 0.0 if bound is None else _left(bound, ranks, pruned != kept.experts)
     if np.array_equal(pruned, kept.experts):
-        return Chosen(kept.experts, kept.weights, lost=lost, unspent=unspent)
+        return Chosen(kept.experts, kept.weights, lost=lost, worth=worth, unspent=unspent)
     weights = np.where(pruned >= 0, kept.weights, np.float32(0))
     dropped = _share(kept.weights - weights, demand.weights)
     if renormalise:
         weights = _grow(weights, kept.weights.sum(axis=1))
-    return Chosen(pruned, weights, dropped=dropped, lost=lost, unspent=unspent)
+    return Chosen(pruned, weights, dropped=dropped, lost=lost, worth=worth, unspent=unspent)
 
 
 def joined(choices: Sequence[Chosen]) -> Chosen:
@@ -105,6 +109,7 @@ def joined(choices: Sequence[Chosen]) -> Chosen:
         np.concatenate([each.weights for each in choices]),
         dropped=_shares([each.dropped for each in choices], choices),
         lost=_shares([each.lost for each in choices], choices),
+        worth=sum(each.worth for each in choices),
         unspent=choices[-1].unspent,
     )
 
@@ -115,23 +120,40 @@ def _shares(found: Sequence[Float32Array | None], choices: Sequence[Chosen]) -> 
 
 
 def _prune(
-    experts: Int32Array, ranks: FloatArray, policy: str, costs: Costs, budget_s: float, may_drop: float | None
+    experts: Int32Array, ranks: FloatArray, policy: str, costs: Costs, budget_s: float, bound: Bound | None
 ) -> Int32Array:
     """(tokens, top_k) what the policy keeps, -1 where it drops."""
     if policy == "bottleneck":
         kept = shed_bottleneck(experts, ranks, costs.device_of, costs.token_s)
         return np.where(kept, experts, np.int32(-1))
-    if policy == "budget" and costs.links is not None and may_drop is not None:
-        share = min(may_drop / max(float(ranks.sum()), _NO_WORTH), 1.0)
-        return select_at_most_dropped(
-            experts, ranks, costs.device_of, costs.links, costs.total_hz, share, renormalise=False
-        ).experts
+    if policy == "budget" and costs.links is not None and bound is not None:
+        return _prune_bounded(experts, ranks, costs, costs.links, bound)
     if policy == "budget" and costs.links is not None:
         return select_within_budget(
             experts, ranks, costs.device_of, costs.links, costs.total_hz, budget_s, renormalise=False
         ).experts
     latency_s = np.append(costs.token_s, costs.token_s.mean())[costs.device_of]  # index -1: not served
     return prune_experts(experts, ranks, latency_s, policy=policy, renormalise=False).experts
+
+
+def _prune_bounded(experts: Int32Array, ranks: FloatArray, costs: Costs, links: Links, bound: Bound) -> Int32Array:
+    """(tokens, top_k) what a bound lets `budget` keep."""
+    if len(experts) > 1 or not bound.price_s or not bound.mean_worth:
+        return select_at_most_dropped(
+            experts, ranks, costs.device_of, links, costs.total_hz, bound.share, renormalise=False
+        ).experts
+    worth = ranks[0] / bound.mean_worth
+    device = np.where(experts[0] >= 0, costs.device_of[experts[0]], -1)
+    may_drop = bound.unspent + bound.share * float(worth.sum())
+    kept = drop_at_price(device, worth, links, costs.total_hz, bound.price_s, may_drop)
+    return np.where(kept, experts, np.int32(-1))
+
+
+def _left(bound: Bound, ranks: FloatArray, dropped: npt.NDArray[np.bool_]) -> float:
+    """What the account holds after a layer."""
+    mean_worth = bound.mean_worth or float(ranks.sum()) / len(ranks) or 1.0
+    left = bound.unspent + (bound.share * float(ranks.sum()) - float(ranks[dropped].sum())) / mean_worth
+    return min(max(left, 0.0), bound.most)
 
 
 def substitute(demand: Demand, rows: npt.NDArray[np.intp], available: npt.NDArray[np.bool_]) -> Chosen | None:
