@@ -37,12 +37,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Files that take longest: workers begin with them, so that none is left with one of them at the end.
 LONGEST = (
-    "nodes/test_demo.py",
-    "nodes/test_broadcast_live.py",
+    "backbone/test_default_model.py",
     "docs/test_station_blocks.py",
+    "nodes/test_broadcast_live.py",
+    "nodes/test_demo.py",
     "nodes/test_alive.py",
     "broadcast/test_front_comparison.py",
-    "backbone/test_default_model.py",
     "nodes/test_right.py",
     "cli/test_nodes.py",
     "nodes/test_right_default.py",
