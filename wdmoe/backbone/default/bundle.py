@@ -1,4 +1,4 @@
-"""The bundle of the default model: made once from the split checkpoint and kept in the cache."""
+"""The bundle of the default model: made once and kept in the cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wdmoe.backbone.cached_folder import make_once
-from wdmoe.backbone.default.model import NAME, default_checkpoint
+from wdmoe.backbone.default.model import NAME, default_source, made_name
+from wdmoe.backbone.default.shipped import shipped_decisions
 from wdmoe.backbone.format.bundle import FORMAT_VERSION, MANIFEST_NAME
 from wdmoe.backbone.split.settings import Progress, quiet
 from wdmoe.config import cache_home
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 def default_bundle(
     precision: str = "fp32", splitting: Progress = quiet, exporting: ExportProgress | None = None
 ) -> Path:
-    """Its folder; made on the first call (minutes), found on later ones.
+    """Its folder; made on the first call (seconds), found on later ones.
 
     Two processes that call this together make it once: the second waits for the first. What was interrupted is
-    resumed.
+    resumed. No checkpoint folder is needed on the way.
 
     Args:
         precision: of the experts' weights.
@@ -33,12 +34,17 @@ def default_bundle(
         MissingExtraError, BundleError: see `default_checkpoint`.
         BundleError: the cache folder cannot be written.
     """
-    checkpoint = default_checkpoint(splitting)
-    folder = cache_home() / "bundles" / f"{checkpoint.name}-{precision}-v{FORMAT_VERSION}.{_RECIPE}"
+    folder = cache_home() / "bundles" / f"{made_name()}-{precision}-v{FORMAT_VERSION}.{_RECIPE}"
     manifest = folder / MANIFEST_NAME  # written last
     if manifest.is_file():
         return folder
-    from wdmoe.backbone.export.export import ExportSettings, export_bundle  # torch: seconds, and only here needed
 
-    settings = ExportSettings(precision=precision, name=NAME)
-    return make_once(folder, manifest.is_file, lambda: export_bundle(checkpoint, folder, settings, exporting))
+    def make() -> None:
+        splitting("start", 0.0)  # what is imported now takes seconds
+        from wdmoe.backbone.default.write import write_decided_bundle  # torch: seconds, and only here needed
+        from wdmoe.backbone.export.export import ExportSettings
+
+        settings = ExportSettings(precision=precision, name=NAME)
+        write_decided_bundle(default_source(), shipped_decisions(), folder, settings, splitting, exporting)
+
+    return make_once(folder, manifest.is_file, make)

