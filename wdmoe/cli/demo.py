@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from wdmoe.nodes.demo.run import OpenStage
 
 _BANDWIDTH_HZ = 10e6
-_MAX_DROPPED = 0.05
+_MAX_DROPPED = 0.03
 _PROMPT = "Tell me a short story about a lighthouse keeper."
 
 
@@ -47,7 +47,7 @@ _PROMPT = "Tell me a short story about a lighthouse keeper."
 @click.option(
     "--max-dropped",
     type=SHARE,
-    help="For --policy budget, in place of a time: share of the experts' worth that it may drop.  [default: 5%]",
+    help="For --policy budget, in place of a time: share of the experts' worth that it may drop.  [default: 3%]",
 )
 @click.option(
     "--rank",

@@ -350,7 +350,7 @@ def bs(
       wdmoe-node bs default
       wdmoe-node bs ./mixtral-bundle --http 0.0.0.0:8080 --api-key @key.txt --policy cosine
       wdmoe-node bs default --budget 150ms --whole-layers 1 --bandwidth 20MHz
-      wdmoe-node bs default --max-dropped 5% --whole-layers 1 --bandwidth 20MHz
+      wdmoe-node bs default --max-dropped 3% --whole-layers 1 --bandwidth 20MHz
       curl 127.0.0.1:8080/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once upon"}'
     """
     policy = chosen_policy(policy, budget_s, budget_per_token_s, "topk", max_dropped)

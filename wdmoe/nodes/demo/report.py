@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,17 +47,18 @@ def report(runs: Sequence[Run], phases: Phases | None = None) -> RenderableType:
         table.add_row("perplexity, held-out text", *(_number(each.perplexity, 2) for each in columns), style="bold")
     table.add_row("gate weight dropped", *(f"{each.dropped_weight:.1%}" for each in columns))
     table.add_row("of that, lost", *(f"{each.lost_weight:.1%}" for each in columns))
+    if len(runs) > 1:
+        table.add_row("tokens as in the first column", "", *(_alike(agreement(runs[0], other)) for other in runs[1:]))
     table.add_row("to devices, per token", *(format_quantity(each.bytes_down_per_token, "size") for each in columns))
     table.add_row("from devices, per token", *(format_quantity(each.bytes_up_per_token, "size") for each in columns))
     table.add_section()
     table.add_row("at the base station", *(_time(each.elapsed_s) for each in columns))
     for name, words in _STAGES:
         table.add_row(f"  {words}", *(_stage(each, name) for each in columns))
-    lines = [_sentence(agreement(runs[0], other)) for other in runs[1:]]
-    lines += [_radio(runs[0].plan)] if runs[0].plan.bandwidth_hz else []
+    lines = [_radio(runs[0].plan)] if runs[0].plan.bandwidth_hz else []
     lines += _spent(phases) if phases else []
     last = verdict(runs)
-    return Group(table, *(Text(line) for line in lines), *([Text(last, "bold green")] if last else []))
+    return Group(table, *(Text(f"{line}\n") for line in lines), *([Text(last, "bold green")] if last else []))
 
 
 def save_picture(path: Path, parts: Sequence[RenderableType], title: str) -> None:
@@ -75,19 +77,15 @@ def save_picture(path: Path, parts: Sequence[RenderableType], title: str) -> Non
         raise ConfigError(f"cannot write the picture {path}: {error.strerror or error}") from error
 
 
-def _sentence(found: Agreement) -> str:
-    return (
-        f"{found.equal} of {found.of} tokens are the same in '{found.runs[0]}' and '{found.runs[1]}', "
-        f"the first {found.same_start} in a row."
-    )
+def _alike(found: Agreement) -> str:
+    return f"{found.equal} of {found.of}, first {found.same_start}"
 
 
 def _radio(plan: RunPlan) -> str:
-    ratios = sorted(link.downlink_snr_hz / plan.bandwidth_hz for link in plan.links)
-    low, high = (format_quantity(ratio, "gain") for ratio in (ratios[0], ratios[-1]))
+    snr_db = sorted(10 * math.log10(link.downlink_snr_hz / plan.bandwidth_hz) for link in plan.links)
     return (
         f"All columns over one emulated radio: {format_quantity(plan.bandwidth_hz, 'frequency')} shared by "
-        f"{len(plan.links)} devices, SNR from {low} to {high} if one had it all."
+        f"{len(plan.links)} devices, SNR from {snr_db[0]:.0f} to {snr_db[-1]:.0f} dB if one had it all."
     )
 
 

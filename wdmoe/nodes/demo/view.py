@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from rich.box import ROUNDED, SIMPLE_HEAD
@@ -118,7 +119,7 @@ def _rate_bps(link: LinkEmulation, band_hz: float) -> float:
 
 def _strength(link: LinkEmulation, band_hz: float) -> str:
     if band_hz:
-        return f"SNR {format_quantity(link.downlink_snr_hz / band_hz, 'gain')}"
+        return f"SNR {10 * math.log10(link.downlink_snr_hz / band_hz):.0f} dB"
     return format_quantity(link.downlink_bps, "rate") if link.downlink_bps else "not limited"
 
 
