@@ -28,7 +28,7 @@ _PROMPT = "Tell me a short story about a lighthouse keeper."
 @click.command()
 @click.argument("prompt", default=_PROMPT)
 @click.option("--devices", type=click.IntRange(1, 64), default=8, show_default=True, help="Number of devices.")
-@click.option("--tokens", type=click.IntRange(min=1), default=24, show_default=True, help="Longest answer.")
+@click.option("--tokens", type=click.IntRange(min=1), default=20, show_default=True, help="Longest answer.")
 @click.option(
     "--policy",
     type=click.Choice(POLICIES),
