@@ -148,5 +148,5 @@ def test_the_report_ends_with_the_verdict():
     assert text.endswith(" ".join(verdict(runs).split()))
     assert "perplexity, held-out text 40.85 40.45 40.45" in text
     assert "10 MHz shared by 4 devices, SNR from 1 to 31 dB if one had it all." in text
-    assert "tokens as in the first column 2 of 2, first 2 2 of 2, first 2" in text
+    assert "tokens as in column 1 2 of 2, first 2 2 of 2, first 2" in text
     assert "First token in sight after 33 s. Where the time went: the model 30 s; in all 30 s." in text

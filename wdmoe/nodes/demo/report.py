@@ -48,7 +48,7 @@ def report(runs: Sequence[Run], phases: Phases | None = None) -> RenderableType:
     table.add_row("gate weight dropped", *(f"{each.dropped_weight:.1%}" for each in columns))
     table.add_row("of that, lost", *(f"{each.lost_weight:.1%}" for each in columns))
     if len(runs) > 1:
-        table.add_row("tokens as in the first column", "", *(_alike(agreement(runs[0], other)) for other in runs[1:]))
+        table.add_row("tokens as in column 1", "", *(_alike(agreement(runs[0], other)) for other in runs[1:]))
     table.add_row("to devices, per token", *(format_quantity(each.bytes_down_per_token, "size") for each in columns))
     table.add_row("from devices, per token", *(format_quantity(each.bytes_up_per_token, "size") for each in columns))
     table.add_section()
