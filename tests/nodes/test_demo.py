@@ -126,6 +126,27 @@ def test_columns_over_one_radio_share_a_station(words, environment, tmp_path):
     assert document["verdict"].startswith("'budget, optimal bandwidth' answered in ")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_default_demo(environment):
+    """As a newcomer starts it, with a shorter answer: the default model, policy, radio and question."""
+    done = subprocess.run(
+        [*DEMO, "--tokens", "3", "--json"], env=environment, capture_output=True, text=True, timeout=800
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    best, plain, equal = document["runs"]
+    assert (best["policy"], best["rules"]["max_dropped"], best["rules"]["whole_layers"]) == ("budget", 0.03, 1)
+    assert (plain["policy"], plain["allocation"], equal["allocation"]) == ("topk", "optimal", "equal")
+    assert {run["bandwidth_hz"] for run in document["runs"]} == {10e6}
+    assert len({str(run["devices"][0]["downlink_snr_hz"]) for run in document["runs"]}) == 1
+    assert plain["token_ids"] == equal["token_ids"]
+    assert 0 < best["figures"]["dropped_weight"] < 0.2
+    assert best["figures"]["perplexity"] / plain["figures"]["perplexity"] == pytest.approx(1, abs=0.1)
+    assert "on 512 tokens of held-out text." in document["verdict"]
+    assert left_behind(environment) == []
+
+
 def test_a_band_that_devices_share(words, environment):
     flags = ["--devices", "1", "--tokens", "2", "--bandwidth", "20MHz", "--budget", "1h", "--no-compare", "--json"]
     flags += ["--rank", "energy", "--whole-layers", "1"]
