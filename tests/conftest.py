@@ -38,17 +38,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Files that take longest: workers begin with them, so that none is left with one of them at the end.
 LONGEST = (
     "backbone/test_default_model.py",
+    "docs/test_station_blocks.py",
+    "nodes/test_broadcast_live.py",
     "nodes/test_demo.py",
     "nodes/test_alive.py",
-    "nodes/test_broadcast_live.py",
-    "cli/test_nodes.py",
-    "nodes/test_right.py",
     "broadcast/test_front_comparison.py",
-    "simulation/test_quality.py",
+    "nodes/test_right.py",
+    "cli/test_nodes.py",
     "nodes/test_right_default.py",
+    "simulation/test_quality.py",
     "solver/test_bandwidth.py",
     "simulation/test_simulation.py",
     "backbone/test_distil.py",
+    "nodes/test_device_node.py",
 )
 
 

@@ -42,7 +42,7 @@ LAYERS = {
 INNER_ORDER = {
     "solver": "* < layer, placement, reference",
     "transport": "codec, refusals < security, channel, routing, membership < zmq, memory, exchange",
-    "backbone": "format, checkpoint, cached_folder, text_windows, perplexity < families < meta_model, split"
+    "backbone": "format, checkpoint, cached_folder, text_windows, perplexity < families < meta_model, split < distil"
     " < evaluation < export, runtime < default < record_trace",
     "broadcast": "codec, datasets < quality < baselines, training < study",
     "nodes": "authentication, addresses, local < sessions, device < base_station, broadcast_station, demo",

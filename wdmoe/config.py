@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from wdmoe.errors import ConfigError
@@ -42,16 +42,26 @@ def is_hertz(value: float) -> bool:
     return 1 <= value <= MOST_HZ
 
 
-def check_budget(policy: str, budget_s: float, per_token_s: float = 0.0) -> None:
+def check_budget(policy: str, budget_s: float, per_token_s: float = 0.0, max_dropped: float = 0.0) -> None:
     """Raises ConfigError where the policy `budget` has none, or another one has one, which it would not look at."""
-    if policy == "budget":
+    if policy == "budget" and max_dropped != 0:
+        if budget_s != 0 or per_token_s != 0:
+            raise ConfigError("policy budget bounds the time or what is dropped: give --budget or --max-dropped")
+        if not 0 < max_dropped < 1:  # also refuses NaN
+            raise ConfigError(f"max_dropped must be above 0 and below 1, got {max_dropped}")
+    elif policy == "budget":
         if budget_s == 0:
-            raise ConfigError("policy budget needs --budget, the time for a pass's experts, as in --budget 150ms")
+            raise ConfigError(
+                "policy budget needs --budget, the time for a pass's experts, as in --budget 150ms, or --max-dropped, "
+                "the share of the experts' worth that may be dropped, as in --max-dropped 0.05"
+            )
         _positive("budget", budget_s)
         if not 0 <= per_token_s < math.inf:
             raise ConfigError(f"budget_per_token must be zero or positive, got {per_token_s}")
     elif budget_s != 0 or per_token_s != 0:
         raise ConfigError(f"--budget is for --policy budget; policy {policy} does not look at it")
+    elif max_dropped != 0:
+        raise ConfigError(f"--max-dropped is for --policy budget; policy {policy} does not look at it")
 
 
 def check_ranking(policy: str, rank: str, whole_layers: int) -> None:
@@ -128,6 +138,7 @@ class StationSettings:
     allocation: str = "optimal"  # who gets how much of it
     budget_s: float = 0.0  # `budget`: what a forward pass may spend in experts, over all layers
     budget_per_token_s: float = 0.0  # and this more for each token after the first, as a prompt has them
+    max_dropped: float = 0.0  # `budget` without a time: share of the experts' worth that a request may drop in a layer
     deadline_s: float = 1.0  # longest wait for experts of one layer, plus deadline_per_token_s for each token
     deadline_per_token_s: float = 0.02
     prefill_chunk: int = 128  # tokens of a prompt in one forward pass
@@ -148,7 +159,7 @@ class StationSettings:
         _one_of("allocation", self.allocation, ALLOCATIONS)
         if self.bandwidth_hz and not is_hertz(self.bandwidth_hz):
             raise ConfigError(f"bandwidth must be from 1 Hz to {MOST_HZ:g} Hz, got {self.bandwidth_hz:g} Hz")
-        check_budget(self.policy, self.budget_s, self.budget_per_token_s)
+        check_budget(self.policy, self.budget_s, self.budget_per_token_s, self.max_dropped)
         check_ranking(self.policy, self.rank, self.whole_layers)
         for name in ("deadline_s", "prefill_chunk", "max_active", "lease_s"):
             _positive(name, getattr(self, name))
@@ -156,3 +167,20 @@ class StationSettings:
             raise ConfigError(f"copies must be 1 or 2, got {self.copies}")
         if self.max_queued < 0 or self.deadline_per_token_s < 0 or self.threads < 0:
             raise ConfigError("max_queued, deadline_per_token_s and threads must not be negative")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingRules:
+    """What of a base station's settings may change from one answer to the next; see `StationSettings`."""
+
+    policy: str = "topk"
+    rank: str = "auto"
+    whole_layers: int = 0
+    budget_s: float = 0.0
+    budget_per_token_s: float = 0.0
+    max_dropped: float = 0.0
+    allocation: str = "optimal"
+
+    def of(self, settings: StationSettings) -> StationSettings:
+        """The same station under these rules."""
+        return replace(settings, **asdict(self))

@@ -68,6 +68,7 @@ class Ledger:
     step_degraded: int = 0  # tokens of the current forward pass that missed a chosen expert, in its worst layer
     degraded_tokens: int = 0
     step_devices: Counter[str] = field(default_factory=Counter)  # layers that each device served
+    unspent: float = 0.0  # what a policy with a bound may still drop, in mean worths of a token's experts of a layer
 
     def open_pass(self) -> None:
         """A forward pass begins: settle the degraded tokens of the one before."""

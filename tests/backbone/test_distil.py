@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from tests.backbone.tiny import RANKS, STEPS, dense_folder, tiny_settings, words
+from wdmoe.backbone.distil.distil import DistilReport, DistilSettings, distil
+from wdmoe.backbone.distil.loss import divergence
+from wdmoe.backbone.distil.low_rank import eight_bits
+from wdmoe.backbone.distil.student import Cut, FastLlama, trainable
+from wdmoe.backbone.distil.training import Training
 from wdmoe.backbone.split.calibrate import dense_model
 from wdmoe.backbone.split.checkpoint import moe_model
 from wdmoe.backbone.split.decided import apply_decisions
 from wdmoe.backbone.split.decisions import Decisions, decisions_bytes
 from wdmoe.backbone.split.dense import DenseModel, Weights, read_dense
-from wdmoe.backbone.split.distil import DistilReport, DistilSettings, distil
-from wdmoe.backbone.split.distil_loss import divergence
-from wdmoe.backbone.split.distil_training import Training
-from wdmoe.backbone.split.low_rank import eight_bits
-from wdmoe.backbone.split.student import Cut, FastLlama, trainable
 from wdmoe.errors import ConfigError
 
 TOLERANCE = 1e-4

@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.backbone.test_split import WORDS, write_tokenizer
-from wdmoe.backbone.split.distil import DistilSettings
-from wdmoe.backbone.split.distil_training import Training
+from wdmoe.backbone.distil.distil import DistilSettings
+from wdmoe.backbone.distil.training import Training
 from wdmoe.backbone.split.settings import SplitSettings
 
 STEPS = 12

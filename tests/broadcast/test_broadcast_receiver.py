@@ -191,7 +191,7 @@ def test_a_newer_broadcast_ends_an_older_one(lab: Lab, tmp_path: Path) -> None:
         ({"uses": SOURCE.uses + 1}, "do not fit a decoder"),
         ({"uses": 64 * 9}, "do not fit a decoder"),
         ({"snr_db": 900.0}, "from -30 to 40 dB"),
-        ({"decoder_sha256": "ab" * 32}, "decoder could not be had"),
+        ({"decoder_sha256": "ab" * 32}, "could not fetch the decoder"),
         ({"port": 1}, "Tuned"),
     ],
 )

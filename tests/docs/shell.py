@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.docs.pages import ROOT, Block
 
-PATIENCE_S = 120.0
+PATIENCE_S = 240.0
 READY = {"bs": "HTTP: ", "device": "joined "}  # what each says once it serves
 LONG_RUNNING = re.compile(r"(?:[A-Z_]+=\S+ )*wdmoe-node (bs|device)\b(?!.*--help)")
 
@@ -52,11 +52,12 @@ class Terminal:
 class Reader:
     """Somebody who reads the pages and types what they say, on machines of their own."""
 
-    def __init__(self, folder: Path, control_port: int, http_port: int) -> None:
+    def __init__(self, folder: Path, control_port: int, http_port: int, default_model: bool = False) -> None:
         self.folder = folder
         self.terminals: list[Terminal] = []
         self.http = f"127.0.0.1:{http_port}"
         self._control = f"tcp://127.0.0.1:{control_port}"
+        self._default_model = default_model  # whether `default` is the real one, and not the folder `default`
         self._machines = 0
         self._prepare()
 
@@ -71,9 +72,10 @@ class Reader:
 
     def substitutes(self) -> list[tuple[str, str]]:
         """Free ports in place of the usual ones, a tiny model in place of the default one, short runs."""
+        model = "default" if self._default_model else "./default"
         return [
             (r"\b(?:localhost|127\.0\.0\.1):8080\b", self.http),
-            (r"(wdmoe-node bs) default\b", rf"\1 ./default --bind {self._control} --http {self.http}"),
+            (r"(wdmoe-node bs) default\b", rf"\1 {model} --bind {self._control} --http {self.http}"),
             (r"(wdmoe-node token)(?= >)", rf"\1 create --endpoint {self._control}"),
             (r"(wdmoe-node status)\b", rf"\1 --url http://{self.http}"),
             (r"(wdmoe-node simulate \S+)", r"\1 --draws 1 --workers 1"),
@@ -110,8 +112,9 @@ class Reader:
     def environment(self) -> dict[str, str]:
         state, cache = self.folder / f"machine{self._machines}", self.folder / "cache"
         path = f"{self.folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        mine = {"PATH": path, "XDG_STATE_HOME": str(state), "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)}
-        return {**os.environ, **mine, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        mine = {"PATH": path, "XDG_STATE_HOME": str(state), "PYTHONPATH": str(ROOT)}
+        mine |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        return {**os.environ, **mine, **({} if self._default_model else {"XDG_CACHE_HOME": str(cache)})}
 
     def _start(self, command: str, kind: str) -> None:
         """A device is a machine of its own: it has its own key."""

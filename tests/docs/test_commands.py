@@ -40,6 +40,14 @@ def _all_commands() -> Iterator[tuple[str, list[str]]]:
                 yield from ((f"{name} --help", words) for words in _ours(line.strip()))
 
 
+def _named_in_text() -> Iterator[tuple[str, list[str]]]:
+    """Commands in code spans, whose values may be placeholders."""
+    for page in PAGES:
+        for span in spans(page):
+            if span.startswith(("wdmoe-node ", "tools/")):
+                yield from ((name_of(page), words) for words in _ours(span.replace("'", "")))
+
+
 def _commands(group: click.Command, above: str) -> Iterator[tuple[str, click.Command]]:
     name = f"{above} {group.name}".strip()
     yield name, group
@@ -71,10 +79,24 @@ def test_wdmoe_node_commands_are_understood(tmp_path, monkeypatch):
     assert not wrong, "\n".join(wrong)
 
 
+def test_commands_in_text_exist():
+    """Their names and flags; values may be placeholders."""
+    known = dict(_commands(cli, ""))
+    wrong = []
+    for where, words in _named_in_text():
+        names = [word for word in words[1:3] if not word.startswith("-")]
+        command = known.get(f"cli {' '.join(names)}") or known.get(f"cli {names[0] if names else ''}".strip())
+        if words[0] == "wdmoe-node":
+            flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+            have = [option for param in (command or cli).params for option in _names(param)] + ["--help", "--version"]
+            wrong += [f"{where}: {shlex.join(words)}"] if command is None or set(flags) - set(have) else []
+    assert not wrong, "\n".join(wrong)
+
+
 def test_flags_of_tools_are_known():
     """Read from their sources: to start thirty programs for their --help would take minutes."""
     wrong = []
-    for where, words in _all_commands():
+    for where, words in (*_all_commands(), *_named_in_text()):
         file = ROOT / words[0]
         if words[0].startswith("tools/") and file.is_file():
             source = "".join(each.read_text(encoding="utf-8") for each in (file, *file.parent.glob("*lab.py")))

@@ -73,8 +73,24 @@ def test_the_readme_asks_what_it_started(cell):
     _props(cell.folder, CLIENT)
     printed = cell.run(CLIENT)
     table, _, answer = printed.partition("{")
-    assert "0 of 24 experts are not served" in table
+    assert "24 of 24 experts are served" in table
     assert json.loads("{" + answer)["model"] == "tiny"
+
+
+@pytest.mark.slow
+def test_the_readme_with_the_default_model(tmp_path):
+    """Word for word what a newcomer types, but for the ports."""
+    reader = Reader(tmp_path / "reader", free_ports(2), free_ports(2), default_model=True)
+    _props(reader.folder, CLIENT)
+    try:
+        reader.run(STATION)
+        reader.run(DEVICE)
+        _wait_until_ok(reader)
+        answer = json.loads("{" + reader.run(CLIENT).partition("{")[2])
+        assert answer["choices"][0]["message"]["content"].strip()
+        reader.stop()
+    finally:
+        reader.close()
 
 
 @pytest.mark.parametrize("block", _named(IN_CELL))

@@ -86,7 +86,7 @@ def test_figures_as_json(words, environment, tmp_path):
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert (document["model"], document["prompt"]) == ("tiny", "hello")
-    assert [run["name"] for run in document["runs"]] == ["cosine, equal links", "topk, equal links"]
+    assert [run["name"] for run in document["runs"]] == ["budget, equal links", "topk, equal links"]
     for run in document["runs"]:
         figures, receipt = run["figures"], run["receipt"]
         assert sum(figures["stages_s"].values()) == pytest.approx(figures["elapsed_s"], rel=0.05)
@@ -103,6 +103,47 @@ def test_figures_as_json(words, environment, tmp_path):
     assert document["agreement"][0]["of"] == document["runs"][0]["figures"]["tokens"]
     assert picture.read_text(encoding="utf-8").startswith("<svg")
     assert "url(http" not in picture.read_text(encoding="utf-8")
+    assert left_behind(environment) == []
+
+
+def test_columns_over_one_radio_share_a_station(words, environment, tmp_path):
+    flags = ["--devices", "2", "--tokens", "4", "--bandwidth", "1GHz", "--max-dropped", "20%", "--json"]
+    done = subprocess.run([*words, *flags], env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    names = ["budget, optimal bandwidth", "topk, optimal bandwidth", "topk, equal bandwidth"]
+    assert [run["name"] for run in document["runs"]] == names
+    assert [run["receipt"]["policy"] for run in document["runs"]] == ["budget", "topk", "topk"]
+    assert done.stderr.count("starting the base station") == 1
+    best, plain, equal = (run["figures"] for run in document["runs"])
+    assert best["dropped_weight"] > 0 == plain["dropped_weight"] == equal["dropped_weight"]
+    assert best["perplexity"] != plain["perplexity"] == equal["perplexity"]
+    assert best["perplexity_tokens"] == 512
+    assert len(document["runs"][0]["reading"]) == 8
+    assert document["phases_s"].keys() > {"the model", "starting base station and devices", "answer 3"}
+    assert document["total_s"] == pytest.approx(sum(document["phases_s"].values()))
+    assert 0 < document["first_token_in_sight_s"] < document["total_s"]
+    assert document["verdict"].startswith("'budget, optimal bandwidth' answered in ")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_default_demo(environment):
+    """As a newcomer starts it, with a shorter answer: the default model, policy, radio and question."""
+    done = subprocess.run(
+        [*DEMO, "--tokens", "3", "--json"], env=environment, capture_output=True, text=True, timeout=800
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    best, plain, equal = document["runs"]
+    assert (best["policy"], best["rules"]["max_dropped"], best["rules"]["whole_layers"]) == ("budget", 0.03, 1)
+    assert (plain["policy"], plain["allocation"], equal["allocation"]) == ("topk", "optimal", "equal")
+    assert {run["bandwidth_hz"] for run in document["runs"]} == {10e6}
+    assert len({str(run["devices"][0]["downlink_snr_hz"]) for run in document["runs"]}) == 1
+    assert plain["token_ids"] == equal["token_ids"]
+    assert 0 < best["figures"]["dropped_weight"] < 0.2
+    assert best["figures"]["perplexity"] / plain["figures"]["perplexity"] == pytest.approx(1, abs=0.1)
+    assert "on 512 tokens of held-out text." in document["verdict"]
     assert left_behind(environment) == []
 
 

@@ -8,7 +8,7 @@ import itertools
 import pytest
 from rich.console import Console
 
-from wdmoe.config import LinkEmulation
+from wdmoe.config import LinkEmulation, ServingRules
 from wdmoe.errors import ConfigError
 from wdmoe.nodes.demo.figures import Run, agreement, as_document, figures, percentile
 from wdmoe.nodes.demo.links import equal_links, radio_links, unequal_links
@@ -89,11 +89,13 @@ def test_runs_tell_policy_and_links_apart(tmp_path):
     assert len(plan_runs(settings(tmp_path, policy="topk", rates_bps=(1e6,)))) == 1
 
 
-def test_radio_links_are_a_row_over_20_db():
+def test_radio_links_are_a_row_over_30_db():
     links = radio_links(8, seed=1)
-    for name, strongest_hz in (("downlink_snr_hz", 20e6 * 10**2.5), ("uplink_snr_hz", 20e6 * 10**1.5)):
+    for name, strongest_hz in (("downlink_snr_hz", 20e6 * 10**2.8), ("uplink_snr_hz", 20e6 * 10**1.8)):
         row = sorted(getattr(link, name) for link in links)
-        assert (row[0], row[-1]) == (pytest.approx(strongest_hz / 100), pytest.approx(strongest_hz))
+        assert (row[0], row[-1]) == (pytest.approx(strongest_hz / 1000), pytest.approx(strongest_hz))
+    weaker = radio_links(8, seed=1, strongest_snr_hz=1e9, spread=10.0)
+    assert sorted(link.downlink_snr_hz for link in weaker)[0] == pytest.approx(1e8)
     assert links == radio_links(8, seed=1)
     assert {radio_links(8, seed) for seed in range(5)} != {links}
     assert len(radio_links(1, seed=0)) == 1
@@ -106,13 +108,14 @@ def test_runs_in_a_shared_band_tell_policy_and_bandwidth_apart(tmp_path):
         "topk, optimal bandwidth",
         "topk, equal bandwidth",
     ]
-    assert len({plan.links for plan in plans}) == 1
+    assert len({plan.radio for plan in plans}) == 1  # so that one station and its devices serve them all
+    assert plans[0].decides_as != plans[1].decides_as == plans[2].decides_as
     names = [plan.name for plan in plan_runs(settings(tmp_path, policy="topk", bandwidth_hz=20e6))]
     assert names == ["topk, optimal bandwidth", "topk, equal bandwidth"]
     document = as_document("m", "p", 0, [run(plans[2], 1, 2)])
     assert (document["runs"][0]["bandwidth_hz"], document["runs"][0]["allocation"]) == (20e6, "equal")
     assert document["runs"][0]["devices"][0]["downlink_snr_hz"] == plans[2].links[0].downlink_snr_hz
-    assert "SNR 25 dB" in drawn(DemoView("m", "p", plans[0], "1 of 3"))
+    assert "SNR 28 dB" in drawn(DemoView("m", "p", plans[0], "1 of 3"))
 
 
 @pytest.mark.parametrize(
@@ -126,6 +129,8 @@ def test_runs_in_a_shared_band_tell_policy_and_bandwidth_apart(tmp_path):
         {"bandwidth_hz": -1.0},
         {"bandwidth_hz": 1e6, "rates_bps": (1e6,)},
         {"budget_s": 0.1},
+        {"max_dropped": 0.1},
+        {"max_dropped": 1.5, "policy": "budget"},
     ],
 )
 def test_settings_are_checked(tmp_path, wrong):
@@ -168,7 +173,7 @@ def test_the_document_counts_work_by_device(tmp_path):
 
 @pytest.mark.parametrize("width", [40, 100])
 def test_the_view_fits_and_steers_no_terminal(width):
-    plan = RunPlan(policy="topk", equal=True, links=unequal_links(3, (0.0,), seed=0))
+    plan = RunPlan(rules=ServingRules(), equal=True, links=unequal_links(3, (0.0,), seed=0))
     view = DemoView("model [red]", "say \x1b[2J", plan, "1 of 1")
     view.starting("waiting")
     assert "waiting" in drawn(view, width)

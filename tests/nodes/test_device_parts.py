@@ -395,3 +395,21 @@ def test_the_probe_measures_this_machine(tmp_path):
     assert 0 < hardware.resident_bytes() < psutil.virtual_memory().total
     assert hardware.tensorrt_version() is not None
     opener.close()
+
+
+class Busy:
+    """An expert on a machine that does other work meanwhile, and its clock."""
+
+    def __init__(self, *run_s: float) -> None:
+        self.now_s = 0.0
+        self._run_s = list(run_s)
+
+    def run(self, tokens: np.ndarray) -> np.ndarray:
+        self.now_s += self._run_s.pop(0)
+        return tokens
+
+
+def test_speed_is_that_of_the_run_nothing_else_disturbed(monkeypatch):
+    busy = Busy(9.0, 0.08, 0.02, 0.12, 0.05)  # the first one warms up
+    monkeypatch.setattr("wdmoe.nodes.device.hardware.time.perf_counter", lambda: busy.now_s)
+    assert hardware.measure_flops(busy) == pytest.approx(hardware.PROBE_FLOPS / 0.02)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +25,7 @@ from wdmoe.layer_call import Demand, LayerCall
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.moe.select import Costs, choose
 from wdmoe.nodes.base_station.layer_rules import layer_rules
-from wdmoe.receipt import Receipt
+from wdmoe.receipt import Ledger, Receipt
 from wdmoe.records import GenerationRequest, Sampling, TextDelta
 from wdmoe.solver import select_experts, shed_bottleneck
 from wdmoe.solver.bandwidth import Links, with_compute
@@ -74,6 +75,7 @@ class Watched:
     """What every layer demanded, and what the devices were asked."""
 
     def __init__(self, lab: Lab) -> None:
+        self.calls: list[LayerCall] = []
         self.wanted: list[float] = []  # sum over tokens of the share of the gate weight that was not asked for
         self.runs: list[Run] = []
         self.layers: list[list[Run]] = []  # the runs of each layer of each pass
@@ -92,13 +94,18 @@ class Watched:
         out = self._run(call)
         asked = np.zeros(len(tokens))
         self.layers.append(self.runs[before:])
-        for run in self.layers[-1]:
-            experts = np.repeat(run.experts, run.counts)
-            rows = [int(np.flatnonzero((tokens == run.tokens[row]).all(axis=1))[0]) for row in run.rows]
-            for row, expert in zip(rows, experts, strict=True):
-                asked[row] += demand.weights[row][demand.experts[row] == expert][0]
+        self.calls.append(call)
+        for row, expert in pairs(tokens, self.layers[-1]):
+            asked[row] += demand.weights[row][demand.experts[row] == expert][0]
         self.wanted.append(float((1 - asked / demand.weights.sum(axis=1)).sum()))
         return out
+
+
+def pairs(tokens: Any, runs: list[Run]) -> Iterator[tuple[int, int]]:
+    """(row of `tokens`, expert) that was asked."""
+    for run in runs:
+        rows = [int(np.flatnonzero((tokens == run.tokens[row]).all(axis=1))[0]) for row in run.rows]
+        yield from zip(rows, np.repeat(run.experts, run.counts).tolist(), strict=True)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -127,6 +134,53 @@ def test_a_budget_that_is_never_short_changes_nothing(bundle: Bundle) -> None:
         for _ in range(2):
             ids, receipt = ask(lab)
             assert (ids, receipt.dropped_weight) == (plain, 0.0)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_a_bound_on_what_is_dropped_holds_over_a_request(bundle: Bundle, rank: str) -> None:
+    """In each layer of a prompt; in an answer over all layers, since a single token has no light experts."""
+    with opened(bundle, policy="budget", max_dropped=0.1, rank=rank) as lab:
+        ask(lab)
+        watched = Watched(lab)
+        _, receipt = ask(lab)
+        layers = len(lab.station.manifest.moe_layers)
+    asked, dropped = np.zeros(2), np.zeros(2)  # in the prompt, in the answer
+    for call, chosen in zip(watched.calls, watched.layers, strict=True):
+        energy = rank_weights(call.demand.gate, call.demand.experts, 1.0, "energy")
+        ranks = energy if rank == "energy" else call.demand.weights.astype(np.float64)
+        kept = sum(
+            float(ranks[row][call.demand.experts[row] == expert][0]) for row, expert in pairs(call.tokens, chosen)
+        )
+        answer = int(len(call.tokens) == 1)
+        asked[answer] += ranks.sum()
+        dropped[answer] += ranks.sum() - kept
+        assert answer or ranks.sum() - kept <= 0.1 * ranks.sum() * (1 + 1e-6)
+    if rank == "probability":  # where every token is worth as much
+        assert dropped.sum() <= 0.1 * asked.sum() * (1 + 1e-6)
+    assert (dropped > 0).all()
+    assert sum(watched.wanted[2 * layers :]) > 0  # of the answer, whose tokens come one by one
+    assert receipt.dropped_weight > 0
+
+
+def test_a_rehearsal_decides_as_in_an_answer(bundle: Bundle) -> None:
+    with opened(bundle, policy="budget", max_dropped=0.1) as lab:
+        ask(lab)
+        lab.layers.health.answered = lambda *seen: None  # type: ignore[assignment]  # what was measured stays
+        lab.layers.rules = replace(lab.layers.rules, rehearsal=True)
+        together, alone = Ledger(), Ledger()
+        tokens = np.random.default_rng(0).normal(size=(12, lab.station.manifest.hidden)).astype(np.float32)
+        gate = np.random.default_rng(1).normal(size=(12, 8)).astype(np.float32)
+        experts = np.argsort(-gate, axis=1)[:, :2].astype(np.int32)
+        layer = lab.station.manifest.moe_layers[0]
+        whole = LayerCall(layer, tokens, Demand(experts, np.full((12, 2), 0.5, np.float32), gate), together)
+        parts = [replace(whole.of(np.array([row])), ledger=alone) for row in range(12)]
+        price = copy.deepcopy(lab.layers._price)
+        chosen = lab.layers._choose(lab.routing, whole).experts
+        lab.layers._price = price
+        by_one = [lab.layers._choose(lab.routing, part).experts for part in parts]
+    assert (chosen < 0).any()
+    np.testing.assert_array_equal(chosen, np.concatenate(by_one))
+    assert together.unspent == alone.unspent
 
 
 def test_a_prompt_may_have_more_time_than_a_token(bundle: Bundle) -> None:
@@ -305,11 +359,14 @@ def test_auto_ranks_as_the_bundle_says(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--policy", "budget"], "policy budget needs --budget"),
+        (["--policy", "bottleneck", "--max-dropped", "5%"], "does not look at it"),
+        (["--budget", "150ms", "--max-dropped", "5%"], "give --budget or --max-dropped"),
+        (["--max-dropped", "100%"], "max_dropped must be above 0 and below 1"),
+        (["--max-dropped", "-1%"], "a share is from 0 to 1"),
+        (["--max-dropped", "some"], "give a share, as in 5% or 0.05"),
         (["--policy", "bottleneck", "--budget", "150ms"], "does not look at it"),
         (["--policy", "budget", "--budget", "150"], "the unit is missing"),
         (["--policy", "budget", "--budget-per-token", "1ms"], "policy budget needs --budget"),
-        (["--budget-per-token", "1ms"], "does not look at it"),
         (["--policy", "luck"], "'luck' is not one of"),
         (["--policy", "topk", "--rank", "energy"], "policy topk drops none"),
         (["--policy", "topk", "--whole-layers", "1"], "policy topk drops none"),
@@ -321,6 +378,15 @@ def test_flags_that_do_not_go_together(command: list[str], flags: list[str], sai
     done = CliRunner().invoke(cli, [*command, *flags])
     assert done.exit_code == 2
     assert said in done.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [(["--policy", "budget"], "policy budget needs --budget"), (["--budget-per-token", "1ms"], "does not look at it")],
+)
+def test_a_base_station_is_told_its_budget(flags: list[str], said: str) -> None:
+    done = CliRunner().invoke(cli, ["bs", "nowhere", *flags])
+    assert (done.exit_code, said in done.output) == (2, True)
 
 
 @pytest.mark.parametrize("renormalise", [False, True])

@@ -79,6 +79,23 @@ def test_every_layer_gives_the_band_to_those_who_have_work(
         np.testing.assert_allclose(given, np.where(load > 0, BAND_HZ / 3 if equal else best, 0.0), rtol=1e-9)
 
 
+def test_rules_that_change_between_answers_change_the_shares(bundle: Bundle) -> None:
+    with opened(bundle, bandwidth_hz=BAND_HZ) as lab:
+        devices = [
+            dataclasses.replace(route, downlink_snr_hz=down, uplink_snr_hz=up)
+            for route, (down, up) in zip(lab.routing.devices, SNR_HZ, strict=True)
+        ]
+        lab.routing = dataclasses.replace(lab.routing, devices=tuple(devices))
+        given = []
+        for changes in ({}, {"equal_bandwidth": True}, {"rehearsal": True}):
+            lab.layers.rules = dataclasses.replace(lab.layers.rules, **changes)
+            watched = Watched(lab)
+            ask_lab(lab)
+            given.append({round(run.bandwidth_hz / BAND_HZ, 3) for run in watched.runs})
+    assert len(given[0]) > 3
+    assert given[1:] == [{0.333}, {0.0}]
+
+
 def test_policies_know_a_device_by_its_part_of_an_equal_band() -> None:
     bits, each_hz = 8192.0, BAND_HZ / 3
     air = SharedBand(routes(), bits, BAND_HZ, equal=False)
@@ -181,7 +198,7 @@ def test_links_that_are_none(wrong: tuple[float, float]) -> None:
         (["device", "--join", "x", "--link-snr", "0"], "must be from 1 Hz"),
         (["device", "--join", "x", "--link-snr", "1GHz/"], "is not a frequency"),
         (["device", "--join", "x", "--link-snr", "20dB"], "no frequency has the unit 'dB'"),
-        (["demo", "--bandwidth", "1MHz", "--links", "1Mbit/s"], "give one of them"),
+        (["demo", "--bandwidth", "1MHz", "--links", "1Mbit/s"], "give only one of them"),
         (["bs", "nowhere", "--allocation", "equal"], "--allocation says how --bandwidth is shared"),
         (["bs", "nowhere", "--bandwidth", "1MHz", "--allocation", "fair"], "'fair' is not one of"),
     ],

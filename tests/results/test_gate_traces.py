@@ -231,10 +231,10 @@ def _one_expert(experts: torch.nn.Module, token: torch.Tensor, expert: int) -> t
     return out
 
 
-def test_without_the_weights_likeness_is_refused(checkpoint: Path) -> None:
+def test_without_the_weights_similarity_is_refused(checkpoint: Path) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(MixtralConfig.from_pretrained(checkpoint))
-    with pytest.raises(BundleError, match="where their weights are"):
+    with pytest.raises(BundleError, match="needs the experts' weights"):
         TraceRecorder(model, "tiny", expert_similarity=True)
 
 

@@ -37,7 +37,7 @@ def test_only_numpy_and_the_standard_library_are_imported():
 
 def test_nothing_of_wdmoe_above_the_solver_is_imported():
     code = "import json, sys, wdmoe.solver; print(json.dumps([n for n in sys.modules if n.startswith('wdmoe.')]))"
-    below = {"solver", "arrays", "config", "errors", "units"}
+    below = {"solver", "arrays", "config", "errors", "former_paths", "units"}
     assert {name.split(".")[1] for name in json.loads(run("-c", code))} <= below
 
 

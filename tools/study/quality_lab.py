@@ -34,15 +34,23 @@ _FITTED_TOKENS = 6144  # of calibration text, for codes that are fitted to hidde
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, text and questions."""
     parser.add_argument("--model", default="default", help="folder of a transformers MoE checkpoint")
-    parser.add_argument("--text", type=Path, action="append", default=[], help="default: the held-out text that ships")
-    parser.add_argument("--tokens", type=int, default=4096, help="of text in all; 0: no perplexity (default 4096)")
-    parser.add_argument("--window", type=int, help="tokens of a window (default: the scenario's pass, or 512)")
+    parser.add_argument(
+        "--text", type=Path, action="append", default=[], help="text to read (default: the shipped held-out text)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=4096, help="tokens of text in all; 0: no perplexity (default 4096)"
+    )
+    parser.add_argument("--window", type=int, help="tokens in a window (default: the scenario's pass, or 512)")
     asked = parser.add_mutually_exclusive_group()
-    asked.add_argument("--questions", type=Path, metavar="JSONL", help="lines of query, choices, gold")
+    asked.add_argument(
+        "--questions", type=Path, metavar="JSONL", help="file with a line of query, choices and gold for each question"
+    )
     asked.add_argument("--bigbench", metavar="TASK", help="a task of the package bigbench, or its task.json")
-    parser.add_argument("--delimiter", default=DELIMITER, help="between query and choice of --questions")
-    parser.add_argument("--most-questions", type=int, default=200, help="drawn by the seed (default 200)")
-    parser.add_argument("--seed", type=int, help="of draws and questions (default: the scenario's)")
+    parser.add_argument("--delimiter", default=DELIMITER, help="text between query and choice of --questions")
+    parser.add_argument(
+        "--most-questions", type=int, default=200, help="largest number of questions; the seed draws them (default 200)"
+    )
+    parser.add_argument("--seed", type=int, help="seed of draws and questions (default: the scenario's)")
 
 
 class Subject:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from wdmoe.cli.failures import needs_extra
 from wdmoe.cli.params import DIRECTORY, FILE, TIME
 from wdmoe.cli.running import run_until_stopped
+from wdmoe.config import state_home
 
 if TYPE_CHECKING:
     from wdmoe.nodes.broadcast_station.listeners import Audience
@@ -114,7 +115,23 @@ class Fraction(click.ParamType):  # type: ignore[type-arg]
     "--state", type=DIRECTORY, help="With --bind: folder of the station's key and of the list of admitted devices."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print all figures as one JSON document, and nothing else.")
-def broadcast(first: Path, second: Path, as_json: bool, **flags: Any) -> int:
+def broadcast(
+    first: Path,
+    second: Path,
+    out: Path,
+    snr_db: tuple[float, float],
+    alpha: float | None,
+    aim: str,
+    cbr: float,
+    fading: str,
+    seed: int,
+    model: Path | None,
+    bind: str,
+    advertise: str,
+    wait_s: float,
+    state: Path | None,
+    as_json: bool,
+) -> int:
     """Send two pictures at once to two devices whose channels differ.
 
     The pictures FIRST and SECOND become one waveform, which is sent once. Each device passes it through its own
@@ -132,7 +149,7 @@ def broadcast(first: Path, second: Path, as_json: bool, **flags: Any) -> int:
       wdmoe-node broadcast cat.png dog.jpg --bind tcp://*:5555       # then on two devices:
       wdmoe-node device --join @token.txt --save-pictures pictures
     """
-    if not flags["bind"] and (flags["advertise"] or flags["state"]):
+    if not bind and (advertise or state):
         raise click.UsageError("--advertise and --state are for devices elsewhere: give --bind too, as tcp://*:5555")
     from wdmoe.cli.progress import StageProgress
 
@@ -142,8 +159,21 @@ def broadcast(first: Path, second: Path, as_json: bool, **flags: Any) -> int:
         from wdmoe.nodes.broadcast_station.run import prepare
         from wdmoe.nodes.broadcast_station.settings import BroadcastSettings
 
-    stated = {name: value for name, value in flags.items() if value is not None}
-    settings = BroadcastSettings(pictures=(first, second), **stated)
+    settings = BroadcastSettings(
+        pictures=(first, second),
+        out=out,
+        snr_db=snr_db,
+        alpha=alpha,
+        aim=aim,
+        cbr=cbr,
+        fading=fading,
+        seed=seed,
+        model=model,
+        bind=bind,
+        advertise=advertise,
+        wait_s=wait_s,
+        state=state or state_home() / "bs",
+    )
     sending = prepare(settings, _note)
     prepare_folder(settings.out)
     ended: list[tuple[Audience, int]] = []

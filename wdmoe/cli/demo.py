@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -13,23 +14,25 @@ import click
 
 from wdmoe.cli.bundles import find_bundle
 from wdmoe.cli.failures import needs_extra
-from wdmoe.cli.params import DIRECTORY, FILE, FREQUENCY, RATES, TIME, check_rank_flags, chosen_policy
+from wdmoe.cli.params import DIRECTORY, FILE, FREQUENCY, RATES, SHARE, TIME, check_rank_flags, chosen_policy
 from wdmoe.config import POLICIES, RANKS, cache_home
 
 if TYPE_CHECKING:
     from wdmoe.nodes.demo.run import OpenStage
 
-_PROMPT = "Tell me a short story about a lighthouse keeper who finds a message in a bottle."
+_BANDWIDTH_HZ = 10e6
+_MAX_DROPPED = 0.03
+_PROMPT = "Tell me a short story about a lighthouse keeper."
 
 
 @click.command()
 @click.argument("prompt", default=_PROMPT)
 @click.option("--devices", type=click.IntRange(1, 64), default=8, show_default=True, help="Number of devices.")
-@click.option("--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Longest answer.")
+@click.option("--tokens", type=click.IntRange(min=1), default=20, show_default=True, help="Longest answer.")
 @click.option(
     "--policy",
     type=click.Choice(POLICIES),
-    help="How the first run chooses experts.  [default: cosine; budget with --budget]",
+    help="How the first run chooses experts.  [default: budget]",
 )
 @click.option(
     "--budget", "budget_s", type=TIME, default=0, help="For --policy budget: time of one token in all experts ..."
@@ -42,6 +45,11 @@ _PROMPT = "Tell me a short story about a lighthouse keeper who finds a message i
     help="... plus this for each further token of a prompt.",
 )
 @click.option(
+    "--max-dropped",
+    type=SHARE,
+    help="For --policy budget, in place of a time: share of the experts' worth that it may drop.  [default: 3%]",
+)
+@click.option(
     "--rank",
     type=click.Choice(("auto", *RANKS)),
     default="auto",
@@ -51,29 +59,29 @@ _PROMPT = "Tell me a short story about a lighthouse keeper who finds a message i
 @click.option(
     "--whole-layers",
     type=click.IntRange(min=0),
-    default=0,
-    help="Number of leading MoE layers that never drop experts.",
-)
-@click.option(
-    "--links",
-    "rates_bps",
-    type=RATES,
-    help="Rates of the emulated links, in both directions: one for each device, or two as the ends of a geometric "
-    "row, or one for all. 0 emulates no link.  [default: 200Mbit/s,20Mbit/s]",
+    help="Number of leading MoE layers that never drop experts.  [default: 1 with --policy budget, else 0]",
 )
 @click.option(
     "--bandwidth",
     "bandwidth_hz",
     type=FREQUENCY,
-    default=0,
-    help="Let the devices share this radio band instead, over links whose strengths differ by 20 dB.",
+    help="Radio band that the devices share, over links whose strengths differ by 30 dB.  [default: 10MHz]",
+)
+@click.option(
+    "--links",
+    "rates_bps",
+    type=RATES,
+    help="Links with rates of their own in place of a shared band, alike in both directions: one rate for each device, "
+    "or two as the ends of a geometric row, or one for all. 0 emulates no link.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed that decides which device has which link.")
 @click.option(
     "--model", "bundle", default="default", show_default=True, help="Folder of a bundle, or the word default."
 )
 @click.option(
-    "--compare/--no-compare", default=True, help="Also run plain top-k, over the same links and over equal links."
+    "--compare/--no-compare",
+    default=True,
+    help="Also run plain top-k, with the best shares of the band and with equal ones.",
 )
 @click.option("--cache", type=DIRECTORY, help="Folder that keeps experts for the next start. All devices share it.")
 @click.option(
@@ -81,47 +89,100 @@ _PROMPT = "Tell me a short story about a lighthouse keeper who finds a message i
 )
 @click.option("--json", "as_json", is_flag=True, help="Print all figures as one JSON document, and nothing else.")
 @click.option("--picture", type=FILE, help="Save the last frame of the first run and the table as an SVG image.")
-def demo(bundle: str, cache: Path | None, no_view: bool, as_json: bool, picture: Path | None, **flags: Any) -> None:
+@click.option("--installed-in", "installed_s", type=TIME, default=0, hidden=True, help="What tools/demo tells.")
+def demo(
+    prompt: str,
+    devices: int,
+    tokens: int,
+    policy: str | None,
+    budget_s: float,
+    budget_per_token_s: float,
+    rank: str,
+    max_dropped: float | None,
+    whole_layers: int | None,
+    rates_bps: tuple[float, ...] | None,
+    bandwidth_hz: float | None,
+    seed: int,
+    bundle: str,
+    compare: bool,
+    cache: Path | None,
+    no_view: bool,
+    as_json: bool,
+    picture: Path | None,
+    installed_s: float,
+) -> None:
     """Run a base station and devices on this machine, and watch them answer PROMPT.
 
-    Every part is a process of its own, all traffic is encrypted, and links of different rates are emulated. At
-    the end a table compares the chosen policy with plain top-k; with --bandwidth, also with equal parts of it.
-    The default model is made on first use, which takes minutes; experts stay in the cache. Ctrl-C ends
-    everything at any time.
+    Every part is a process of its own, all traffic is encrypted, and the radio is emulated: the devices share one
+    band, and some are near, some far. Three answers come over the same radio: by the best policy, by plain top-k, and
+    by top-k with equal shares of the band. A table compares them; its last line says what the policy won and what it
+    cost. The command makes the default model on first use and keeps experts in the cache. Ctrl-C ends everything at
+    any time.
 
     \b
     Examples:
       wdmoe-node demo
       wdmoe-node demo "Why is the sky blue?" --tokens 100
-      wdmoe-node demo --devices 4 --links 100Mbit/s,50Mbit/s,20Mbit/s,5Mbit/s
+      wdmoe-node demo --bandwidth 20MHz --max-dropped 10%
       wdmoe-node demo --bandwidth 20MHz --budget 150ms --budget-per-token 50ms
+      wdmoe-node demo --devices 4 --links 100Mbit/s,50Mbit/s,20Mbit/s,5Mbit/s
       wdmoe-node demo --model ./mixtral-bundle --links 0 --json > figures.json
     """
-    flags["policy"] = chosen_policy(flags["policy"], flags["budget_s"], flags["budget_per_token_s"], "cosine")
-    check_rank_flags(flags["policy"], flags["rank"], flags["whole_layers"])
-    if flags["bandwidth_hz"] and flags["rates_bps"]:
-        raise click.UsageError("--links have rates of their own, with --bandwidth they share a band: give one of them")
-    flags["rates_bps"] = flags["rates_bps"] or ()
+    policy = policy or "budget"
+    if max_dropped is None:
+        max_dropped = _MAX_DROPPED if policy == "budget" and not (budget_s or budget_per_token_s) else 0.0
+    policy = chosen_policy(policy, budget_s, budget_per_token_s, policy, max_dropped)
+    check_rank_flags(policy, rank, whole_layers or 0)
+    if bandwidth_hz and rates_bps:
+        raise click.UsageError("--links states rates, --bandwidth lets devices share a band: give only one of them")
+    if bandwidth_hz is None:
+        bandwidth_hz = 0.0 if rates_bps else _BANDWIDTH_HZ
     signal.signal(signal.SIGTERM, _end)
+    from wdmoe.nodes.demo.phases import Phases
+
+    phases = Phases()
     from wdmoe.backbone.format.bundle import Bundle
     from wdmoe.nodes.demo.figures import as_document
     from wdmoe.nodes.demo.plan import DemoSettings
     from wdmoe.nodes.demo.report import report, save_picture
     from wdmoe.nodes.demo.run import run_demo
+    from wdmoe.nodes.demo.verdict import verdict
 
-    settings = DemoSettings(cache=cache or cache_home() / "experts", **flags)
+    settings = DemoSettings(
+        cache=cache or cache_home() / "experts",
+        prompt=prompt,
+        devices=devices,
+        tokens=tokens,
+        policy=policy,
+        rank=rank,
+        whole_layers=whole_layers or 0,
+        budget_s=budget_s,
+        budget_per_token_s=budget_per_token_s,
+        max_dropped=max_dropped,
+        rates_bps=rates_bps or (),
+        bandwidth_hz=bandwidth_hz,
+        seed=seed,
+        compare=compare,
+    )
+    if installed_s:
+        phases.add("installing", installed_s)
     if bundle == "default" and not sys.stderr.isatty():  # where it is, a bar says so
         click.echo("default model: taken from the cache, or made now, which takes a while", err=True)
     with needs_extra("bs"):
         opened = Bundle.open(find_bundle(bundle))
+    if whole_layers is None and policy == "budget" and len(opened.manifest.moe_layers) > 1:
+        settings = replace(settings, whole_layers=1)
+    phases.end("the model")
     views, open_stage = _stages(plain=no_view, quiet=as_json)
-    runs = run_demo(settings, opened, open_stage)
+    runs = run_demo(settings, opened, open_stage, phases)
+    phases.end("ending")
     if picture is not None:
-        save_picture(picture, [views[0], report(runs)], "wdmoe-node demo")
+        save_picture(picture, [views[0], report(runs, phases)], "wdmoe-node demo")
     if as_json:
-        click.echo(json.dumps(as_document(opened.manifest.model, settings.prompt, settings.seed, runs), indent=2))
+        document = as_document(opened.manifest.model, settings.prompt, settings.seed, runs, phases)
+        click.echo(json.dumps({**document, "verdict": verdict(runs)}, indent=2))
     else:
-        _console().print(report(runs))
+        _console().print(report(runs, phases))
 
 
 def _stages(*, plain: bool, quiet: bool) -> tuple[list[Any], OpenStage]:

@@ -10,17 +10,17 @@ import sys
 
 import click
 
+from wdmoe.cli.base_station import bs
 from wdmoe.cli.broadcast import broadcast
 from wdmoe.cli.demo import demo
+from wdmoe.cli.device import device
 from wdmoe.cli.failures import EXIT_INTERRUPTED, explain
 from wdmoe.cli.logs import configure_logging
-from wdmoe.cli.models import export, split, verify
-from wdmoe.cli.nodes import bs, device
+from wdmoe.cli.models import export, split, trace, verify
 from wdmoe.cli.place import place
 from wdmoe.cli.simulate import simulate
 from wdmoe.cli.status import status
 from wdmoe.cli.tokens import token
-from wdmoe.cli.trace import trace
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

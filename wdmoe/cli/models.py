@@ -1,9 +1,8 @@
-"""The commands that make and check models: `split`, `export` and `verify`."""
+"""The commands that make, record and check models: `split`, `export`, `trace` and `verify`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -78,7 +77,16 @@ def export(model: Path, bundle: Path, precision: str, name: str) -> None:
     help="Text file to measure perplexity on; may be repeated.  [default: other shipped text]",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the clustering.")
-def split(dense: Path, moe: Path, **flags: Any) -> None:
+def split(
+    dense: Path,
+    moe: Path,
+    experts: int,
+    shared: float,
+    top_k: int,
+    calibration: tuple[Path, ...],
+    held_out: tuple[Path, ...],
+    seed: int,
+) -> None:
     """Split a dense model into experts.
 
     DENSE is a Llama-like checkpoint: a folder of safetensors, or a GGUF file. The command writes a Mixture-of-Experts
@@ -96,13 +104,62 @@ def split(dense: Path, moe: Path, **flags: Any) -> None:
         from wdmoe.backbone.split.split import split_checkpoint
     from wdmoe.cli.progress import StageProgress
 
-    settings = SplitSettings(**flags)
+    settings = SplitSettings(
+        experts=experts, shared=shared, top_k=top_k, calibration=calibration, held_out=held_out, seed=seed
+    )
     with StageProgress(f"split {dense.name}") as progress:
         report = split_checkpoint(dense, moe, settings, progress.reach)
     click.echo(
         f"{moe}: {settings.top_k} of {settings.experts} experts a token; perplexity on {report.tokens} tokens "
         f"{report.split_perplexity:.2f}, dense {report.dense_perplexity:.2f}, ratio {report.ratio:.3f}"
     )
+
+
+@click.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--text",
+    type=FILE,
+    multiple=True,
+    help="Text file that the model reads; may be repeated.  [default: the shipped text]",
+)
+@click.option("--tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Number of tokens in all.")
+@click.option("--window", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens of one sequence.")
+@click.option("--similarity", is_flag=True, help="Also record the similarity of neighbouring tokens' hidden states.")
+@click.option(
+    "--expert-similarity",
+    is_flag=True,
+    help="Also measure the similarity of experts, which says how well one replaces another.",
+)
+def trace(
+    model: str, out: Path, text: tuple[Path, ...], tokens: int, window: int, similarity: bool, expert_similarity: bool
+) -> None:
+    """Record which experts a model's gates choose.
+
+    MODEL is the folder of a Mixture-of-Experts checkpoint, or the word default. The model reads text on this machine.
+    The file OUT (.npz) gets the scores and choices of every gate, and no text. Simulations replay it.
+
+    \b
+    Examples:
+      wdmoe-node trace default gate.npz
+      wdmoe-node trace ./OLMoE-1B-7B olmoe.npz --text book.txt --tokens 4096
+      wdmoe-node trace default gate.npz --expert-similarity    # for replacing far experts by near ones
+    """
+    with needs_extra("bs"):
+        from wdmoe.backbone.default.model import default_checkpoint
+        from wdmoe.backbone.record_trace import record_trace
+    from wdmoe.cli.progress import StageProgress
+
+    with StageProgress("trace") as progress:
+        folder = default_checkpoint(progress.reach) if model == "default" else Path(model)
+        made = record_trace(
+            folder, text, tokens, window, similarity, progress.reach, expert_similarity=expert_similarity
+        )
+    made.save(out)
+    layers, count, experts = made.gate.shape
+    size = format_quantity(out.stat().st_size, "size")
+    click.echo(f"{out}: {made.model}, {count} tokens through {layers} layers of {experts} experts, {size}")
 
 
 @click.command()

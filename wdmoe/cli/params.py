@@ -40,6 +40,23 @@ class Quantities(click.ParamType):  # type: ignore[type-arg]
         return tuple(self._one.convert(part, param, ctx) for part in str(value).split(","))
 
 
+class Share(click.ParamType):  # type: ignore[type-arg]
+    """A part of a whole, as `0.05` or `5%`; handed on as a number from 0 to 1."""
+
+    name = "share"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read it."""
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            self.fail(f"{value!r}: give a share, as in 5% or 0.05", param, ctx)
+        if not 0 <= share <= 1:  # also refuses NaN
+            self.fail(f"{value!r}: a share is from 0 to 1", param, ctx)
+        return share
+
+
 class Secret(click.ParamType):  # type: ignore[type-arg]
     """Text, or `@FILE` for the text in a file, so that it shows in no shell history and no `ps`."""
 
@@ -56,15 +73,17 @@ class Secret(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"cannot read {text[1:]}: {error}", param, ctx)
 
 
-def chosen_policy(policy: str | None, budget_s: float, per_token_s: float, default: str) -> str:
-    """What `--policy` says or `--budget` means.
+def chosen_policy(
+    policy: str | None, budget_s: float, per_token_s: float, default: str, max_dropped: float = 0.0
+) -> str:
+    """What `--policy` says, or `--budget` or `--max-dropped` means.
 
     Raises:
         click.UsageError: they do not go together.
     """
-    chosen = policy or ("budget" if budget_s else default)
+    chosen = policy or ("budget" if budget_s or max_dropped else default)
     try:
-        check_budget(chosen, budget_s, per_token_s)
+        check_budget(chosen, budget_s, per_token_s, max_dropped)
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
     return chosen
@@ -99,6 +118,7 @@ SIZE = Quantity("size")
 RATE = Quantity("rate")
 RATES = Quantities("rate")
 LINK_SNR = LinkSnr()
+SHARE = Share()
 SECRET = Secret()
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)

@@ -113,7 +113,7 @@ def place(
 
 def _devices(flags: tuple[Place, ...], file: Path | None) -> tuple[Place, ...]:
     if bool(flags) == (file is not None):
-        raise click.UsageError("state the devices by --device, once for each, or by one --devices FILE")
+        raise click.UsageError("state each device with --device, or all of them with one --devices FILE")
     devices = flags if file is None else _read_devices(file)
     names = [device.name for device in devices]
     if twice := sorted({name for name in names if names.count(name) > 1}):

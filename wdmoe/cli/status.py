@@ -89,7 +89,8 @@ def _show(state: Mapping[str, Any]) -> None:
     rows = [_row(each) for each in devices if isinstance(each, dict)] if isinstance(devices, list) else []
     print_table(_COLUMNS, rows, right=3)
     if {"experts", "unserved"} <= state.keys():
-        click.echo(printable(f"{state['unserved']} of {state['experts']} experts are not served"))
+        served = (_number(state, "experts") or 0) - (_number(state, "unserved") or 0)
+        click.echo(printable(f"{served:.0f} of {state['experts']} experts are served"))
 
 
 def _row(device: Mapping[str, Any]) -> list[object]:

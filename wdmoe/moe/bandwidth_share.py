@@ -30,6 +30,7 @@ class SharedBand:
         """
         self.devices = devices
         self.total_hz = total_hz
+        self.equal = equal
         self._equal = np.full(len(devices), total_hz / len(devices)) if equal else None
         bits = vector_bits if total_hz else 0.0
         self._links = Links(

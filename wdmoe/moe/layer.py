@@ -22,8 +22,9 @@ from wdmoe.layer_call import LayerCall
 from wdmoe.moe.bandwidth_share import SharedBand
 from wdmoe.moe.combine import Answer, Share, arrived_weight, combine
 from wdmoe.moe.dispatch import Part, Work, dispatch
+from wdmoe.moe.drop_price import DropPrice
 from wdmoe.moe.health import DeviceHealth
-from wdmoe.moe.select import Chosen, Costs, choose, substitute
+from wdmoe.moe.select import Bound, Chosen, Costs, choose, joined, substitute
 from wdmoe.receipt import Ledger
 from wdmoe.solver.combining import is_finite
 from wdmoe.transport.codec.messages import Activations
@@ -32,6 +33,7 @@ from wdmoe.transport.routing import Routing
 
 log = logging.getLogger(__name__)
 
+SAVED_TOKENS = 4  # of an answer, whose share a request may save up; more would come off at once
 NOTHING = 1e-6  # share of a token's gate weight below which it counts as unanswered
 
 
@@ -42,6 +44,7 @@ class LayerRules:
     policy: str = "topk"
     budget_s: float = 0.0  # `budget`: what one layer may take for one token
     budget_per_token_s: float = 0.0  # and for each further one
+    max_dropped: float = 0.0  # `budget` without a time: the share of the experts' worth that a request may drop
     bandwidth_hz: float = 0.0  # the band that all devices share in a layer; 0: each has a link of its own
     equal_bandwidth: bool = False  # each device gets the same part of it, whatever it needs
     renormalise: bool = True  # on drop: kept weights grow to the sum of all; else they keep their values
@@ -50,6 +53,7 @@ class LayerRules:
     whole_layers: frozenset[int] = frozenset()  # decoder layers that keep all their experts, whatever the policy
     deadline_s: float = 1.0
     deadline_per_token_s: float = 0.02
+    rehearsal: bool = False  # decide on each token alone, as in an answer, and send no band, so that no link waits
 
 
 class ExpertLayers:
@@ -63,6 +67,7 @@ class ExpertLayers:
         self._routing = routing
         self.rules = rules
         self.health = DeviceHealth()
+        self._price = DropPrice()
         self._seen = Routing()
         self._last_air: SharedBand | None = None
 
@@ -95,19 +100,40 @@ class ExpertLayers:
         return routing
 
     def _choose(self, routing: Routing, call: LayerCall) -> Chosen:
+        if self.rules.rehearsal and self.rules.policy != "topk" and len(call.tokens) > 1:
+            return joined([self._choose(routing, call.of(np.array([row]))) for row in range(len(call.tokens))])
         all_served = self.health.all_well and call.layer in routing.complete
         device_of = self._device_of(routing, call.layer)
         policy = "topk" if call.layer in self.rules.whole_layers else self.rules.policy
-        return choose(
+        costs = None if policy == "topk" else self._costs(routing, call, device_of)
+        bound = self._bound(routing, call) if self.rules.max_dropped else None
+        chosen = choose(
             call.demand,
             policy=policy,
-            costs=None if policy == "topk" else self._costs(routing, call, device_of),
+            costs=costs,
             budget_s=self.rules.budget_s + (len(call.tokens) - 1) * self.rules.budget_per_token_s,
             available=None if all_served else self.health.available(routing.devices, device_of),
             renormalise=self.rules.renormalise,
             gate_temperature=self.rules.gate_temperature,
             rank=self.rules.rank,
+            bound=bound,
         )
+        if bound is not None and costs is not None:
+            self._pay(call, chosen, bound, float(costs.token_s.mean()))
+        return chosen
+
+    def _bound(self, routing: Routing, call: LayerCall) -> Bound:
+        share, price = self.rules.max_dropped, self._price
+        allowance, unspent = share * len(routing.device_of), call.ledger.unspent
+        price_s = price.seconds(unspent, allowance)
+        return Bound(share, unspent, SAVED_TOKENS * allowance, price.mean_worth(call.layer), price_s)
+
+    def _pay(self, call: LayerCall, chosen: Chosen, bound: Bound, layer_s: float) -> None:
+        """Book what a layer was worth and what it dropped of that, and learn the price that answers pay."""
+        call.ledger.unspent = chosen.unspent
+        self._price.saw(call.layer, chosen.worth, len(call.tokens))
+        if len(call.tokens) == 1:
+            self._price.spent(chosen.unspent, bound.most / SAVED_TOKENS, layer_s)
 
     def _costs(self, routing: Routing, call: LayerCall, device_of: Int32Array) -> Costs | None:
         """What the policy decides by: what was measured, and in a shared band what the air takes if all have the same.
@@ -132,10 +158,9 @@ class ExpertLayers:
 
     def _air(self, routing: Routing, tokens: Activations) -> SharedBand:
         """Of this routing table, which need not be the newest: another request may have seen that meanwhile."""
-        air = self._last_air
-        if air is None or air.devices is not routing.devices:
-            bits = 8.0 * tokens.itemsize * tokens.shape[1]
-            air = SharedBand(routing.devices, bits, self.rules.bandwidth_hz, self.rules.equal_bandwidth)
+        air, total_hz, equal = self._last_air, self.rules.bandwidth_hz, self.rules.equal_bandwidth
+        if air is None or air.devices is not routing.devices or (air.total_hz, air.equal) != (total_hz, equal):
+            air = SharedBand(routing.devices, 8.0 * tokens.itemsize * tokens.shape[1], total_hz, equal)
             self._last_air = air
         return air
 
@@ -152,7 +177,8 @@ class ExpertLayers:
     def _ask(self, routing: Routing, call: LayerCall, chosen: Chosen) -> list[Part]:
         """Dispatch, and book what it took."""
         started_s, busy = time.monotonic(), _Busy(call.meanwhile)
-        air = self._air(routing, call.tokens) if self.rules.bandwidth_hz and routing.devices else None
+        on_air = self.rules.bandwidth_hz and not self.rules.rehearsal
+        air = self._air(routing, call.tokens) if on_air and routing.devices else None
         device_of = self._device_of(routing, call.layer)
         parts = dispatch(
             self._exchange,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,8 @@ from wdmoe.errors import BundleError
 from wdmoe.layer_call import Demand
 from wdmoe.solver.bandwidth import Links
 from wdmoe.solver.bottleneck import shed_bottleneck
-from wdmoe.solver.budget import select_within_budget
+from wdmoe.solver.budget import select_at_most_dropped, select_within_budget
+from wdmoe.solver.priced_drop import drop_at_price
 from wdmoe.solver.ranking import rank_weights
 from wdmoe.solver.selection import prune_experts
 
@@ -25,6 +27,24 @@ class Chosen:
     weights: Float32Array  # (tokens, top_k), 0 where dropped
     dropped: Float32Array | None = None  # (tokens,) share of the gate weight left out by the policy; None: nothing
     lost: Float32Array | None = None  # (tokens,) share left out because no device serves the expert; None: nothing
+    worth: float = 0.0  # of all that the gate asked for, by what the policy ranks by; 0: no policy looked at it
+    unspent: float = 0.0  # of `Bound`, for the next pass
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """How much worth, by what the policy ranks by, `budget` may drop, where it is given no time.
+
+    Among the many tokens of a prompt some experts are light: each layer drops its share. An answer is computed token by
+    token, and of the few experts of one token none is light. So its layers pay from one account of the request, a price
+    for each second: they drop little where that saves little. The account is in worths of a mean token of the layer.
+    """
+
+    share: float  # of the worth of all that the gate asks for
+    unspent: float = 0.0  # the account: what earlier layers and passes left
+    most: float = 0.0  # that it may hold
+    mean_worth: float = 0.0  # of a token's experts in this layer; 0: none was seen
+    price_s: float = 0.0  # seconds that such a worth must save; 0: not known
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,47 +67,93 @@ def choose(
     renormalise: bool,
     gate_temperature: float,
     rank: str,
+    bound: Bound | None = None,
 ) -> Chosen:
     """Apply availability, then the policy, to the gate's demand.
 
     Args:
         demand: the gate's own choice.
         policy: "topk" keeps it; "cosine" drops by weight and latency (Algorithm 1 of WDMoE); "bottleneck" relieves the
-            device that would be last (Algorithm 2); "budget" keeps the most weight that fits a time.
+            device that would be last (Algorithm 2); "budget" keeps the most weight that fits a time, or is as fast as
+            a bound on what it drops allows.
         costs: of the devices; None where nothing is known: the policy drops nothing.
         budget_s: seconds that this layer may take, for "budget".
         available: (experts,) bool; None where every expert is served.
         renormalise: kept weights grow to the sum of all; else they keep their values.
         gate_temperature: what the router's scores are divided by before a policy ranks by them.
         rank: what a policy ranks by, as in `wdmoe.solver.ranking`.
+        bound: for "budget", in place of `budget_s`.
     Raises:
         BundleError: `rank` is "energy", and the model's router does not give its scores.
     """
     kept, lost = (demand, None) if available is None else _without_unavailable(demand, available, renormalise)
     if policy == "topk" or costs is None:
-        return Chosen(kept.experts, kept.weights, lost=lost)
+        return Chosen(kept.experts, kept.weights, lost=lost, unspent=bound.unspent if bound else 0.0)
     ranks = _ranks(kept, gate_temperature, rank)
-    pruned = _prune(kept.experts, ranks, policy, costs, budget_s)
+    worth = float(ranks.sum())
+    pruned = _prune(kept.experts, ranks, policy, costs, budget_s, bound)
+    unspent = 0.0 if bound is None else _left(bound, ranks, pruned != kept.experts)
     if np.array_equal(pruned, kept.experts):
-        return Chosen(kept.experts, kept.weights, lost=lost)
+        return Chosen(kept.experts, kept.weights, lost=lost, worth=worth, unspent=unspent)
     weights = np.where(pruned >= 0, kept.weights, np.float32(0))
     dropped = _share(kept.weights - weights, demand.weights)
     if renormalise:
         weights = _grow(weights, kept.weights.sum(axis=1))
-    return Chosen(pruned, weights, dropped=dropped, lost=lost)
+    return Chosen(pruned, weights, dropped=dropped, lost=lost, worth=worth, unspent=unspent)
 
 
-def _prune(experts: Int32Array, ranks: FloatArray, policy: str, costs: Costs, budget_s: float) -> Int32Array:
+def joined(choices: Sequence[Chosen]) -> Chosen:
+    """Choices for some tokens each, at least one, as one for all of them."""
+    return Chosen(
+        np.concatenate([each.experts for each in choices]),
+        np.concatenate([each.weights for each in choices]),
+        dropped=_shares([each.dropped for each in choices], choices),
+        lost=_shares([each.lost for each in choices], choices),
+        worth=sum(each.worth for each in choices),
+        unspent=choices[-1].unspent,
+    )
+
+
+def _shares(found: Sequence[Float32Array | None], choices: Sequence[Chosen]) -> Float32Array:
+    empty = (np.zeros(len(each.experts), np.float32) for each in choices)
+    return np.concatenate([none if share is None else share for share, none in zip(found, empty, strict=True)])
+
+
+def _prune(
+    experts: Int32Array, ranks: FloatArray, policy: str, costs: Costs, budget_s: float, bound: Bound | None
+) -> Int32Array:
     """(tokens, top_k) what the policy keeps, -1 where it drops."""
     if policy == "bottleneck":
         kept = shed_bottleneck(experts, ranks, costs.device_of, costs.token_s)
         return np.where(kept, experts, np.int32(-1))
+    if policy == "budget" and costs.links is not None and bound is not None:
+        return _prune_bounded(experts, ranks, costs, costs.links, bound)
     if policy == "budget" and costs.links is not None:
         return select_within_budget(
             experts, ranks, costs.device_of, costs.links, costs.total_hz, budget_s, renormalise=False
         ).experts
     latency_s = np.append(costs.token_s, costs.token_s.mean())[costs.device_of]  # index -1: not served
     return prune_experts(experts, ranks, latency_s, policy=policy, renormalise=False).experts
+
+
+def _prune_bounded(experts: Int32Array, ranks: FloatArray, costs: Costs, links: Links, bound: Bound) -> Int32Array:
+    """(tokens, top_k) what a bound lets `budget` keep."""
+    if len(experts) > 1 or not bound.price_s or not bound.mean_worth:
+        return select_at_most_dropped(
+            experts, ranks, costs.device_of, links, costs.total_hz, bound.share, renormalise=False
+        ).experts
+    worth = ranks[0] / bound.mean_worth
+    device = np.where(experts[0] >= 0, costs.device_of[experts[0]], -1)
+    may_drop = bound.unspent + bound.share * float(worth.sum())
+    kept = drop_at_price(device, worth, links, costs.total_hz, bound.price_s, may_drop)
+    return np.where(kept, experts, np.int32(-1))
+
+
+def _left(bound: Bound, ranks: FloatArray, dropped: npt.NDArray[np.bool_]) -> float:
+    """What the account holds after a layer."""
+    mean_worth = bound.mean_worth or float(ranks.sum()) / len(ranks) or 1.0
+    left = bound.unspent + (bound.share * float(ranks.sum()) - float(ranks[dropped].sum())) / mean_worth
+    return min(max(left, 0.0), bound.most)
 
 
 def substitute(demand: Demand, rows: npt.NDArray[np.intp], available: npt.NDArray[np.bool_]) -> Chosen | None:

@@ -11,7 +11,7 @@ import torch
 from wdmoe.errors import BundleError
 
 
-class ExpertLikeness:
+class ExpertSimilarity:
     """Running sums of one MoE layer. Every expert of the layer reads every token, so a pass costs more than usual."""
 
     def __init__(self, experts: Any, count: int) -> None:
@@ -24,7 +24,7 @@ class ExpertLikeness:
             BundleError: the module's weights are elsewhere, as on a base station.
         """
         if any(tensor.is_meta for tensor in experts.parameters()):
-            raise BundleError("how alike experts are is measured where their weights are: record it from a checkpoint")
+            raise BundleError("expert similarity needs the experts' weights: record it from a checkpoint")
         self._experts = experts
         self._count = count
         self._inner = torch.zeros(count, count, dtype=torch.float64)

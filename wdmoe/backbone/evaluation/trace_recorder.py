@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from wdmoe.backbone.evaluation.expert_similarity import ExpertLikeness
+from wdmoe.backbone.evaluation.expert_similarity import ExpertSimilarity
 from wdmoe.backbone.families import experts_modules, gate_temperature, router_of
 from wdmoe.errors import BundleError
 from wdmoe.results.gate_trace import GateTrace
@@ -72,10 +72,10 @@ class TraceRecorder:
         self._most_tokens = most_tokens
         self._experts = experts_modules(model)
         self._routers = {layer: router_of(model, layer) for layer in self._experts}
-        self._likeness: dict[int, ExpertLikeness] = {}
+        self._expert_similarity: dict[int, ExpertSimilarity] = {}
         if expert_similarity:
             counts = {layer: int(cast(int, module.num_experts)) for layer, module in self._experts.items()}
-            self._likeness = {layer: ExpertLikeness(self._experts[layer], n) for layer, n in counts.items()}
+            self._expert_similarity = {layer: ExpertSimilarity(self._experts[layer], n) for layer, n in counts.items()}
         self._passes: list[_Pass] = []
         self._current: ContextVar[_Pass | None] = ContextVar("wdmoe_trace_pass", default=None)
         self._tokens = 0
@@ -88,7 +88,7 @@ class TraceRecorder:
         self._hooks.append(self._model.register_forward_hook(self._hear_cache))
         for layer, experts in self._experts.items():
             self._hooks.append(self._routers[layer].register_forward_hook(self._hear_scores))
-            self._hooks.append(experts.register_forward_pre_hook(self._choice_hook(self._likeness.get(layer))))
+            self._hooks.append(experts.register_forward_pre_hook(self._choice_hook(self._expert_similarity.get(layer))))
         return self
 
     def __exit__(
@@ -114,7 +114,7 @@ class TraceRecorder:
             layers = zip(*(getattr(each, field_) for each in whole), strict=True)
             return np.stack([np.concatenate(layer)[order] for layer in layers])
 
-        alike = np.stack([each.matrix() for each in self._likeness.values()]) if self._likeness else None
+        matrices = [each.matrix() for each in self._expert_similarity.values()]
         return GateTrace(
             model=self._name,
             temperature=gate_temperature(self._model.config),
@@ -124,7 +124,7 @@ class TraceRecorder:
             experts=joined("experts"),
             weights=joined("weights"),
             similarity=self._neighbours(whole, order, position) if self._similarity else None,
-            expert_similarity=alike,
+            expert_similarity=np.stack(matrices) if matrices else None,
         )
 
     def _hear_pass(self, model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -159,7 +159,7 @@ class TraceRecorder:
             scores = output[0] if isinstance(output, tuple) else output
             heard.scores = scores if torch.is_tensor(scores) and scores.ndim == 2 else None
 
-    def _choice_hook(self, likeness: ExpertLikeness | None) -> Any:
+    def _choice_hook(self, similarity: ExpertSimilarity | None) -> Any:
         def keep(module: Any, arguments: tuple[Any, ...]) -> None:
             heard = self._current.get()
             if heard is None:
@@ -174,8 +174,8 @@ class TraceRecorder:
             heard.weights.append(_numpy(weights.masked_fill(outside, 0), np.float16))
             if self._similarity:
                 heard.hidden.append(hidden.detach().float().cpu())
-            if likeness is not None:
-                likeness.hear(hidden, experts, weights)
+            if similarity is not None:
+                similarity.hear(hidden, experts, weights)
 
         return keep
 
@@ -184,10 +184,10 @@ class TraceRecorder:
     ) -> npt.NDArray[np.float16]:
         """(layers, tokens) cosine of each hidden state to the one before it."""
         layers = zip(*(each.hidden for each in passes), strict=True)
-        return np.stack([_likeness(torch.cat(layer)[torch.from_numpy(order)], position) for layer in layers])
+        return np.stack([_similarity(torch.cat(layer)[torch.from_numpy(order)], position) for layer in layers])
 
 
-def _likeness(states: torch.Tensor, position: npt.NDArray[np.int32]) -> npt.NDArray[np.float16]:
+def _similarity(states: torch.Tensor, position: npt.NDArray[np.int32]) -> npt.NDArray[np.float16]:
     """(tokens,) cosine to the token before, 0 where a sequence begins."""
     cosine = np.zeros(len(states), np.float16)
     cosine[1:] = functional.cosine_similarity(states[1:], states[:-1], dim=1).numpy()

@@ -37,7 +37,7 @@ class Engine:
         self._station = station
         self._thread = thread
         self._status = status
-        self._policy = policy
+        self.policy = policy  # named in receipts; may be set anew
         self._prefill_chunk = prefill_chunk
 
     @property
@@ -68,7 +68,7 @@ class Engine:
             if not loop.is_closed():  # a client's loop may end before its request does
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        ledger = Ledger(policy=self._policy, prompt_tokens=len(prompt_ids))
+        ledger = Ledger(policy=self.policy, prompt_tokens=len(prompt_ids))
         job = Job(prompt_ids=prompt_ids, sampling=request.sampling, ledger=ledger, emit=emit)
         self._thread.submit(Task(run=lambda: self._serve(job), fail=emit, cancel=job.cancel))
         try:
@@ -85,7 +85,7 @@ class Engine:
     def call(self, work: Callable[[Station, Ledger], T]) -> Future[T]:
         """Run `work` on the model thread as a request of its own: for evaluation, and for tests."""
         future: Future[T] = Future()
-        ledger = Ledger(policy=self._policy)
+        ledger = Ledger(policy=self.policy)
 
         def run() -> None:
             CURRENT_LEDGER.set(ledger)

@@ -247,9 +247,9 @@ class Fusion(nn.Module):
 
     def weight(self, own: Tensor, other: Tensor, condition: Tensor, share: Tensor) -> Tensor:
         """(picture, token, width), within -1 to 1: how much of the other picture's tokens comes in."""
-        likeness = functional.cosine_similarity(self.meaning(own), self.meaning(other), dim=-1)[..., None]
+        similarity = functional.cosine_similarity(self.meaning(own), self.meaning(other), dim=-1)[..., None]
         known = condition[:, None].expand(-1, own.shape[1], -1)
-        weight = torch.tanh(self.weigh(torch.cat([likeness, likeness.square(), known], dim=-1)))
+        weight = torch.tanh(self.weigh(torch.cat([similarity, similarity.square(), known], dim=-1)))
         return weight * (1 - share)[:, None, None]
 
 

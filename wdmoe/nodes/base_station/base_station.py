@@ -13,6 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,19 @@ class BaseStation(OpenedInSteps):
             return self.endpoints[0]
         token = self.admission.create_token(self._keys, self.endpoints, TOKEN_LIFE_S)
         return token.text()
+
+    def serve_by(self, settings: StationSettings, *, rehearsal: bool = False) -> None:
+        """Serve by other rules from the next pass on; of `settings` only what `layer_rules` reads may have changed.
+
+        Args:
+            rehearsal: see `LayerRules`.
+        Raises:
+            ConfigError: no layer is left for the policy.
+        """
+        rules = layer_rules(settings, self.bundle.manifest)
+        self.layers.rules = replace(rules, rehearsal=rehearsal)
+        self.engine.policy = settings.policy
+        self._settings = settings
 
     def placement_text(self) -> str:
         """Who shall hold what now, as a placement file."""

@@ -41,6 +41,7 @@ def layer_rules(settings: StationSettings, manifest: Manifest) -> LayerRules:
         equal_bandwidth=settings.allocation == "equal",
         budget_s=settings.budget_s / layers,
         budget_per_token_s=settings.budget_per_token_s / layers,
+        max_dropped=settings.max_dropped,
         renormalise=manifest.on_drop == "renormalise",
         gate_temperature=manifest.gate_temperature,
         rank=rank,

@@ -35,6 +35,7 @@ def describe(
         "whole_layers": settings.whole_layers,
         "budget_s": settings.budget_s,
         "budget_per_token_s": settings.budget_per_token_s,
+        "max_dropped": settings.max_dropped,
         "bandwidth_hz": settings.bandwidth_hz,
         "allocation": settings.allocation,
         "encrypted": not settings.insecure,

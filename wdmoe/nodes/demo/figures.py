@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from wdmoe.nodes.demo.phases import Phases
 from wdmoe.nodes.demo.plan import RunPlan, device_names
+from wdmoe.nodes.demo.quality import Reading, perplexity, tokens
 from wdmoe.nodes.local.station_client import Token
 from wdmoe.receipt import Receipt, StageSeconds
 
@@ -25,6 +27,7 @@ class Run:
     reason: str  # why the answer ended: "stop" or "length"
     receipt: Receipt
     experts: Mapping[str, int]  # device -> experts it held
+    reading: Reading | None = None  # of held-out text under the run's rules
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -40,12 +43,15 @@ class Figures:
     prompt_tokens: int
     tokens_per_s: float | None  # after the first token; None for a single one
     first_token_s: float
+    answer_s: float  # from sending the request to the last token
     token_latency_p50_s: float | None
     token_latency_p95_s: float | None
     bytes_down_per_token: float  # of every token computed, prompt included, over all layers and devices
     bytes_up_per_token: float
     dropped_weight: float
     lost_weight: float
+    perplexity: float | None  # of held-out text, each token of it decided on alone; None: it was not read
+    perplexity_tokens: int
     elapsed_s: float  # at the base station: the sum of the stages
     stages_s: StageSeconds
 
@@ -60,12 +66,15 @@ def figures(run: Run) -> Figures:
         prompt_tokens=receipt.prompt_tokens,
         tokens_per_s=len(gaps_s) / sum(gaps_s) if gaps_s and sum(gaps_s) > 0 else None,
         first_token_s=times_s[0] - run.asked_s,
+        answer_s=times_s[-1] - run.asked_s,
         token_latency_p50_s=percentile(gaps_s, 50),
         token_latency_p95_s=percentile(gaps_s, 95),
         bytes_down_per_token=receipt.bytes_down / computed,
         bytes_up_per_token=receipt.bytes_up / computed,
         dropped_weight=receipt.dropped_weight,
         lost_weight=receipt.lost_weight,
+        perplexity=perplexity(run.reading) if run.reading else None,
+        perplexity_tokens=tokens(run.reading) if run.reading else 0,
         elapsed_s=receipt.elapsed_s,
         stages_s=receipt.stages,
     )
@@ -108,7 +117,9 @@ def shares_of_work(run: Run) -> dict[str, int]:
     return dict(work)
 
 
-def as_document(model: str, prompt: str, seed: int, runs: Sequence[Run]) -> dict[str, Any]:
+def as_document(
+    model: str, prompt: str, seed: int, runs: Sequence[Run], phases: Phases | None = None
+) -> dict[str, Any]:
     """Everything, in plain types."""
     return {
         "format": 1,
@@ -117,6 +128,9 @@ def as_document(model: str, prompt: str, seed: int, runs: Sequence[Run]) -> dict
         "seed": seed,
         "runs": [_run(run) for run in runs],
         "agreement": [asdict(agreement(runs[0], other)) for other in runs[1:]],
+        "phases_s": dict(phases.spent_s) if phases else {},
+        "first_token_in_sight_s": phases.first_token_s if phases else None,
+        "total_s": phases.total_s if phases else None,
     }
 
 
@@ -128,6 +142,7 @@ def _run(run: Run) -> dict[str, Any]:
         "links": "equal" if run.plan.equal else "unequal",
         "bandwidth_hz": run.plan.bandwidth_hz,
         "allocation": run.plan.allocation if run.plan.bandwidth_hz else None,
+        "rules": asdict(run.plan.rules),
         "figures": {field.name: getattr(found, field.name) for field in fields(found)} | {"stages_s": _stages(found)},
         "devices": [
             {"name": name, **asdict(link), "experts": run.experts.get(name, 0), "layers_served": work.get(name, 0)}
@@ -137,6 +152,7 @@ def _run(run: Run) -> dict[str, Any]:
         "token_ids": list(run.token_ids),
         "finish_reason": run.reason,
         "receipt": asdict(run.receipt),
+        "reading": [asdict(window) for window in run.reading or ()],
     }
 
 

@@ -12,10 +12,10 @@ Links = tuple[LinkEmulation, ...]
 
 FASTEST_BPS = 200e6
 SLOWEST_BPS = 20e6
-# Received power over noise density: in 20 MHz 25 dB and 5 dB, and a device sends with a tenth of what it is sent with.
-STRONGEST_SNR_HZ = 20e6 * 10**2.5
-SPREAD = 100.0  # 20 dB
-UPLINK_PART = 0.1
+# Received power over noise density: in 20 MHz from 28 to -2 dB, as between 30 m and 200 m in a street (35 dB a decade).
+STRONGEST_SNR_HZ = 20e6 * 10**2.8
+SPREAD = 1000.0  # 30 dB
+UPLINK_PART = 0.1  # a device sends with a tenth of what it is sent with
 
 
 def unequal_links(devices: int, rates_bps: Sequence[float], seed: int) -> Links:
@@ -44,10 +44,17 @@ def unequal_links(devices: int, rates_bps: Sequence[float], seed: int) -> Links:
     return _links(row)
 
 
-def radio_links(devices: int, seed: int) -> Links:
-    """Links of unequal strength, for a band that is shared: a geometric row over 20 dB, which the seed deals out."""
-    step = SPREAD ** (-1 / max(devices - 1, 1))
-    row = [STRONGEST_SNR_HZ * step**index for index in range(devices)]
+def radio_links(devices: int, seed: int, strongest_snr_hz: float = STRONGEST_SNR_HZ, spread: float = SPREAD) -> Links:
+    """Links of unequal strength, for a band that is shared: a geometric row, which the seed deals out.
+
+    Args:
+        devices: how many.
+        seed: decides which device is the far one.
+        strongest_snr_hz: downlink of the nearest device, received power over noise density.
+        spread: how many times as strong it is as that of the farthest.
+    """
+    step = spread ** (-1 / max(devices - 1, 1))
+    row = [strongest_snr_hz * step**index for index in range(devices)]
     random.Random(seed).shuffle(row)  # noqa: S311 - no secret
     return tuple(LinkEmulation(downlink_snr_hz=snr, uplink_snr_hz=snr * UPLINK_PART) for snr in row)
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wdmoe.backbone.format.bundle import ExpertFile
-from wdmoe.config import MOST_HZ, POLICIES, check_budget, check_ranking, is_hertz
+from wdmoe.config import MOST_HZ, POLICIES, ServingRules, check_budget, check_ranking, is_hertz
 from wdmoe.errors import ConfigError
 from wdmoe.nodes.demo.links import Links, equal_links, radio_links, unequal_links
 from wdmoe.solver.placement.file import write_placement
 
 MOST_DEVICES = 64
+TOP_K = ServingRules()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,11 +24,12 @@ class DemoSettings:
     prompt: str
     devices: int = 8
     tokens: int = 64  # of the answer, at most
-    policy: str = "cosine"
+    policy: str = "cosine"  # of the first run; the others are top-k
     rank: str = "auto"  # of that policy; auto: what the bundle says
     whole_layers: int = 0  # so many first ones drop nothing
     budget_s: float = 0.0  # of the policy `budget`
     budget_per_token_s: float = 0.0
+    max_dropped: float = 0.0  # of the policy `budget`, in place of a time
     rates_bps: tuple[float, ...] = ()  # see `unequal_links`
     bandwidth_hz: float = 0.0  # a band that all share, in place of links with rates of their own
     seed: int = 0
@@ -40,7 +42,7 @@ class DemoSettings:
             raise ConfigError(f"tokens must be at least 1, got {self.tokens}")
         if self.policy not in POLICIES:
             raise ConfigError(f"policy must be one of {', '.join(POLICIES)}; got {self.policy!r}")
-        check_budget(self.policy, self.budget_s, self.budget_per_token_s)
+        check_budget(self.policy, self.budget_s, self.budget_per_token_s, self.max_dropped)
         check_ranking(self.policy, self.rank, self.whole_layers)
         if not self.prompt.strip():
             raise ConfigError("the prompt is empty")
@@ -50,16 +52,47 @@ class DemoSettings:
             raise ConfigError("links have rates of their own, or share a band: give --links or --bandwidth, not both")
         unequal_links(self.devices, self.rates_bps, self.seed)
 
+    @property
+    def rules(self) -> ServingRules:
+        """Of the first run."""
+        return ServingRules(
+            policy=self.policy,
+            rank=self.rank,
+            whole_layers=self.whole_layers,
+            budget_s=self.budget_s,
+            budget_per_token_s=self.budget_per_token_s,
+            max_dropped=self.max_dropped,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
     """One column of the table: one policy over one set of links."""
 
-    policy: str
+    rules: ServingRules
     equal: bool
     links: Links
     bandwidth_hz: float = 0.0  # 0: no band is shared
-    allocation: str = "optimal"  # of that band
+
+    @property
+    def policy(self) -> str:
+        """How it chooses experts."""
+        return self.rules.policy
+
+    @property
+    def allocation(self) -> str:
+        """Who gets how much of the band."""
+        return self.rules.allocation
+
+    @property
+    def radio(self) -> tuple[Links, float]:
+        """What devices must be started anew for."""
+        return self.links, self.bandwidth_hz
+
+    @property
+    def decides_as(self) -> ServingRules:
+        """Equal for runs that compute the same experts, at least where a prompt is the same: top-k has no costs."""
+        return replace(self.rules, allocation="optimal") if self.policy == "topk" else self.rules
 
     @property
     def name(self) -> str:
@@ -76,21 +109,21 @@ def plan_runs(settings: DemoSettings) -> tuple[RunPlan, ...]:
     if settings.bandwidth_hz:
         return _radio_runs(settings)
     links = unequal_links(settings.devices, settings.rates_bps, settings.seed)
-    runs = [RunPlan(policy=settings.policy, equal=len(set(links)) == 1, links=links)]
+    runs = [RunPlan(rules=settings.rules, equal=len(set(links)) == 1, links=links)]
     if settings.compare:
-        runs.append(RunPlan(policy="topk", equal=runs[0].equal, links=links))
-        runs.append(RunPlan(policy="topk", equal=True, links=equal_links(links)))
+        runs.append(RunPlan(rules=TOP_K, equal=runs[0].equal, links=links))
+        runs.append(RunPlan(rules=TOP_K, equal=True, links=equal_links(links)))
     return tuple(dict.fromkeys(runs))
 
 
 def _radio_runs(settings: DemoSettings) -> tuple[RunPlan, ...]:
     links = radio_links(settings.devices, settings.seed)
-    wanted = [(settings.policy, "optimal")]
+    wanted = [settings.rules]
     if settings.compare:
-        wanted += [("topk", "optimal"), ("topk", "equal")]
+        wanted += [TOP_K, replace(TOP_K, allocation="equal")]
     return tuple(
-        RunPlan(policy=policy, equal=False, links=links, bandwidth_hz=settings.bandwidth_hz, allocation=allocation)
-        for policy, allocation in dict.fromkeys(wanted)
+        RunPlan(rules=rules, equal=False, links=links, bandwidth_hz=settings.bandwidth_hz)
+        for rules in dict.fromkeys(wanted)
     )
 
 

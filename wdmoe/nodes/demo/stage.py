@@ -44,6 +44,10 @@ class Stage(Protocol):
         """All of the answer."""
         ...
 
+    def reading(self, done: int, of: int) -> None:
+        """Windows of held-out text that were read since, and that will be."""
+        ...
+
 
 class LiveStage:
     """The view, redrawn in place. The last frame stays."""
@@ -76,6 +80,10 @@ class LiveStage:
     def ended(self, text: str) -> None:
         """See `Stage`."""
         self.view.ended(text)
+
+    def reading(self, done: int, of: int) -> None:
+        """See `Stage`."""
+        self.view.reading(done, of)
 
 
 class PlainStage:
@@ -119,6 +127,12 @@ class PlainStage:
         """See `Stage`."""
         self.view.ended(text)
         self._write("\n\n")
+
+    def reading(self, done: int, of: int) -> None:
+        """See `Stage`."""
+        if done == 0:
+            self._told_s = -_LINE_EVERY_S
+        self.tell(f"reading held-out text, window {done + 1} of {of}", done / of)
 
     def _write(self, text: str) -> None:
         if self._answer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from rich.box import ROUNDED, SIMPLE_HEAD
@@ -33,6 +34,7 @@ class DemoView:
         self._phase = ""
         self._tokens: tuple[Token, ...] = ()
         self._text = ""
+        self._read = ""
 
     def starting(self, phase: str) -> None:
         """The fleet is not ready yet."""
@@ -50,6 +52,10 @@ class DemoView:
     def ended(self, text: str) -> None:
         """The answer is complete; this is all of it."""
         self._text = shown(text)
+
+    def reading(self, done: int, of: int) -> None:
+        """Held-out text is being read under the same rules."""
+        self._read = f", reading held-out text: {done + 1} of {of}"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """For rich."""
@@ -101,7 +107,9 @@ class DemoView:
             return ""
         spent_s = self._tokens[-1].at_s - self._tokens[0].at_s
         rate = f"{(len(self._tokens) - 1) / spent_s:.1f} tokens/s, " if spent_s > 0 else ""
-        return f"{len(self._tokens)} tokens, {rate}gate weight dropped {self._tokens[-1].dropped_weight:.1%}"
+        return (
+            f"{len(self._tokens)} tokens, {rate}gate weight dropped {self._tokens[-1].dropped_weight:.1%}{self._read}"
+        )
 
 
 def _rate_bps(link: LinkEmulation, band_hz: float) -> float:
@@ -111,7 +119,7 @@ def _rate_bps(link: LinkEmulation, band_hz: float) -> float:
 
 def _strength(link: LinkEmulation, band_hz: float) -> str:
     if band_hz:
-        return f"SNR {format_quantity(link.downlink_snr_hz / band_hz, 'gain')}"
+        return f"SNR {10 * math.log10(link.downlink_snr_hz / band_hz):.0f} dB"
     return format_quantity(link.downlink_bps, "rate") if link.downlink_bps else "not limited"
 
 

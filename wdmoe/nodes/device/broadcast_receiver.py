@@ -123,7 +123,7 @@ class Listening:
             try:
                 data = await self._fetch(WantedExpert(DECODER, tune.decoder_sha256, tune.decoder_bytes))
             except ExpertError as error:
-                raise ExpertError(f"the decoder could not be had: {error}") from error
+                raise ExpertError(f"could not fetch the decoder: {error}") from error
             fetched = data
             await in_thread(lambda: cache.put(tune.decoder_sha256, fetched))
         found = data
@@ -215,7 +215,7 @@ class Listening:
                 await self._send(message)
             except PeerBusyError as error:
                 if time.monotonic() > until_s:
-                    raise TransportError(f"the base station took nothing in for {BUSY_S:.0f} s") from error
+                    raise TransportError(f"the base station accepted nothing for {BUSY_S:.0f} s") from error
                 await asyncio.sleep(_AGAIN_S)
             else:
                 return

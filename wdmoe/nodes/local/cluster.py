@@ -7,17 +7,18 @@ with Fleet(plan, folder) as fleet:
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from wdmoe.config import LinkEmulation
+from wdmoe.config import LinkEmulation, ServingRules
 from wdmoe.errors import TransportError
 from wdmoe.nodes.local.process import Child, end_all
 from wdmoe.nodes.local.station_client import StationClient
@@ -31,6 +32,7 @@ LAST_WORDS_S = 1.0  # from when a process cannot be reached until it has surely 
 _POLL_S = 0.1
 _SILENCE_S = 120.0
 _TOKEN = re.compile(r"^Join token[^:\n]*: (\S+)\n", re.MULTILINE)
+_DONE = re.compile(r"^Done: (.+)\n", re.MULTILINE)
 _URL = re.compile(r"^HTTP: (http://\S+)/v1 ", re.MULTILINE)
 
 T = TypeVar("T")
@@ -52,27 +54,33 @@ class FleetPlan:
 
     bundle: Path
     placement: str
-    policy: str
-    rank: str
-    whole_layers: int
-    budget_s: float  # of the policy `budget`, else 0
-    budget_per_token_s: float
+    rules: ServingRules  # to begin with
     bandwidth_hz: float  # that the devices share, else 0
-    allocation: str
     cache: Path
     devices: tuple[DevicePlan, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowReading:
+    """How likely one window of held-out text is to the model."""
+
+    nats: float  # negative log-likelihood, summed over `tokens`
+    tokens: int
+    dropped_weight: float  # as in a receipt
 
 
 class Fleet:
     """While it is open its processes run; afterwards none is left, however it was left."""
 
     client: StationClient
+    _station: Child
 
     def __init__(self, plan: FleetPlan, folder: Path) -> None:
         """`folder` belongs to the fleet: keys, tokens and logs."""
         self._plan = plan
         self._folder = folder
         self._children: list[Child] = []
+        self._commands = 0
 
     def __enter__(self) -> Fleet:
         return self
@@ -91,14 +99,38 @@ class Fleet:
             TransportError: nothing moved for too long.
         """
         self._folder.mkdir(mode=0o700)
-        station = self._start_station()
+        self._station = self._start_station()
         token = self._folder / "token"
-        token.write_text(self._read(station, _TOKEN, tell))
+        token.write_text(self._read(_TOKEN, tell))
         token.chmod(0o600)
-        self.client = StationClient(self._read(station, _URL, tell), _SILENCE_S)
+        self.client = StationClient(self._read(_URL, tell), _SILENCE_S)
         for device in self._plan.devices:
             self._start_device(device, token)
         self._wait_for(self._joined, tell)
+
+    def serve_by(self, rules: ServingRules, *, rehearsal: bool = False) -> None:
+        """Have the base station serve by other rules from now on.
+
+        Args:
+            rehearsal: decide on each token alone, as in an answer, and let no emulated link wait.
+        Raises:
+            ChildError: a process ended.
+            TransportError: the base station refuses them.
+        """
+        self._command({"command": "serve", "rules": asdict(rules), "rehearsal": rehearsal}, "changing the rules")
+
+    def read(self, window: int, length: int) -> WindowReading:
+        """Have the model read a window of the held-out text that is shipped, by the rules of the moment.
+
+        Args:
+            window: which one, from 0.
+            length: its tokens.
+        Raises: as `serve_by`.
+        """
+        found = self._command({"command": "read", "window": window, "length": length}, f"reading window {window}")
+        return WindowReading(
+            nats=float(found["nats"]), tokens=int(found["tokens"]), dropped_weight=float(found["dropped_weight"])
+        )
 
     def check(self, patience_s: float = 0.0) -> None:
         """Raises ChildError if one of the processes has ended, or does so within `patience_s`."""
@@ -114,17 +146,17 @@ class Fleet:
         placement = self._folder / "placement.json"
         placement.write_text(self._plan.placement)
         words = ["-v", "bs", str(self._plan.bundle.resolve()), "--bind", "tcp://127.0.0.1:*", "--http", "127.0.0.1:0"]
-        words += ["--policy", self._plan.policy, "--placement", str(placement), "--state", str(self._folder / "state")]
-        words += ["--rank", self._plan.rank, "--whole-layers", str(self._plan.whole_layers), *self._radio()]
+        words += ["--placement", str(placement), "--state", str(self._folder / "state"), *self._rules()]
         words += ["--deadline", DEADLINE, "--lease", LEASE, "--prefill-chunk", str(PREFILL_CHUNK), "--threads", "1"]
-        return self._start("base-station", words)
+        return self._start("base-station", [*words, "--commands"], listens=True)
 
-    def _radio(self) -> list[str]:
-        plan = self._plan
-        budget = ["--budget", f"{plan.budget_s!r}s"] if plan.budget_s else []
-        budget += ["--budget-per-token", f"{plan.budget_per_token_s!r}s"] if plan.budget_per_token_s else []
-        band = ["--bandwidth", f"{plan.bandwidth_hz!r}Hz", "--allocation", plan.allocation] if plan.bandwidth_hz else []
-        return budget + band
+    def _rules(self) -> list[str]:
+        rules, band_hz = self._plan.rules, self._plan.bandwidth_hz
+        words = ["--policy", rules.policy, "--rank", rules.rank, "--whole-layers", str(rules.whole_layers)]
+        words += ["--budget", f"{rules.budget_s!r}s"] if rules.budget_s else []
+        words += ["--budget-per-token", f"{rules.budget_per_token_s!r}s"] if rules.budget_per_token_s else []
+        words += ["--max-dropped", repr(rules.max_dropped)] if rules.max_dropped else []
+        return words + (["--bandwidth", f"{band_hz!r}Hz", "--allocation", rules.allocation] if band_hz else [])
 
     def _start_device(self, device: DevicePlan, token: Path) -> None:
         words = ["-v", "device", "--join", f"@{token}", "--name", device.name, "--threads", "1"]
@@ -140,14 +172,28 @@ class Fleet:
             words += ["--link-snr", f"{device.link.downlink_snr_hz!r}Hz/{device.link.uplink_snr_hz!r}Hz"]
         self._start(device.name, words)
 
-    def _start(self, name: str, words: list[str]) -> Child:
-        child = Child(name, words, self._folder)
+    def _start(self, name: str, words: list[str], *, listens: bool = False) -> Child:
+        child = Child(name, words, self._folder, listens=listens)
         self._children.append(child)
         return child
 
-    def _read(self, station: Child, pattern: re.Pattern[str], tell: Tell) -> str:
+    def _command(self, message: Mapping[str, Any], words: str) -> Mapping[str, Any]:
+        """Send the base station a command (`wdmoe.nodes.base_station.commands`) and wait for its answer."""
+        self._station.tell(json.dumps(message))
+        self._commands += 1
+
         def look() -> tuple[str | None, str, float]:
-            found = pattern.search(station.out.read_text())
+            done = _DONE.findall(self._station.out.read_text())
+            return (done[-1] if len(done) == self._commands else None), words, 0.0
+
+        answer: Mapping[str, Any] = json.loads(self._wait_for(look, lambda words, done: None))
+        if "error" in answer:
+            raise TransportError(f"the base station did not obey ({words}): {answer['error']}")
+        return answer
+
+    def _read(self, pattern: re.Pattern[str], tell: Tell) -> str:
+        def look() -> tuple[str | None, str, float]:
+            found = pattern.search(self._station.out.read_text())
             return (found[1] if found else None), "starting the base station", 0.0
 
         return self._wait_for(look, tell)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from wdmoe.errors import WdmoeError
@@ -31,9 +32,11 @@ class ChildError(WdmoeError):
 class Child:
     """One process. It ends with this one at the latest, even where this one is killed."""
 
-    def __init__(self, name: str, words: Sequence[str], folder: Path) -> None:
+    def __init__(self, name: str, words: Sequence[str], folder: Path, *, listens: bool = False) -> None:
         """Start it, with `folder` as its working directory and for its output. Call on the main thread.
 
+        Args:
+            listens: it reads lines from us, see `tell`.
         Raises:
             ChildError: it cannot be started.
         """
@@ -46,7 +49,7 @@ class Child:
             with self.out.open("wb") as out, self.log.open("wb") as log:
                 self._process = subprocess.Popen(
                     _bound_to_us(words),
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.PIPE if listens else subprocess.DEVNULL,
                     stdout=out,
                     stderr=log,
                     cwd=folder,
@@ -55,6 +58,20 @@ class Child:
                 )
         except OSError as error:
             raise ChildError(f"cannot start {name}: {error.strerror or error}") from error
+
+    def tell(self, line: str) -> None:
+        """Send it a line.
+
+        Raises:
+            ChildError: it does not listen any more.
+        """
+        if self._process.stdin is None:
+            raise ValueError(f"{self.name} was not started to listen")
+        try:
+            self._process.stdin.write(f"{line}\n".encode())
+            self._process.stdin.flush()
+        except OSError as error:
+            raise ChildError(f"{self.name} does not listen any more: {self.last_line() or error}") from error
 
     @property
     def pid(self) -> int:
@@ -90,6 +107,9 @@ class Child:
         except subprocess.TimeoutExpired:
             self._signal(signal.SIGKILL)
             self._process.wait()
+        if self._process.stdin is not None:
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process.poll() is None:

@@ -1,107 +1,33 @@
-"""The commands that run until they are stopped: `bs` and `device`."""
+"""`bs`: serves a model until it is stopped."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import click
 
+from wdmoe.cli.bundles import alias_of, find_bundle
 from wdmoe.cli.failures import needs_extra
 from wdmoe.cli.logs import tell_events
 from wdmoe.cli.params import (
     DIRECTORY,
     FILE,
     FREQUENCY,
-    LINK_SNR,
     LISTEN,
-    RATE,
     SECRET,
-    SIZE,
+    SHARE,
     TIME,
     check_rank_flags,
     chosen_policy,
 )
 from wdmoe.cli.running import run_until_stopped
-from wdmoe.config import ALLOCATIONS, POLICIES, PROVIDERS, RANKS, DeviceSettings, LinkEmulation, StationSettings
-
-
-@click.command()
-@click.option(
-    "--join",
-    type=SECRET,
-    envvar="WDMOE_JOIN",
-    required=True,
-    help="Join token of the base station, or @FILE that holds it; also from $WDMOE_JOIN.",
+from wdmoe.config import (
+    ALLOCATIONS,
+    POLICIES,
+    RANKS,
+    StationSettings,
+    state_home,
 )
-@click.option("--name", default="", help="Name shown to people.  [default: the host name]")
-@click.option(
-    "--provider",
-    type=click.Choice(PROVIDERS),
-    default="auto",
-    show_default=True,
-    help="What computes the experts. auto takes the fastest that works here.",
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(1, 1024),
-    default=1,
-    show_default=True,
-    help="CPU threads for one expert. More threads help large experts only.",
-)
-@click.option(
-    "--memory",
-    "memory_bytes",
-    type=SIZE,
-    default=0,
-    help="Memory that this device offers to experts.  [default: half of what is free]",
-)
-@click.option("--cache", type=DIRECTORY, help="Folder that keeps experts for the next start.")
-@click.option(
-    "--cache-size",
-    "cache_bytes",
-    type=SIZE,
-    default="4GiB",
-    show_default=True,
-    help="Largest size of the cache.",
-)
-@click.option("--state", type=DIRECTORY, help="Folder of this device's key. The key is the device's identity.")
-@click.option("--downlink", type=RATE, default=0, help="Emulate a radio link of this rate to the device.")
-@click.option("--uplink", type=RATE, default=0, help="Emulate a radio link of this rate from the device.")
-@click.option(
-    "--link-snr",
-    type=LINK_SNR,
-    help="Emulate a link of this strength, DOWN[/UP], over the part of --bandwidth that the base station gives this "
-    "device. The strength is received power over noise density, a frequency: in a band of that width the SNR is 1 "
-    "(0 dB), in a tenth of it 10.",
-)
-@click.option(
-    "--save-pictures",
-    type=DIRECTORY,
-    help="Folder for pictures that `wdmoe-node broadcast` sends to this device.",
-)
-@click.option("--insecure", is_flag=True, help="Use no encryption. --join is then the base station's address.")
-def device(downlink: float, uplink: float, link_snr: tuple[float, float] | None, **flags: Any) -> None:
-    """Compute experts for a base station, until stopped.
-
-    The device dials the base station. The join token admits it once; after that its own key admits it. The base
-    station sends it its experts. The device reconnects by itself when the link fails or either side restarts.
-
-    \b
-    Examples:
-      wdmoe-node device --join @token.txt
-      wdmoe-node device --join @token.txt --name kitchen --memory 2GiB --provider cuda
-      wdmoe-node device --join @token.txt --downlink 20Mbit/s --uplink 5Mbit/s
-      wdmoe-node device --join @token.txt --link-snr 2GHz/400MHz
-      wdmoe-node device --join tcp://192.0.2.7:5555 --insecure
-    """
-    flags["memory_bytes"], flags["cache_bytes"] = int(flags["memory_bytes"]), int(flags["cache_bytes"])
-    snr_down_hz, snr_up_hz = link_snr or (0.0, 0.0)
-    link = LinkEmulation(downlink_bps=downlink, uplink_bps=uplink, downlink_snr_hz=snr_down_hz, uplink_snr_hz=snr_up_hz)
-    settings = DeviceSettings(link=link, **_stated(flags))
-    with needs_extra("device"):
-        from wdmoe.nodes.device.device import run_device
-    tell_events()
-    run_until_stopped(run_device(settings))
 
 
 @click.command()
@@ -136,8 +62,8 @@ def device(downlink: float, uplink: float, link_snr: tuple[float, float] | None,
     "--policy",
     type=click.Choice(POLICIES),
     help="Which experts serve a token. topk: the gate's top k. cosine: those of them that are worth their latency. "
-    "bottleneck: all but light work of the device that would be last. budget: as much gate weight as fits --budget.  "
-    "[default: topk; budget with --budget]",
+    "bottleneck: all but light work of the device that would be last. budget: as much gate weight as "
+    "fits --budget, or the fastest choice within --max-dropped.  [default: topk; budget with one of these]",
 )
 @click.option(
     "--rank",
@@ -167,6 +93,12 @@ def device(downlink: float, uplink: float, link_snr: tuple[float, float] | None,
     type=TIME,
     default=0,
     help="... plus this time for each further token of a prompt. Without it a whole prompt gets the time of one token.",
+)
+@click.option(
+    "--max-dropped",
+    type=SHARE,
+    default=0,
+    help="For --policy budget, in place of a time: share of the experts' worth that a request may drop in each layer.",
 )
 @click.option(
     "--bandwidth",
@@ -261,7 +193,38 @@ def device(downlink: float, uplink: float, link_snr: tuple[float, float] | None,
 )
 @click.option("--state", type=DIRECTORY, help="Folder of the base station's key and of the list of admitted devices.")
 @click.option("--insecure", is_flag=True, help="Use no encryption and admit everybody: for closed networks only.")
-def bs(bundle: str, http: tuple[str, int], **flags: Any) -> None:
+@click.option("--commands", is_flag=True, hidden=True, help="Obey commands on standard input, as `demo` sends them.")
+def bs(
+    bundle: str,
+    bind: str,
+    advertise: str,
+    data_port: int,
+    http: tuple[str, int],
+    api_key: str,
+    policy: str | None,
+    rank: str,
+    whole_layers: int,
+    budget_s: float,
+    budget_per_token_s: float,
+    max_dropped: float,
+    bandwidth_hz: float,
+    allocation: str | None,
+    placement: Path | None,
+    copies: int,
+    record_trace: Path | None,
+    deadline_s: float,
+    deadline_per_token_s: float,
+    prefill_chunk: int,
+    max_active: int | None,
+    max_queued: int,
+    lease_s: float,
+    device: str,
+    dtype: str,
+    threads: int,
+    state: Path | None,
+    insecure: bool,
+    commands: bool,
+) -> None:
     """Serve the model in BUNDLE, until stopped.
 
     BUNDLE is a folder that `wdmoe-node export` made, or the word default: the default model, which is made on first
@@ -275,35 +238,69 @@ def bs(bundle: str, http: tuple[str, int], **flags: Any) -> None:
       wdmoe-node bs default
       wdmoe-node bs ./mixtral-bundle --http 0.0.0.0:8080 --api-key @key.txt --policy cosine
       wdmoe-node bs default --budget 150ms --whole-layers 1 --bandwidth 20MHz
+      wdmoe-node bs default --max-dropped 3% --whole-layers 1 --bandwidth 20MHz
       curl 127.0.0.1:8080/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once upon"}'
     """
-    flags["policy"] = chosen_policy(flags["policy"], flags["budget_s"], flags["budget_per_token_s"], "topk")
-    check_rank_flags(flags["policy"], flags["rank"], flags["whole_layers"])
-    if flags["bandwidth_hz"]:
-        flags["max_active"] = flags["max_active"] or 1
-    elif flags["allocation"]:
+    policy = chosen_policy(policy, budget_s, budget_per_token_s, "topk", max_dropped)
+    check_rank_flags(policy, rank, whole_layers)
+    if allocation and not bandwidth_hz:
         raise click.UsageError("--allocation says how --bandwidth is shared: give that too, as in --bandwidth 20MHz")
+    tell_events()
     with needs_extra("bs"):
         import fastapi  # noqa: F401 - what is missing is said at once, not after the seconds that torch takes
 
-        from wdmoe.cli.bundles import alias_of, find_bundle
+        folder = find_bundle(bundle)
+    host, port = http
+    settings = StationSettings(
+        bundle=folder,
+        bind=bind,
+        data_port=data_port,
+        advertise=advertise,
+        http_host=host,
+        http_port=port,
+        api_key=api_key,
+        policy=policy,
+        rank=rank,
+        whole_layers=whole_layers,
+        bandwidth_hz=bandwidth_hz,
+        allocation=allocation or "optimal",
+        budget_s=budget_s,
+        budget_per_token_s=budget_per_token_s,
+        max_dropped=max_dropped,
+        deadline_s=deadline_s,
+        deadline_per_token_s=deadline_per_token_s,
+        prefill_chunk=prefill_chunk,
+        max_active=max_active or (1 if bandwidth_hz else 4),
+        max_queued=max_queued,
+        lease_s=lease_s,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        placement=placement,
+        copies=copies,
+        record_trace=record_trace,
+        state=state or state_home() / "bs",
+        insecure=insecure,
+    )
+    run_until_stopped(_serve(settings, alias_of(bundle), commands))
+
+
+async def _serve(settings: StationSettings, alias: str, commands: bool) -> None:
+    """A base station and its HTTP face."""
+    with needs_extra("bs"):
         from wdmoe.nodes.base_station.base_station import BaseStation
+        from wdmoe.nodes.base_station.commands import obey
         from wdmoe.serving.server import serve_http
         from wdmoe.tasks import run_together
-    tell_events()
-    host, port = http
-    settings = StationSettings(bundle=find_bundle(bundle), http_host=host, http_port=port, **_stated(flags))
-
-    async def serve() -> None:
-        async with BaseStation(settings) as station:
-            _tell_how_to_join(station.join_text, settings.insecure)
-            parts = [station.run()]
-            if port >= 0:
-                aliases = [alias_of(bundle)]
-                parts.append(serve_http(station.engine, host, port, settings.api_key, aliases=aliases, ready=_tell_url))
-            await run_together(*parts)
-
-    run_until_stopped(serve())
+    host, port = settings.http_host, settings.http_port
+    async with BaseStation(settings) as station:
+        _tell_how_to_join(station.join_text, settings.insecure)
+        parts = [station.run()]
+        if port >= 0:
+            parts.append(serve_http(station.engine, host, port, settings.api_key, aliases=[alias], ready=_tell_url))
+        if commands:
+            parts.append(obey(station, settings, click.echo))
+        await run_together(*parts)
 
 
 def _tell_how_to_join(text: str, insecure: bool) -> None:
@@ -313,8 +310,3 @@ def _tell_how_to_join(text: str, insecure: bool) -> None:
 
 def _tell_url(url: str) -> None:
     click.echo(f"HTTP: {url}/v1 (OpenAI-compatible), {url}/health, {url}/metrics")
-
-
-def _stated(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that were given or have a default here; the rest is left to the settings' own defaults."""
-    return {name: value for name, value in flags.items() if value is not None}

@@ -18,18 +18,18 @@ import torch
 from torch.nn import functional
 
 from wdmoe.backbone import text_windows
+from wdmoe.backbone.distil.low_rank import eight_bits
+from wdmoe.backbone.distil.start import decide_start
+from wdmoe.backbone.distil.state import Run, load_run, save_run
+from wdmoe.backbone.distil.student import FastLlama, trainable
+from wdmoe.backbone.distil.training import Trainee, Trainer, Training, working_copies
 from wdmoe.backbone.perplexity import window_perplexity
 from wdmoe.backbone.split.calibrate import dense_model
 from wdmoe.backbone.split.checkpoint import moe_model
 from wdmoe.backbone.split.decided import apply_decisions
 from wdmoe.backbone.split.decisions import MATRICES, Decisions
 from wdmoe.backbone.split.dense import DenseModel, Weights, read_dense
-from wdmoe.backbone.split.distil_state import Run, load_run, save_run
-from wdmoe.backbone.split.distil_training import Trainee, Trainer, Training, working_copies
-from wdmoe.backbone.split.low_rank import eight_bits
 from wdmoe.backbone.split.settings import Progress, SplitSettings, quiet
-from wdmoe.backbone.split.start import decide_start
-from wdmoe.backbone.split.student import FastLlama, trainable
 from wdmoe.errors import ConfigError
 
 _RUN = 32  # tokens compared between training and held-out text

@@ -11,9 +11,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from wdmoe.backbone.distil.student import Cut
+from wdmoe.backbone.distil.training import Trainee
 from wdmoe.backbone.split.dense import Weights
-from wdmoe.backbone.split.distil_training import Trainee
-from wdmoe.backbone.split.student import Cut
 from wdmoe.errors import BundleError, ConfigError
 
 _KINDS = ("weight", "first", "second")

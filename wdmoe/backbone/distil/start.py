@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from wdmoe.backbone.distil.student import Cut
 from wdmoe.backbone.split.calibrate import Streams, dense_model
 from wdmoe.backbone.split.correct import refit
 from wdmoe.backbone.split.dense import DenseModel
 from wdmoe.backbone.split.layer import LayerCut, cut_layer
 from wdmoe.backbone.split.settings import Progress, SplitSettings
-from wdmoe.backbone.split.student import Cut
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from wdmoe.backbone.distil.loss import divergence, stream_error
+from wdmoe.backbone.distil.student import Cut, FastLlama
 from wdmoe.backbone.split.dense import Weights
-from wdmoe.backbone.split.distil_loss import divergence, stream_error
-from wdmoe.backbone.split.student import Cut, FastLlama
 from wdmoe.errors import ConfigError
 
 _CLIP_NORM = 1.0
