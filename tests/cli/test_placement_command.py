@@ -45,11 +45,11 @@ def test_copies_and_the_exact_way_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "state the devices"),
+        ([], "state each device"),
         (["--device", "kit"], "kitchen=8GiB,2ms"),
         (["--device", "kit=8,2ms"], "the unit is missing"),
         (["--device", "kit=8GiB,0s"], "must be positive"),
-        (["--device", "kit=8GiB,2ms", "--devices", "d.json"], "state the devices"),
+        (["--device", "kit=8GiB,2ms", "--devices", "d.json"], "state each device"),
         (["--device", "kit=8GiB,2ms", "--device", "kit=8GiB,2ms"], "'kit' is stated twice"),
         (["--device", "kit=8MiB,2ms"], "240 experts of 240 MiB together do not fit on devices of 8 MiB"),
         (["--devices", "/no/such"], "cannot be read"),
