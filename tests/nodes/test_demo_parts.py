@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -13,7 +14,7 @@ from wdmoe.errors import ConfigError
 from wdmoe.nodes.demo.figures import Run, agreement, as_document, figures, percentile
 from wdmoe.nodes.demo.links import equal_links, radio_links, unequal_links
 from wdmoe.nodes.demo.plan import DemoSettings, RunPlan, plan_runs
-from wdmoe.nodes.demo.report import report
+from wdmoe.nodes.demo.report import PICTURE_COLUMNS, report, save_picture
 from wdmoe.nodes.demo.view import DemoView
 from wdmoe.nodes.local.station_client import Token
 from wdmoe.receipt import Receipt, StageSeconds
@@ -187,3 +188,11 @@ def test_the_view_fits_and_steers_no_terminal(width):
     assert "○ device-2" in text
     assert not any(character in text for character in "\x1b\x07")
     assert all(len(line) <= width for line in text.splitlines())
+
+
+def test_a_picture_is_as_wide_in_any_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    line = "x" * PICTURE_COLUMNS
+    for terminal in ("dumb", "xterm-256color"):
+        monkeypatch.setenv("TERM", terminal)
+        save_picture(tmp_path / "demo.svg", [line], "title")
+        assert line in (tmp_path / "demo.svg").read_text()

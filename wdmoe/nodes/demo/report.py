@@ -22,6 +22,7 @@ from wdmoe.nodes.demo.verdict import verdict
 from wdmoe.units import format_quantity
 
 PICTURE_COLUMNS = 110
+_PICTURE_LINES = 100
 _FONT_FACE = re.compile(r"@font-face \{.*?\n    \}\n", re.DOTALL)
 _STAGES = (
     ("bs_compute", "base station computes"),
@@ -67,7 +68,10 @@ def save_picture(path: Path, parts: Sequence[RenderableType], title: str) -> Non
     Raises:
         ConfigError: the file cannot be written.
     """
-    console = Console(record=True, width=PICTURE_COLUMNS, file=io.StringIO(), force_terminal=True)
+    # With a height, or rich takes 80 columns where $TERM is "dumb".
+    console = Console(
+        record=True, width=PICTURE_COLUMNS, height=_PICTURE_LINES, file=io.StringIO(), force_terminal=True
+    )
     for part in parts:
         console.print(part)
     try:
