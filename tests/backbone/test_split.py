@@ -76,7 +76,8 @@ def settings(words: Path, **changed: object) -> SplitSettings:
 
 def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+        found: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    return found
 
 
 def test_all_experts_kept_is_the_dense_model(dense: Path, words: Path, tmp_path: Path) -> None:
@@ -180,7 +181,7 @@ def test_clusters_find_neurons_that_fire_together() -> None:
     active = torch.rand(500, 4, generator=generator) < 0.3
     acts = active[:, group] * torch.randn(500, 32, generator=generator)
     owner = cluster.co_activation_clusters(acts, 4, seed=0, sample=2048)
-    assert all(len(owner[group == g].unique()) == 1 for g in range(4))
+    assert all(len(set(owner[group == g].tolist())) == 1 for g in range(4))
 
 
 def test_refit_makes_up_for_a_copy_that_is_dropped() -> None:
