@@ -16,6 +16,7 @@ from wdmoe.config import state_home
 
 if TYPE_CHECKING:
     from wdmoe.nodes.broadcast_station.listeners import Audience
+    from wdmoe.nodes.broadcast_station.settings import BroadcastSettings
 
 
 class Decibels(click.ParamType):  # type: ignore[type-arg]
@@ -151,12 +152,7 @@ def broadcast(
     """
     if not bind and (advertise or state):
         raise click.UsageError("--advertise and --state are for devices elsewhere: give --bind too, as tcp://*:5555")
-    from wdmoe.cli.progress import StageProgress
-
     with needs_extra("broadcast"):
-        from wdmoe.nodes.broadcast_station.results import SHEET, prepare_folder, write_results
-        from wdmoe.nodes.broadcast_station.run import broadcast as send
-        from wdmoe.nodes.broadcast_station.run import prepare
         from wdmoe.nodes.broadcast_station.settings import BroadcastSettings
 
     settings = BroadcastSettings(
@@ -174,6 +170,18 @@ def broadcast(
         wait_s=wait_s,
         state=state or state_home() / "bs",
     )
+    return _send(settings, as_json=as_json)
+
+
+def _send(settings: BroadcastSettings, *, as_json: bool) -> int:
+    """Do it, say what came of it, and give the exit code."""
+    from wdmoe.cli.progress import StageProgress
+
+    with needs_extra("broadcast"):
+        from wdmoe.nodes.broadcast_station.results import SHEET, prepare_folder, write_results
+        from wdmoe.nodes.broadcast_station.run import broadcast as send
+        from wdmoe.nodes.broadcast_station.run import prepare
+
     sending = prepare(settings, _note)
     prepare_folder(settings.out)
     ended: list[tuple[Audience, int]] = []

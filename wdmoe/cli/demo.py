@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from wdmoe.cli.params import DIRECTORY, FILE, FREQUENCY, RATES, SHARE, TIME, che
 from wdmoe.config import POLICIES, RANKS, cache_home
 
 if TYPE_CHECKING:
+    from wdmoe.nodes.demo.phases import Phases
+    from wdmoe.nodes.demo.plan import DemoSettings
     from wdmoe.nodes.demo.run import OpenStage
 
 _BANDWIDTH_HZ = 10e6
@@ -137,16 +139,12 @@ def demo(
         raise click.UsageError("--links states rates, --bandwidth lets devices share a band: give only one of them")
     if bandwidth_hz is None:
         bandwidth_hz = 0.0 if rates_bps else _BANDWIDTH_HZ
-    signal.signal(signal.SIGTERM, _end)
     from wdmoe.nodes.demo.phases import Phases
 
-    phases = Phases()
-    from wdmoe.backbone.format.bundle import Bundle
-    from wdmoe.nodes.demo.figures import as_document
+    phases = Phases()  # before the imports that take time
+    if installed_s:
+        phases.add("installing", installed_s)
     from wdmoe.nodes.demo.plan import DemoSettings
-    from wdmoe.nodes.demo.report import report, save_picture
-    from wdmoe.nodes.demo.run import run_demo
-    from wdmoe.nodes.demo.verdict import verdict
 
     settings = DemoSettings(
         cache=cache or cache_home() / "experts",
@@ -164,21 +162,40 @@ def demo(
         seed=seed,
         compare=compare,
     )
-    if installed_s:
-        phases.add("installing", installed_s)
+    first_whole = whole_layers is None and policy == "budget"
+    output = _Output(plain=no_view, as_json=as_json, picture=picture)
+    _show(settings, bundle, phases, first_whole=first_whole, output=output)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Output:
+    plain: bool
+    as_json: bool
+    picture: Path | None
+
+
+def _show(settings: DemoSettings, bundle: str, phases: Phases, *, first_whole: bool, output: _Output) -> None:
+    """Run it and print what came of it. `first_whole`: the first of several MoE layers drops nothing."""
+    signal.signal(signal.SIGTERM, _end)
+    from wdmoe.backbone.format.bundle import Bundle
+    from wdmoe.nodes.demo.figures import as_document
+    from wdmoe.nodes.demo.report import report, save_picture
+    from wdmoe.nodes.demo.run import run_demo
+    from wdmoe.nodes.demo.verdict import verdict
+
     if bundle == "default" and not sys.stderr.isatty():  # where it is, a bar says so
         click.echo("default model: taken from the cache, or made now, which takes a while", err=True)
     with needs_extra("bs"):
         opened = Bundle.open(find_bundle(bundle))
-    if whole_layers is None and policy == "budget" and len(opened.manifest.moe_layers) > 1:
+    if first_whole and len(opened.manifest.moe_layers) > 1:
         settings = replace(settings, whole_layers=1)
     phases.end("the model")
-    views, open_stage = _stages(plain=no_view, quiet=as_json)
+    views, open_stage = _stages(plain=output.plain, quiet=output.as_json)
     runs = run_demo(settings, opened, open_stage, phases)
     phases.end("ending")
-    if picture is not None:
-        save_picture(picture, [views[0], report(runs, phases)], "wdmoe-node demo")
-    if as_json:
+    if output.picture is not None:
+        save_picture(output.picture, [views[0], report(runs, phases)], "wdmoe-node demo")
+    if output.as_json:
         document = as_document(opened.manifest.model, settings.prompt, settings.seed, runs, phases)
         click.echo(json.dumps({**document, "verdict": verdict(runs)}, indent=2))
     else:
