@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.arrays import Float32Array, FloatArray, Int32Array
+from wdmoe.arrays import BoolArray, Float32Array, FloatArray, Int32Array
 from wdmoe.errors import BundleError
 from wdmoe.layer_call import Demand
 from wdmoe.solver.bandwidth import Links
@@ -63,7 +63,7 @@ def choose(
     policy: str,
     costs: Costs | None,
     budget_s: float,
-    available: npt.NDArray[np.bool_] | None,
+    available: BoolArray | None,
     renormalise: bool,
     gate_temperature: float,
     rank: str,
@@ -149,14 +149,14 @@ def _prune_bounded(experts: Int32Array, ranks: FloatArray, costs: Costs, links: 
     return np.where(kept, experts, np.int32(-1))
 
 
-def _left(bound: Bound, ranks: FloatArray, dropped: npt.NDArray[np.bool_]) -> float:
+def _left(bound: Bound, ranks: FloatArray, dropped: BoolArray) -> float:
     """What the account holds after a layer."""
     mean_worth = bound.mean_worth or float(ranks.sum()) / len(ranks) or 1.0
     left = bound.unspent + (bound.share * float(ranks.sum()) - float(ranks[dropped].sum())) / mean_worth
     return min(max(left, 0.0), bound.most)
 
 
-def substitute(demand: Demand, rows: npt.NDArray[np.intp], available: npt.NDArray[np.bool_]) -> Chosen | None:
+def substitute(demand: Demand, rows: npt.NDArray[np.intp], available: BoolArray) -> Chosen | None:
     """The next best experts for tokens that got no answer at all: what is left of their own, else the best by gate.
 
     Args:
@@ -181,9 +181,7 @@ def substitute(demand: Demand, rows: npt.NDArray[np.intp], available: npt.NDArra
     return Chosen(experts, _grow(weights, total))
 
 
-def _without_unavailable(
-    demand: Demand, available: npt.NDArray[np.bool_], renormalise: bool
-) -> tuple[Demand, Float32Array | None]:
+def _without_unavailable(demand: Demand, available: BoolArray, renormalise: bool) -> tuple[Demand, Float32Array | None]:
     served = (demand.experts >= 0) & available[demand.experts]
     if served.all():
         return demand, None
@@ -196,7 +194,7 @@ def _without_unavailable(
     return Demand(experts, weights, demand.gate), lost
 
 
-def _fill_empty(experts: Int32Array, weights: Float32Array, demand: Demand, available: npt.NDArray[np.bool_]) -> None:
+def _fill_empty(experts: Int32Array, weights: Float32Array, demand: Demand, available: BoolArray) -> None:
     """Give tokens that lost every expert the best one that is served, so that none goes without."""
     empty = np.flatnonzero((experts < 0).all(axis=1) & (demand.weights > 0).any(axis=1))
     if not empty.size:

@@ -7,20 +7,19 @@ all layers and tokens share finds the few places where much time stands against 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from wdmoe.arrays import FloatArray
+from wdmoe.arrays import BoolArray, FloatArray, IntArray
 from wdmoe.solver.bandwidth import Links, allocate_bandwidth
 
 
 def drop_at_price(
-    device: npt.NDArray[np.integer],
+    device: IntArray,
     worth: FloatArray,
     links: Links,
     total_hz: float,
     price_s: float,
     may_drop: float,
-) -> npt.NDArray[np.bool_]:
+) -> BoolArray:
     """Drop assignments one by one, the one that gains most first, while that gains time above its price.
 
     Args:
@@ -51,8 +50,6 @@ def drop_at_price(
         latency_s, left = without_s, left - float(worth[best])
 
 
-def _latency_s(
-    device: npt.NDArray[np.integer], kept: npt.NDArray[np.bool_], links: Links, total_hz: float, devices: int
-) -> float:
+def _latency_s(device: IntArray, kept: BoolArray, links: Links, total_hz: float, devices: int) -> float:
     load = np.bincount(device[kept & (device >= 0)], minlength=devices).astype(np.float64)
     return float(allocate_bandwidth(load, links, total_hz).latency_s) if load.any() else 0.0

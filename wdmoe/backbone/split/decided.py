@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from wdmoe.backbone.split.decisions import MATRICES, Decisions, Float32Array
+from wdmoe.arrays import Float32Array
+from wdmoe.backbone.split.decisions import MATRICES, Decisions
 from wdmoe.backbone.split.dense import DenseModel, Weights
 from wdmoe.backbone.split.layer import SplitLayer
 from wdmoe.backbone.split.settings import Progress, SplitSettings, quiet

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from wdmoe.arrays import AnyArray, Float32Array, Int8Array
 from wdmoe.errors import BundleError
 
 FORMAT = 1
@@ -35,9 +35,6 @@ MAX_RANK = (1 << 24) // 128**2  # see above: more terms could leave what float32
 
 _FLOATS = ("router", "neuron_scale", "input_norm", "ffn_norm", "final_norm")
 _PARTS = {"a": "int8", "b": "int8", "row_scale": "float32", "column_scale": "float32"}
-
-Float32Array = npt.NDArray[np.float32]
-Int8Array = npt.NDArray[np.int8]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +70,7 @@ class Decisions:
     top_k: int
     gate_temperature: float
     figures: Mapping[str, Any]  # measured by the tool that decided; for people
-    tensors: Mapping[str, npt.NDArray[Any]]
+    tensors: Mapping[str, AnyArray]
     digest: str = ""  # SHA-256 of the file it was read from
 
     @property
