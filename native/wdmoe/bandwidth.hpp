@@ -33,9 +33,21 @@ struct BandwidthTask {
 struct BandwidthAnswer {
     double latency, lower_bound;
     double price;  // seconds saved by one more hertz
-    int status;
+    int status;    // of `status_of`, and of nothing else
     std::size_t iterations;
 };
+
+// Whether the bound proves a latency to be the least, but for a relative gap.
+inline bool is_closed(double latency, double lower_bound, double tolerance) {
+    return std::isfinite(latency) && latency - lower_bound <= tolerance * latency;
+}
+
+// The one place that says what an answer is worth. It looks at the two numbers, never at the way they were found.
+// Infeasible means proven so: even the bound is infinite.
+inline int status_of(double latency, double lower_bound, double tolerance) {
+    if (lower_bound == std::numeric_limits<double>::infinity()) return kInfeasible;
+    return is_closed(latency, lower_bound, tolerance) ? kOptimal : kIterationLimit;
+}
 
 struct BandwidthArrays {
     double* band_hz;        // (devices,)
@@ -59,6 +71,7 @@ struct BandwidthCore {
     std::vector<std::size_t> base_device;    // (rows,) who sets the base
     std::vector<double> load, fixed;         // (rows, width)
     std::vector<double> base;                // (rows,)
+    std::vector<double> given_hz;            // (devices of the task,) what those without a choice get
     std::vector<double> low, high;           // (columns,)
     std::vector<LinkTime> link;
 
@@ -71,7 +84,6 @@ struct CoreAnswer {
     std::vector<double> weight;  // (rows, width), each row sums to 1
     double price = 0.0;          // seconds per unit
     double latency = 0.0, lower_bound = 0.0;
-    int status = kOptimal;
     std::size_t iterations = 0;
 };
 
@@ -90,30 +102,40 @@ public:
 
     // False where no band can serve the load.
     bool build(BandwidthCore& core) {
-        std::vector<char> pinned(task_.devices, 0), loaded(task_.devices, 0);
+        std::vector<char> loaded(task_.devices, 0), pinned(task_.devices, 0);
         for (std::size_t i = 0; i < task_.blocks; ++i) {
-            bool any = false;
+            bool costs = false;  // a block whose load costs nothing anywhere waits for nobody: nothing to decide
             for (std::size_t k = 0; k < task_.devices; ++k) {
-                if (load_of(i, k) > 0.0) loaded[k] = 1, any = true;
+                if (!(load_of(i, k) > 0.0)) continue;
+                loaded[k] = 1;
+                costs = costs || needs_band(k) || fixed_of(i, k) > 0.0;
             }
-            if (any) core.block.push_back(i);
+            if (costs) core.block.push_back(i);
         }
         core.rows = core.block.size();
-        double floors = 0.0, taken = 0.0;
+        core.given_hz.assign(task_.devices, 0.0);
+        double floors = 0.0, taken = 0.0, least = 0.0;
         bool starved = false;
         for (std::size_t k = 0; k < task_.devices; ++k) {
             const double low = floor_of(k), high = std::min(cap_of(k), task_.total_hz);
             floors += low;
             const bool needy = loaded[k] != 0 && needs_band(k);
             if (needy && (hopeless(k) || high <= 0.0)) return false;
-            pinned[k] = !needy || high <= low * (1.0 + kRounding);
-            if (pinned[k]) taken += low;
-            else core.device.push_back(k), starved = starved || low <= 0.0;
+            // a range that is narrower than what can be told apart is none
+            pinned[k] = !needy || high <= std::max(low * (1.0 + kRounding), low + kSmallestShare * task_.total_hz);
+            if (pinned[k]) {
+                taken += core.given_hz[k] = needy ? std::max(low, high) : low;
+            } else {
+                core.device.push_back(k);
+                least += low;
+                starved = starved || low <= 0.0;
+            }
         }
         core.columns = core.device.size();
         const double slack = kRounding * task_.total_hz;
         if (floors > task_.total_hz + slack || (starved && floors >= task_.total_hz - slack)) return false;
-        core.unit_hz = core.columns == 0 ? task_.total_hz : task_.total_hz - taken;
+        // never nothing, not even where rounding takes what the floors leave
+        core.unit_hz = core.columns == 0 ? task_.total_hz : std::max(task_.total_hz - taken, least);
         fill(core, pinned);
         return true;
     }
@@ -139,15 +161,17 @@ private:
     }
 
     void fill(BandwidthCore& core, const std::vector<char>& pinned) {
-        core.base.assign(core.rows, 0.0);
+        // Where nobody competes the base is the only column, also of a row in which it takes no time.
+        core.base.assign(core.rows, core.columns == 0 ? -1.0 : 0.0);
         core.base_device.assign(core.rows, 0);
         for (std::size_t k = 0; k < task_.devices; ++k) {
             if (!pinned[k]) continue;
             // in hertz, whatever is left of it for the others
-            const double each = needs_band(k) && floor_of(k) > 0.0 ? link(k, 1.0).time(floor_of(k)) : 0.0;
+            const double hertz = core.given_hz[k], each = needs_band(k) && hertz > 0.0 ? link(k, 1.0).time(hertz) : 0.0;
             for (std::size_t r = 0; r < core.rows; ++r) {
                 const double load = load_of(core.block[r], k);
-                const double seconds = load > 0.0 ? load * each + fixed_of(core.block[r], k) : 0.0;
+                if (!(load > 0.0)) continue;
+                const double seconds = load * each + fixed_of(core.block[r], k);
                 if (seconds > core.base[r]) core.base[r] = seconds, core.base_device[r] = k, core.base_column = true;
             }
         }
@@ -253,13 +277,29 @@ inline void fit(const BandwidthCore& core, std::vector<double>& band) {
     }
 }
 
-// Bands that nothing can better: all at their caps, or all at their floors because no room is left.
-inline void settle(const BandwidthCore& core, const std::vector<double>& band, CoreAnswer& answer) {
-    std::vector<std::size_t> slowest(core.rows, 0);
-    const std::size_t width = core.width();
+// The bands, and the latency that they have.
+inline void set_bands(const BandwidthCore& core, const std::vector<double>& band, CoreAnswer& answer) {
     answer.band = band;
-    answer.latency = core_latency(core, band, slowest.data());
-    answer.lower_bound = answer.latency * (1.0 - kRounding);
+    answer.latency = core_latency(core, band);
+}
+
+// Nobody ends sooner than with all the band that the others' floors leave, so each row takes at least as long as the
+// slowest of them would. Weight 1 on that one, at no price, is the proof. It is exact where a cap decides, or what no
+// band shortens. Taken where it says more than the bound that is there.
+inline void bound_alone(const BandwidthCore& core, CoreAnswer& answer) {
+    const std::size_t width = core.width();
+    double lows = 0.0;
+    for (const double low : core.low) lows += low > kSmallestShare ? low : 0.0;
+    std::vector<double> most(core.columns);
+    for (std::size_t c = 0; c < core.columns; ++c) {
+        const double own = core.low[c] > kSmallestShare ? core.low[c] : 0.0;
+        most[c] = std::min(core.high[c], std::max(1.0 - (lows - own), core.low[c]));
+    }
+    std::vector<std::size_t> slowest(core.rows, 0);
+    const double bound = core_latency(core, most, slowest.data()) * (1.0 - kRounding);
+    if (!(bound > answer.lower_bound || answer.weight.empty())) return;
+    answer.lower_bound = std::min(bound, answer.latency);
+    answer.price = 0.0;
     answer.weight.assign(core.rows * width, 0.0);
     for (std::size_t r = 0; r < core.rows; ++r) answer.weight[r * width + slowest[r]] = 1.0;
 }
@@ -267,7 +307,8 @@ inline void settle(const BandwidthCore& core, const std::vector<double>& band, C
 // One block: all devices that compete finish together, at the time at which the bands they need sum to 1.
 class OneBlock {
 public:
-    explicit OneBlock(const BandwidthCore& core) : core_(core), band_(core.columns) {}
+    OneBlock(const BandwidthCore& core, double tolerance)
+        : core_(core), tolerance_(tolerance), band_(core.columns) {}
 
     void solve(CoreAnswer& answer) {
         const double share = share_of_rest();
@@ -280,7 +321,7 @@ public:
             most = std::max(most, finish(c, band_[c]));
         }
         if (may_stop && need(least) <= 1.0) {  // a cap decides, or what no band shortens
-            settle(core_, band_, answer);
+            set_bands(core_, band_, answer);  // its bound is `bound_alone`
             return;
         }
         double time = most;
@@ -293,10 +334,17 @@ public:
             time = next > least && next < most ? next : 0.5 * (least + most);
         }
         finish_answer(answer);
+        // Where the times hardly depend on the bands, rounding is all that is left of a search for bands that sum to 1,
+        // and to make them fit costs time. A little later they do fit.
+        for (const double later : {1e-13, 1e-11, 0.25 * tolerance_}) {
+            if (is_closed(answer.latency, answer.lower_bound, tolerance_)) return;
+            if (need(most * (1.0 + later)) <= 1.0) finish_answer(answer);
+        }
     }
 
 private:
     const BandwidthCore& core_;
+    const double tolerance_;
     std::vector<double> band_;
     double slope_ = 0.0;  // of the need by the time
 
@@ -328,26 +376,24 @@ private:
         return sum;
     }
 
+    // Makes the present bands fit, and proves what they are worth; keeps the best of each.
     void finish_answer(CoreAnswer& answer) {
-        const std::size_t width = core_.width();
         fit(core_, band_);
-        settle(core_, band_, answer);
+        const double latency = core_latency(core_, band_);
+        if (answer.band.empty() || latency < answer.latency) set_bands(core_, band_, answer);
         // At the optimum the weight of a device is one over how steeply its time falls: all bands have one price.
         double steep = 0.0;
-        std::vector<double> weight(width, 0.0);
+        std::vector<double> weight(core_.width(), 0.0);
         for (std::size_t c = 0; c < core_.columns; ++c) {
-            const bool waits = finish(c, band_[c]) < answer.latency * (1.0 - 1e-9);
+            const bool waits = finish(c, band_[c]) < latency * (1.0 - 1e-9);
             if (waits) continue;
             weight[c] = -1.0 / (core_.load[c] * core_.link[c].at(band_[c]).slope);
             steep += weight[c];
         }
-        if (!(steep > 0.0 && steep < 1e300)) {  // loads so small that no certificate can be computed
-            answer.lower_bound = 0.0;
-            answer.status = kIterationLimit;
-            return;
-        }
-        const double price = 1.0 / steep;
-        answer.lower_bound = std::min(core_lower_bound(core_, weight, price, band_), answer.latency);
+        if (!(steep > 0.0 && steep < 1e300)) return;  // loads so small that no such certificate can be computed
+        const double price = 1.0 / steep, bound = core_lower_bound(core_, weight, price, band_);
+        if (!std::isfinite(bound) || (bound <= answer.lower_bound && !answer.weight.empty())) return;
+        answer.lower_bound = bound;
         answer.weight = weight;
         answer.price = price;
     }

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstddef>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "bandwidth.hpp"
@@ -89,13 +90,12 @@ public:
     void solve(const std::vector<double>& start_band, const std::vector<double>& start_weight, double tolerance,
                std::size_t limit, CoreAnswer& answer) {
         best_.latency = std::numeric_limits<double>::infinity();
-        best_.status = kIterationLimit;
         if (!start_weight.empty()) {
             begin(start_band, start_weight, 0.02);
             if (!judge(tolerance)) climb(tolerance, std::min(limit, std::size_t{12}));
         }
         // A start far inside the central path takes an iteration or two more, and saves the rare case that gets stuck.
-        for (double gap = 0.5; best_.status != kOptimal && best_.iterations < limit && gap < 1e3; gap *= 4.0) {
+        for (double gap = 0.5; !is_closed(tolerance) && best_.iterations < limit && gap < 1e3; gap *= 4.0) {
             begin({}, {}, gap);
             climb(tolerance, std::min(limit, best_.iterations + 30));
         }
@@ -107,6 +107,8 @@ public:
     }
 
 private:
+    bool is_closed(double tolerance) const { return wdmoe::is_closed(best_.latency, best_.lower_bound, tolerance); }
+
     const BandwidthCore& core_;
     const std::size_t m_, n_, w_;
     const bool tall_;  // more blocks than devices: the T are eliminated, otherwise the y
@@ -592,37 +594,50 @@ private:
         if (latency - bound > tolerance * latency) {  // caps may have made the band worth nothing
             bound = std::max(bound, core_lower_bound(core_, weight, 1e-12 * price, core_.high));
         }
-        if (!std::isfinite(bound)) bound = 0.0;
         if (latency < best_.latency || best_.band.empty()) {
             best_.latency = latency;
             best_.band = std::move(band);
         }
-        if (bound > best_.lower_bound || best_.weight.empty()) {
+        if (std::isfinite(bound) && (bound > best_.lower_bound || best_.weight.empty())) {
             best_.lower_bound = bound;
             best_.weight = std::move(weight);
             best_.price = price;
         }
         best_.lower_bound = std::min(best_.lower_bound, best_.latency);
-        if (best_.latency - best_.lower_bound <= tolerance * best_.latency) best_.status = kOptimal;
-        return best_.status == kOptimal;
+        return is_closed(tolerance);
     }
 };
 
-// Answers a task of any size. Where it is infeasible, times are infinite and all arrays zero.
+// Equal parts of what the floors leave, as far as the caps let them: feasible, whatever went wrong before.
+inline std::vector<double> even_bands(const BandwidthCore& core) {
+    double rest = 1.0;
+    for (const double low : core.low) rest -= low;
+    std::vector<double> band(core.columns);
+    for (std::size_t c = 0; c < core.columns; ++c) {
+        band[c] = std::min(core.low[c] + std::max(rest, 0.0) / static_cast<double>(core.columns), core.high[c]);
+    }
+    return band;
+}
+
+// Answers a task of any size. What it is worth is for others to say.
 inline CoreAnswer solve_core(const BandwidthCore& core, const std::vector<double>& start_band,
                              const std::vector<double>& start_weight, double tolerance, std::size_t limit) {
     CoreAnswer answer;
     double lows = 0.0, highs = 0.0;
     for (std::size_t c = 0; c < core.columns; ++c) lows += core.low[c], highs += core.high[c];
     if (core.columns == 0 || highs <= 1.0) {
-        settle(core, core.high, answer);
+        set_bands(core, core.high, answer);  // nothing can better it
     } else if (lows >= 1.0 - kRounding) {
-        settle(core, core.low, answer);
+        set_bands(core, core.low, answer);  // no room is left
     } else if (core.rows == 1) {
-        OneBlock(core).solve(answer);
+        OneBlock(core, tolerance).solve(answer);
     } else {
         ManyBlocks(core).solve(start_band, start_weight, tolerance, limit, answer);
     }
+    const bool usable = answer.band.size() == core.columns && std::isfinite(answer.latency);
+    if (!usable) set_bands(core, even_bands(core), answer);
+    answer.lower_bound = std::min(answer.lower_bound, answer.latency);
+    if (!is_closed(answer.latency, answer.lower_bound, tolerance) || answer.weight.empty()) bound_alone(core, answer);
     return answer;
 }
 
@@ -639,7 +654,7 @@ public:
         constexpr double infinite = std::numeric_limits<double>::infinity();
         if (!builder_.build(core_)) {
             std::fill_n(out_.block_latency, task_.blocks, infinite);
-            return {infinite, infinite, 0.0, kInfeasible, 0};
+            return {infinite, infinite, 0.0, status_of(infinite, infinite, task_.tolerance), 0};
         }
         std::vector<double> band, weight;
         start(band, weight);
@@ -647,7 +662,8 @@ public:
         write(answer);
         double latency = 0.0;
         for (std::size_t i = 0; i < task_.blocks; ++i) latency += out_.block_latency[i];
-        return {latency, std::min(answer.lower_bound, latency), answer.price / core_.unit_hz, answer.status,
+        const double bound = std::min(answer.lower_bound, latency);
+        return {latency, bound, answer.price / core_.unit_hz, status_of(latency, bound, task_.tolerance),
                 answer.iterations};
     }
 
@@ -674,7 +690,7 @@ private:
     }
 
     void write(const detail::CoreAnswer& answer) {
-        for (std::size_t k = 0; k < task_.devices; ++k) out_.band_hz[k] = builder_.floor_of(k);
+        std::copy(core_.given_hz.begin(), core_.given_hz.end(), out_.band_hz);
         for (std::size_t c = 0; c < core_.columns; ++c) {
             const std::size_t k = core_.device[c];
             out_.band_hz[k] = std::clamp(answer.band[c] * core_.unit_hz, builder_.floor_of(k), builder_.cap_of(k));
@@ -683,20 +699,30 @@ private:
         for (std::size_t k = 0; k < task_.devices; ++k) {
             if (out_.band_hz[k] > 0.0) each[k] = builder_.link(k, 1.0).time(out_.band_hz[k]);
         }
+        for (std::size_t i = 0; i < task_.blocks; ++i) write_block(i, each);
         const std::size_t width = core_.width();
         for (std::size_t r = 0; r < core_.rows; ++r) {
-            const std::size_t i = core_.block[r];
-            double worst = 0.0;
-            for (std::size_t k = 0; k < task_.devices; ++k) {
-                if (builder_.load_of(i, k) > 0.0) {
-                    worst = std::max(worst, builder_.load_of(i, k) * each[k] + builder_.fixed_of(i, k));
-                }
-            }
-            out_.block_latency[i] = worst;
-            double* row = out_.weight + i * task_.devices;
+            double* row = out_.weight + core_.block[r] * task_.devices;
+            const auto mine = answer.weight.begin() + static_cast<std::ptrdiff_t>(r * width);
+            if (!(std::accumulate(mine, mine + static_cast<std::ptrdiff_t>(width), 0.0) > 0.0)) continue;
+            std::fill_n(row, task_.devices, 0.0);
             for (std::size_t c = 0; c < core_.columns; ++c) row[core_.device[c]] = answer.weight[r * width + c];
             if (core_.base_column) row[core_.base_device[r]] += answer.weight[r * width + core_.columns];
         }
+    }
+
+    // Its latency, and all weight on the slowest device: what a block that is not in the core keeps.
+    void write_block(std::size_t i, const std::vector<double>& each) {
+        std::size_t slowest = task_.devices;
+        double worst = 0.0;
+        for (std::size_t k = 0; k < task_.devices; ++k) {
+            const double load = builder_.load_of(i, k);
+            if (!(load > 0.0)) continue;
+            const double seconds = load * each[k] + builder_.fixed_of(i, k);
+            if (slowest == task_.devices || !(seconds <= worst)) worst = seconds, slowest = k;
+        }
+        out_.block_latency[i] = worst;
+        if (slowest < task_.devices) out_.weight[i * task_.devices + slowest] = 1.0;
     }
 };
 

@@ -36,9 +36,10 @@ public:
         for (std::size_t step = 1; step <= kMostSteps; ++step) {
             const Spread spread = evaluate();
             if (spread.latest - spread.earliest <= kEqual * spread.latest) {
-                if (!(price_ > 1e-300) || !(smallest_ > kSmallestShare)) return false;
+                const int status = status_of(spread.latest, bound(spread), task_.tolerance);
+                if (!(price_ > 1e-300) || !(smallest_ > kSmallestShare) || status != kOptimal) return false;
                 write(out, spread);
-                answer = {spread.latest, bound(spread), price_ / task_.total_hz, kOptimal, step};
+                answer = {spread.latest, bound(spread), price_ / task_.total_hz, status, step};
                 return true;
             }
             if (!advance(spread.latest)) return false;

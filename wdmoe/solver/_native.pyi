@@ -146,14 +146,14 @@ def regular(name: str, given: npt.ArrayLike | None) -> npt.NDArray[Any]:
     """`given` as an array of whatever it holds; the array itself where it is one.
 
     Raises:
-        ValueError: its rows have different lengths; names the argument.
+        ValueError: its rows have different lengths, or it is a masked array; names the argument.
     """
 
 def floats(name: str, given: npt.ArrayLike | None) -> FloatArray:
     """`given` as float64 and C-contiguous; the array itself where it is that already.
 
     Raises:
-        ValueError: it is not real numbers in a regular array; names the argument.
+        ValueError: it is not real numbers in a regular array, or it is a masked array; names the argument.
     """
 
 def allocate(

@@ -156,6 +156,17 @@ cdef extern from "wdmoe/replacing.hpp" namespace "wdmoe" nogil:
 cdef object empty = np.empty
 cdef object INT32 = np.dtype(np.int32)
 cdef object FLOAT32 = np.dtype(np.float32)
+cdef object NDARRAY = np.ndarray
+cdef object MASKED = np.ma.MaskedArray
+
+
+cdef int unmasked(str name, object given) except -1:
+    """Refuse a masked array. NumPy, and the buffer that it hands out, leave the mask out without a word."""
+    if type(given) is NDARRAY:
+        return 0
+    if isinstance(given, MASKED) or (isinstance(given, (list, tuple)) and any([isinstance(row, MASKED) for row in given])):
+        raise ValueError(f"{name} must not be a masked array: fill in or take out what is masked")
+    return 0
 
 
 cdef void* data_of(object array) except NULL:
@@ -213,8 +224,14 @@ cdef DeviceWork device_work(const DeviceSpan& span, object flat, object weights,
     return work
 
 
-def group_by_device(const int32_t[:, ::1] experts not None, const float[:, ::1] weights not None,
-                    const int32_t[::1] device_of not None):
+def group_by_device(experts not None, weights not None, device_of not None):
+    unmasked("experts", experts)
+    unmasked("weights", weights)
+    unmasked("device_of", device_of)
+    return grouped(experts, weights, device_of)
+
+
+cdef Groups grouped(const int32_t[:, ::1] experts, const float[:, ::1] weights, const int32_t[::1] device_of):
     cdef size_t tokens = experts.shape[0], k = experts.shape[1], n_experts = device_of.shape[0]
     if weights.shape[0] != experts.shape[0] or weights.shape[1] != experts.shape[1]:
         raise ValueError(
@@ -248,14 +265,38 @@ def group_by_device(const int32_t[:, ::1] experts not None, const float[:, ::1] 
     return groups
 
 
+cdef object singles(str name, object given, int dimensions):
+    """Real numbers as C-contiguous float32; those beyond its range become infinite."""
+    array = regular(name, given)
+    if array.dtype.kind not in "fiub" or array.ndim != dimensions:
+        raise ValueError(f"{name} must be real numbers of {dimensions} dimensions, got {array.dtype} {array.shape}")
+    if array.dtype == FLOAT32:
+        return np.ascontiguousarray(array)
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(array, np.float32)
+
+
+cdef object row_numbers(str name, object given):
+    """Whole numbers as C-contiguous int32. What does not fit is refused: cut to 32 bits it would be another row."""
+    array = regular(name, given)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(f"{name} must be whole numbers of 1 dimension, got {array.dtype} {array.shape}")
+    if array.size and (array.min() < 0 or array.max() > 0x7FFFFFFF):
+        raise ValueError(f"{name} must be 0 to {0x7FFFFFFF}, got {array.min()} to {array.max()}")
+    return np.ascontiguousarray(array, INT32)
+
+
 cdef void add_reply(float[:, ::1] out, object partial, object rows, object weights, str name) except *:
     cdef const float[:, ::1] values
     cdef const int32_t[::1] at
+    cdef const float[::1] factors
+    unmasked(f"{name}: partial", partial)
+    unmasked(f"{name}: rows", rows)
     try:
         values, at = partial, rows
     except (TypeError, ValueError):  # another type or layout; converting first would cost more than the sum
-        values, at = np.ascontiguousarray(partial, np.float32), np.ascontiguousarray(rows, np.int32)
-    cdef const float[::1] factors = None if weights is None else np.ascontiguousarray(weights, np.float32)
+        values, at = singles(f"{name}: partial", partial, 2), row_numbers(f"{name}: rows", rows)
+    factors = None if weights is None else singles(f"{name}: weights", weights, 1)
     cdef size_t n = values.shape[0], tokens = out.shape[0], hidden = out.shape[1]
     if values.shape[1] != out.shape[1]:
         raise ValueError(f"{name}: partial must be (n, {hidden}), got ({n}, {values.shape[1]})")
@@ -276,7 +317,8 @@ cdef void add_reply(float[:, ::1] out, object partial, object rows, object weigh
         raise ValueError(f"{name}: {error}") from None
 
 
-def combine_partials(float[:, ::1] out not None, partial not None, rows not None, weights=None):
+def combine_partials(out not None, partial not None, rows not None, weights=None):
+    unmasked("out", out)
     add_reply(out, partial, rows, weights, "combine_partials")
 
 
@@ -289,7 +331,7 @@ def combine(Py_ssize_t tokens, Py_ssize_t hidden, replies not None, scale=None):
     for position, (partial, rows) in enumerate(replies):
         add_reply(out, partial, rows, None, f"replies[{position}]")
     if scale is not None:
-        factors = np.ascontiguousarray(scale, np.float32)
+        factors = singles("scale", scale, 1)
         if factors.shape[0] != tokens:
             raise ValueError(f"scale must have one entry for each of the {tokens} tokens, got {factors.shape[0]}")
         if tokens > 0 and hidden > 0:
@@ -299,7 +341,8 @@ def combine(Py_ssize_t tokens, Py_ssize_t hidden, replies not None, scale=None):
 
 
 def is_finite(values not None):
-    flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+    given = regular("values", values)
+    flat = singles("values", given.reshape(-1), 1)
     cdef const float[::1] view = flat
     cdef size_t n = view.shape[0]
     cdef cbool finite
@@ -425,6 +468,8 @@ cdef const double* matrix_of(const double[:, ::1] values, size_t rows, size_t co
 cdef bint borrow(object array, Py_buffer* view) noexcept:
     """A view of C-contiguous float64, which the caller releases; False for anything else. A typed memoryview would cost
     more than solving one block does."""
+    if type(array) is not NDARRAY:  # what a subclass means may not be in its buffer
+        return False
     try:
         PyObject_GetBuffer(array, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)
     except (TypeError, ValueError, BufferError):
@@ -444,6 +489,7 @@ cdef int borrow_floats(object given, str name, Py_buffer* view) except -1:
 
 def regular(str name not None, given):
     """See _native.pyi."""
+    unmasked(name, given)
     try:
         return np.asarray(given)
     except ValueError:  # rows of different lengths

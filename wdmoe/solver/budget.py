@@ -23,7 +23,7 @@ from wdmoe.solver import _native
 from wdmoe.solver.assignments import Assignments, check_assignments, check_positive
 from wdmoe.solver.bandwidth import Links, allocate_bandwidth
 
-_ROUNDING = 1e-9  # of the weight that must be kept
+_ROUNDING = 1e-9  # of the weight that must be kept, and of the budget
 _TINY = 1e-30  # seconds: less than any link takes
 
 
@@ -39,7 +39,7 @@ class BudgetChoice:
     kept: float  # sum of the gate weight that is kept, before any renormalising
     upper_bound: float  # no choice within the budget keeps more
     lower_bound_s: float  # `select_at_most_dropped`: no choice that drops as little is faster; else 0
-    status: str  # "within", or "over": what was asked for cannot be had
+    status: str  # "within": latency and kept weight are as asked, to a relative 1e-9. "over": no such choice was found
 
 
 def select_within_budget(
@@ -68,12 +68,14 @@ def select_within_budget(
     Raises:
         ValueError: an argument is not as above; the message names it.
     """
-    given = check_assignments(experts, weights, device_of, links.table.shape[1])
+    given = check_assignments(experts, weights, device_of, _devices(links))
     check_positive(total_hz=total_hz, budget_s=budget_s)
     kept, bound, fits = _native.choose_within_budget(
         given.device, given.weights, links.table, links.flat, total_hz, budget_s
     )
-    return _answer(given, kept, links, total_hz, bound, 0.0, "within" if fits else "over", renormalise)
+    if not fits:  # that the heaviest of each token fit was not found: no bound was looked for
+        bound = float(given.weights[given.device >= 0].sum())
+    return _answer(given, kept, links, total_hz, renormalise, upper_bound=bound, budget_s=budget_s)
 
 
 def select_at_most_dropped(
@@ -99,21 +101,22 @@ def select_at_most_dropped(
     Raises:
         ValueError: an argument is not as above; the message names it.
     """
-    given = check_assignments(experts, weights, device_of, links.table.shape[1])
+    given = check_assignments(experts, weights, device_of, _devices(links))
     check_positive(total_hz=total_hz)
     if not 0 <= max_dropped <= 1:  # also refuses NaN
         raise ValueError(f"max_dropped must be 0 to 1, got {max_dropped}")
     device = np.where((given.device >= 0) & _reachable(links)[given.device], given.device, np.int32(-1))
     served = device >= 0
     goal = (1 - max_dropped) * float(given.weights.sum()) * (1 - _ROUNDING)
-    if float(given.weights[served].sum()) < goal:
-        return _answer(given, served.view(np.uint8), links, total_hz, 0.0, 0.0, "over", renormalise)
-    everything_s = float(allocate_bandwidth(_load(device[served], links), links, total_hz).latency_s)
-    most_s = max(everything_s, _TINY) * (1 + 1e-6)  # rounding must not make it too little
+    everything = _answer(given, served.view(np.uint8), links, total_hz, renormalise, goal=goal)
+    if everything.status == "over":
+        return everything
+    most_s = max(everything.latency_s, _TINY) * (1 + 1e-6)  # rounding must not make it too little
     kept, bound, bound_s = _native.choose_least_budget(
         device, given.weights, links.table, links.flat, total_hz, goal, most_s
     )
-    return _answer(given, kept, links, total_hz, bound, bound_s, "within", renormalise)
+    found = _answer(given, kept, links, total_hz, renormalise, upper_bound=bound, lower_bound_s=bound_s, goal=goal)
+    return found if found.status == "within" else everything
 
 
 def _reachable(links: Links) -> npt.NDArray[np.bool_]:
@@ -121,6 +124,12 @@ def _reachable(links: Links) -> npt.NDArray[np.bool_]:
     bits, strength = links.table[:2], links.table[2:4]
     reachable: npt.NDArray[np.bool_] = ((bits == 0) | (strength > 0)).all(axis=0)
     return reachable
+
+
+def _devices(links: Links) -> int:
+    if links.table.ndim != 2:
+        raise ValueError(f"links must be (devices,), got shape {links.table[..., 0, :].shape}")
+    return links.table.shape[1]
 
 
 def _load(device: npt.NDArray[np.integer], links: Links) -> FloatArray:
@@ -133,14 +142,18 @@ def _answer(
     kept: UInt8Array,
     links: Links,
     total_hz: float,
-    upper_bound: float,
-    lower_bound_s: float,
-    status: str,
     renormalise: bool,
+    *,
+    upper_bound: float = 0.0,
+    lower_bound_s: float = 0.0,
+    budget_s: float = np.inf,
+    goal: float = 0.0,
 ) -> BudgetChoice:
+    """What is kept, and whether that is what was asked for: by its own numbers, not by how it was found."""
     allocation = allocate_bandwidth(_load(given.device[kept != 0], links), links, total_hz)
     experts, weights = given.experts.copy(), given.weights.copy()
     dropped, total = _native.keep_marked(experts, weights, kept, renormalise)
+    in_time = np.isfinite(allocation.latency_s) and allocation.latency_s <= budget_s * (1 + _ROUNDING)
     return BudgetChoice(
         experts=experts,
         weights=weights,
@@ -150,5 +163,5 @@ def _answer(
         kept=total,
         upper_bound=max(upper_bound, total),
         lower_bound_s=min(lower_bound_s, allocation.latency_s),
-        status=status,
+        status="within" if in_time and total >= goal else "over",
     )

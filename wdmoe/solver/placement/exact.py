@@ -18,7 +18,15 @@ import numpy as np
 
 from wdmoe.arrays import BoolArray, FloatArray, Int64Array
 from wdmoe.solver.placement.greedy import place_greedily
-from wdmoe.solver.placement.problem import PlacementProblem, Plan, Progress, latency_s, layer_bounds_s, no_plan
+from wdmoe.solver.placement.problem import (
+    PlacementProblem,
+    Plan,
+    Progress,
+    judged_plan,
+    latency_s,
+    layer_bounds_s,
+    no_plan,
+)
 from wdmoe.solver.placement.shares import best_shares
 
 INFEASIBLE = 2  # scipy's number for it
@@ -50,7 +58,7 @@ def place_exactly(
     bounds, alone = _layers_alone(problem, time.monotonic() + LAYERS_TIME * time_limit_s, gap, tell)
     bound = max(float(bounds.sum()), best.lower_bound_s)
     if alone is not None and latency_s(problem, alone) < best.latency_s:
-        best = _plan(problem, alone, bound, gap)
+        best = judged_plan(problem, alone, bound, gap)
     if best.latency_s * (1 - gap) > bound and (left := until - time.monotonic()) > 0:
         tell("all layers", 0.0)
         answer = _solve(problem, bounds, left, gap)
@@ -60,18 +68,9 @@ def place_exactly(
         bound = max(bound, answer.bound_s)
         share = _shares(problem, answer.held)
         if share is not None and latency_s(problem, share) < best.latency_s:
-            return _plan(problem, share, bound, gap)
-    return _plan(problem, best.share, bound, gap) if np.isfinite(best.latency_s) else no_plan(problem, "not_found")
-
-
-def _plan(problem: PlacementProblem, share: FloatArray, bound: float, gap: float) -> Plan:
-    seconds = latency_s(problem, share)
-    return Plan(
-        status="optimal" if seconds * (1 - gap) <= bound * (1 + 1e-9) else "feasible",
-        held=share > 0,
-        share=share,
-        latency_s=seconds,
-        lower_bound_s=min(bound, seconds),
+            return judged_plan(problem, share, bound, gap)
+    return (
+        judged_plan(problem, best.share, bound, gap) if np.isfinite(best.latency_s) else no_plan(problem, "not_found")
     )
 
 

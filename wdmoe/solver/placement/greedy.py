@@ -19,7 +19,7 @@ from wdmoe.solver.placement.problem import (
     Plan,
     Progress,
     device_loads,
-    latency_s,
+    judged_plan,
     layer_bounds_s,
     no_plan,
 )
@@ -51,15 +51,7 @@ def place_greedily(problem: PlacementProblem, progress: Progress | None = None) 
     share = _shares(problem, at)
     if problem.replicas > 1:
         share = _Copies(problem, share).spread(tell)
-    seconds, bound = latency_s(problem, share), float(bounds.sum())
-    sure = seconds <= bound * (1 + 1e-9)
-    return Plan(
-        status="optimal" if sure else "feasible",
-        held=share > 0,
-        share=share,
-        latency_s=seconds,
-        lower_bound_s=min(bound, seconds),
-    )
+    return judged_plan(problem, share, float(bounds.sum()))
 
 
 def _factor(token_s: FloatArray) -> float:

@@ -27,6 +27,7 @@ from wdmoe.arrays import BoolArray, FloatArray
 from wdmoe.solver import _native
 
 Progress = Callable[[str, float], None]
+ROUNDING = 1e-9  # relative: by which a bound may be off
 
 # "optimal": within the gap asked for. "feasible": a plan, perhaps not the best. "infeasible": proved that none
 # exists. "not_found": none was found, though one may exist.
@@ -120,6 +121,24 @@ def layer_bounds_s(problem: PlacementProblem) -> FloatArray:
     pace = np.cumsum(np.sort(1 / problem.token_s)[::-1])
     reach = np.minimum(np.arange(1, experts + 1) * problem.replicas, devices)
     return np.asarray((load / pace[reach - 1]).max(axis=1))
+
+
+def judged_plan(problem: PlacementProblem, share: FloatArray, bound_s: float, gap: float = 0.0) -> Plan:
+    """The plan of these shares. Its status comes from its own time and the bound, whoever found it.
+
+    Args:
+        bound_s: seconds that no plan beats.
+        gap: relative, below 1; a plan within it counts as optimal.
+    """
+    seconds = latency_s(problem, share)
+    sure = np.isfinite(seconds) and seconds * (1 - gap) <= bound_s * (1 + ROUNDING)
+    return Plan(
+        status="optimal" if sure else "feasible",
+        held=share > 0,
+        share=share,
+        latency_s=seconds,
+        lower_bound_s=min(bound_s, seconds),
+    )
 
 
 def no_plan(problem: PlacementProblem, status: Status) -> Plan:
