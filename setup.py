@@ -1,6 +1,7 @@
 """Builds the one native extension; everything else is in pyproject.toml.
 
-WDMOE_DEBUG=1 builds it with bounds checks, assertions and no optimisation.
+WDMOE_DEBUG=1 builds it with bounds checks, assertions and no optimisation. WDMOE_SANITIZE=1 builds it with the
+sanitizers of addresses and undefined behaviour, for `tools/sanitize`.
 """
 
 import os
@@ -14,6 +15,11 @@ debug = os.environ.get("WDMOE_DEBUG") == "1"
 # No -ffast-math: it breaks the NaN checks. No -march=native: wheels travel. No contraction to fused
 # multiply-add, which some boards have and others lack: every machine gets the same digits.
 flags = ["-O0", "-g", "-D_GLIBCXX_ASSERTIONS"] if debug else ["-O3"]
+link_flags = []
+if os.environ.get("WDMOE_SANITIZE") == "1":
+    checks = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+    flags = [*checks, "-O1", "-g", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS"]
+    link_flags = checks
 flags += ["-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra"]
 
 HEADERS = (
@@ -60,6 +66,7 @@ setup(
                 depends=[f"native/wdmoe/{name}.hpp" for name in HEADERS],
                 include_dirs=["native"],
                 extra_compile_args=flags,
+                extra_link_args=link_flags,
                 language="c++",
             )
         ],

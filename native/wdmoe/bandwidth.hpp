@@ -301,7 +301,10 @@ inline void bound_alone(const BandwidthCore& core, CoreAnswer& answer) {
     answer.lower_bound = std::min(bound, answer.latency);
     answer.price = 0.0;
     answer.weight.assign(core.rows * width, 0.0);
-    for (std::size_t r = 0; r < core.rows; ++r) answer.weight[r * width + slowest[r]] = 1.0;
+    for (std::size_t r = 0; r < core.rows; ++r) {
+        const std::size_t at = r * width + slowest[r];
+        if (core.load[at] > 0.0 || core.fixed[at] > 0.0) answer.weight[at] = 1.0;  // else it takes no time at all
+    }
 }
 
 // One block: all devices that compete finish together, at the time at which the bands they need sum to 1.

@@ -27,7 +27,7 @@ inline void needed_hz(const double* links, std::size_t devices, bool flat, const
             double& hertz = out[k * n + i];
             if (link.is_free()) {
                 hertz = air_s >= 0.0 ? 0.0 : kNever;
-            } else if (!(air_s > shortest_s)) {
+            } else if (!(air_s > shortest_s) || !(link.flat < kNever)) {
                 hertz = kNever;
             } else {
                 const double start = band > 0.0 ? band * last_s / air_s : link.guess(air_s);

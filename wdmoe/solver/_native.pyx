@@ -279,7 +279,7 @@ cdef object singles(str name, object given, int dimensions):
 cdef object row_numbers(str name, object given):
     """Whole numbers as C-contiguous int32. What does not fit is refused: cut to 32 bits it would be another row."""
     array = regular(name, given)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+    if array.ndim != 1 or array.dtype.kind not in ("iu" if array.size else "iuf"):  # an empty list is float64
         raise ValueError(f"{name} must be whole numbers of 1 dimension, got {array.dtype} {array.shape}")
     if array.size and (array.min() < 0 or array.max() > 0x7FFFFFFF):
         raise ValueError(f"{name} must be 0 to {0x7FFFFFFF}, got {array.min()} to {array.max()}")

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from wdmoe.arrays import FloatArray, Int32Array
 from wdmoe.solver import _native
+from wdmoe.solver.bandwidth import LARGEST, SMALLEST
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +52,7 @@ def check_int32(name: str, values: npt.ArrayLike) -> Int32Array:
     array = _native.regular(name, values)
     if array.dtype == np.int32:
         return np.asarray(array, order="C")
-    if not np.issubdtype(array.dtype, np.integer):
+    if array.dtype.kind not in "iu" and (array.size or array.dtype.kind != "f"):  # an empty list is float64
         raise ValueError(f"{name} must be integers, got {array.dtype} {array.shape}")
     limit = np.iinfo(np.int32)
     if array.size and (array.min() < limit.min or array.max() > limit.max):
@@ -59,8 +60,25 @@ def check_int32(name: str, values: npt.ArrayLike) -> Int32Array:
     return np.asarray(array, dtype=np.int32, order="C")
 
 
+def check_seconds(name: str, values: npt.ArrayLike, count: int | None = None, positive: bool = True) -> FloatArray:
+    """(count,) float64 from 1e-100 (0 unless `positive`) to 1e100, within which nothing overflows. None: one or more.
+
+    Raises:
+        ValueError: it is not; the message names it.
+    """
+    array = _native.floats(name, values)
+    wanted = "devices" if count is None else count
+    if array.ndim != 1 or not array.size or (count is not None and len(array) != count):
+        raise ValueError(f"{name} must be ({wanted},), got shape {array.shape}")
+    bad = _native.first_bad(array.reshape(1, -1), positive)
+    if bad >= 0:
+        demand = "positive and finite" if positive else "finite and not negative"
+        raise ValueError(f"{name} must be ({wanted},), {demand} (at most 1e100), got {array[bad]} at {bad}")
+    return array
+
+
 def check_positive(**values: float) -> None:
-    """Raises ValueError for a number that is not positive and finite."""
+    """Raises ValueError for a number that is not within 1e-30 to 1e30, where no quotient inside overflows."""
     for name, value in values.items():
-        if not 0 < value < np.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+        if not SMALLEST <= value <= LARGEST:  # also refuses NaN
+            raise ValueError(f"{name} must be positive and finite ({SMALLEST:g} to {LARGEST:g}), got {value}")

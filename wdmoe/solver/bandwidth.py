@@ -88,6 +88,12 @@ class Links:
         object.__setattr__(self, "table", table)
         object.__setattr__(self, "flat", given == ["efficiency"])
 
+    def one_draw(self) -> FloatArray:
+        """The table, (5, devices). Raises ValueError where it has many draws."""
+        if self.table.ndim != 2:
+            raise ValueError(f"links must be (devices,), got shape {self.table[..., 0, :].shape}")
+        return self.table
+
 
 _LINK_FIELDS = tuple(each.name for each in fields(Links))
 
@@ -134,7 +140,8 @@ def allocate_bandwidth(
         links: what a token costs, (devices,).
         total_hz: what there is to share, > 0.
         fixed_s: shape of load, seconds that a device takes wherever it has load, >= 0. None: 0.
-        floor_hz, cap_hz: (devices,) or one number; floor <= cap, a cap may be infinite. None: 0 and no cap.
+        floor_hz, cap_hz: (devices,) or one number, each 0 or at least 1e-30; floor <= cap, a cap may be infinite.
+            None: 0 and no cap.
         start: an earlier answer for the same shape, near which the search begins.
         tolerance: 1e-11 to 1: (latency - lower bound) / latency at which the answer counts as optimal.
         iterations: Newton steps at most, >= 1.
@@ -248,11 +255,13 @@ def _bounds(devices: int, floor_hz: npt.ArrayLike, cap_hz: npt.ArrayLike) -> tup
             raise ValueError(f"{name} must be ({devices},), one value a device, got shape {array.shape}")
         bounds.append(array)
     floor, cap = bounds
-    if not np.all((floor >= 0) & (floor <= LARGEST)):
-        raise ValueError("floor_hz must be finite and not negative")
+    if not np.all((floor == 0) | ((floor >= SMALLEST) & (floor <= LARGEST))):
+        raise ValueError(f"floor_hz must be finite and 0 or at least {SMALLEST:g}")
     if not np.all(cap >= floor):
         at = int(np.argmin(cap >= floor))
         raise ValueError(f"cap_hz must be at least floor_hz, got {cap[at]} and {floor[at]} at device {at}")
+    if not np.all((cap == 0) | (cap >= SMALLEST)):
+        raise ValueError(f"cap_hz must be 0 or at least {SMALLEST:g}, got {cap[(cap > 0) & (cap < SMALLEST)][0]:g}")
     return floor, np.minimum(cap, LARGEST)
 
 

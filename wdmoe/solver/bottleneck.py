@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wdmoe.solver import _native
-from wdmoe.solver.assignments import check_assignments
+from wdmoe.solver.assignments import check_assignments, check_seconds
 
 
 def shed_bottleneck(
@@ -38,9 +38,7 @@ def shed_bottleneck(
     Raises:
         ValueError: an argument is not as above; the message names it.
     """
-    each_s = _native.floats("token_s", token_s)
-    if each_s.ndim != 1 or not each_s.size or not (np.isfinite(each_s).all() and each_s.min() > 0):
-        raise ValueError("token_s must be (devices,), positive and finite")
+    each_s = check_seconds("token_s", token_s)
     if not 0 <= light <= 1:
         raise ValueError(f"light must be 0 to 1, got {light}")
     given = check_assignments(experts, weights, device_of, len(each_s))

@@ -63,12 +63,12 @@ def select_within_budget(
             each assignment, where experts have replicas. -1: none does.
         links: (devices,); an assignment is what they call a token, also where a device has two of one token's experts.
         total_hz: the band that all devices share, Hz.
-        budget_s: latency that the layer may take, seconds.
+        budget_s: latency that the layer may take, 1e-30 to 1e30 seconds.
         renormalise: what a token keeps grows to the sum it had.
     Raises:
         ValueError: an argument is not as above; the message names it.
     """
-    given = check_assignments(experts, weights, device_of, _devices(links))
+    given = check_assignments(experts, weights, device_of, links.one_draw().shape[1])
     check_positive(total_hz=total_hz, budget_s=budget_s)
     kept, bound, fits = _native.choose_within_budget(
         given.device, given.weights, links.table, links.flat, total_hz, budget_s
@@ -101,7 +101,7 @@ def select_at_most_dropped(
     Raises:
         ValueError: an argument is not as above; the message names it.
     """
-    given = check_assignments(experts, weights, device_of, _devices(links))
+    given = check_assignments(experts, weights, device_of, links.one_draw().shape[1])
     check_positive(total_hz=total_hz)
     if not 0 <= max_dropped <= 1:  # also refuses NaN
         raise ValueError(f"max_dropped must be 0 to 1, got {max_dropped}")
@@ -124,12 +124,6 @@ def _reachable(links: Links) -> npt.NDArray[np.bool_]:
     bits, strength = links.table[:2], links.table[2:4]
     reachable: npt.NDArray[np.bool_] = ((bits == 0) | (strength > 0)).all(axis=0)
     return reachable
-
-
-def _devices(links: Links) -> int:
-    if links.table.ndim != 2:
-        raise ValueError(f"links must be (devices,), got shape {links.table[..., 0, :].shape}")
-    return links.table.shape[1]
 
 
 def _load(device: npt.NDArray[np.integer], links: Links) -> FloatArray:

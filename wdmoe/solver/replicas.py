@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wdmoe.solver import _native
-from wdmoe.solver.assignments import check_int32
+from wdmoe.solver.assignments import check_int32, check_seconds
 
 
 def choose_copies(
@@ -37,12 +37,6 @@ def choose_copies(
         raise ValueError(f"experts must be integers (tokens, top_k), got shape {chosen.shape}")
     if held.ndim != 2 or held.dtype != np.bool_ or not held.size:
         raise ValueError(f"holders must be bool (experts, devices), got {held.dtype} {held.shape}")
-    each_s = _native.floats("token_s", token_s)
-    if each_s.shape != held.shape[1:] or not (each_s.min() > 0 and each_s.max() < np.inf):
-        raise ValueError(f"token_s must be {held.shape[1:]}, positive and finite")
-    busy = None
-    if busy_s is not None:
-        busy = _native.floats("busy_s", busy_s)
-        if busy.shape != each_s.shape or not (busy.min() >= 0 and busy.max() < np.inf):
-            raise ValueError(f"busy_s must be {each_s.shape}, finite and not negative")
+    each_s = check_seconds("token_s", token_s, held.shape[1])
+    busy = None if busy_s is None else check_seconds("busy_s", busy_s, held.shape[1], positive=False)
     return _native.choose_copies(chosen, np.ascontiguousarray(held).view(np.uint8), each_s, busy)

@@ -16,8 +16,13 @@ def needed_hz(links: Links, token_s: npt.ArrayLike) -> FloatArray:
 
     Args:
         links: (devices,).
-        token_s: (n,) seconds, > 0.
+        token_s: (n,) seconds, 1e-100 to 1e100.
     Returns:
         (devices, n) Hz; inf where no bandwidth is enough, 0 where none is needed.
+    Raises:
+        ValueError: an argument is not as above; the message names it.
     """
-    return _native.needed_hz(links.table, links.flat, _native.floats("token_s", token_s))
+    wanted_s = _native.floats("token_s", token_s)
+    if wanted_s.ndim != 1 or _native.first_bad(wanted_s.reshape(1, -1), positive=True) >= 0:
+        raise ValueError(f"token_s must be (n,), positive and finite, got shape {wanted_s.shape}")
+    return _native.needed_hz(links.one_draw(), links.flat, wanted_s)

@@ -20,6 +20,7 @@ from wdmoe.solver.budget import select_within_budget
 
 POLICIES = ("topk", "cosine", "bottleneck", "budget")
 WLR_DEFINITIONS = ("mean", "sum")
+_SHORTEST_S = 1e-100  # of a device that serves nothing
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,7 +157,7 @@ def _marked(
     home = np.arange(latency_s.shape[1]) if device_of is None else check_int32("device_of", device_of)
     if home.shape != latency_s.shape[1:]:
         raise ValueError(f"device_of must be ({latency_s.shape[1]},), one device an expert, got shape {home.shape}")
-    token_s = np.full(max(int(home.max(initial=-1)) + 1, 1), np.finfo(float).tiny)
+    token_s = np.full(max(int(home.max(initial=-1)) + 1, 1), _SHORTEST_S)
     np.maximum.at(token_s, home[home >= 0], latency_s[0, home >= 0])
     if policy == "bottleneck":
         return shed_bottleneck(experts, weights, home, token_s).view(np.uint8)
@@ -191,13 +192,7 @@ def _indices(experts: npt.ArrayLike) -> Int32Array:
     given = _native.regular("experts", experts)
     if given.ndim != 2:
         raise ValueError(f"experts must have two dimensions (tokens, k), got shape {given.shape}")
-    if given.dtype == np.int32:
-        return np.array(given, order="C")
-    if given.size and not np.issubdtype(given.dtype, np.integer):
-        raise ValueError(f"experts must be integers, got {given.dtype}")
-    if given.size and (given.min() < -1 or given.max() > np.iinfo(np.int32).max):
-        raise ValueError(f"experts must be -1 (dropped) or an index, got {given.min()} to {given.max()}")
-    return np.array(given, dtype=np.int32, order="C")
+    return np.array(check_int32("experts", given))
 
 
 def _of_experts(latency_s: npt.ArrayLike, n_experts: int) -> FloatArray:

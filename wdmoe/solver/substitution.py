@@ -28,7 +28,8 @@ def replace_far(
         experts: (tokens, top_k) int, -1 where there is none.
         weights: (tokens, top_k) finite, >= 0.
         similarity: (experts, experts), finite; [e, f] is how well f stands in for e.
-        seconds: (experts,) what one token takes on the expert's device, > 0; infinite where nobody serves it.
+        seconds: (experts,) what one token takes on the expert's device, 1e-100 to 1e100; infinite where nobody serves
+            it.
         least_similarity: what a substitute needs.
         times_faster: >= 1; a substitute takes at most `seconds[e] / times_faster`, and less than `seconds[e]`.
         most_share: 0 to 1; an assignment with more than this share of its token's weight stays.
@@ -39,8 +40,10 @@ def replace_far(
     """
     each_s = _native.floats("seconds", seconds)
     alike = _native.floats("similarity", similarity)
-    if each_s.ndim != 1 or not each_s.size or not each_s.min() > 0:  # also refuses NaN
-        raise ValueError("seconds must be (experts,) and positive")
+    if each_s.ndim != 1 or not each_s.size:
+        raise ValueError(f"seconds must be (experts,), got shape {each_s.shape}")
+    if _native.first_bad(np.where(each_s == np.inf, 1.0, each_s).reshape(1, -1), positive=True) >= 0:
+        raise ValueError("seconds must be positive: 1e-100 to 1e100, or infinite")
     if alike.shape != (len(each_s), len(each_s)) or not np.isfinite(alike).all():
         raise ValueError(f"similarity must be ({len(each_s)}, {len(each_s)}) and finite, got shape {alike.shape}")
     if not -np.inf < least_similarity < np.inf:

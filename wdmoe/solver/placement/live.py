@@ -193,6 +193,6 @@ def _vector(name: str, values: npt.ArrayLike, length: int | None = None) -> Floa
     if array.ndim != 1 or (length is not None and len(array) != length):
         wanted = "one dimension" if length is None else f"shape ({length},)"
         raise ValueError(f"{name} must have {wanted}, got shape {array.shape}")
-    if not np.all((array >= 0) & (array < np.inf)):
-        raise ValueError(f"{name} must be finite and not negative")
+    if _native.first_bad(array.reshape(1, -1), positive=False) >= 0:
+        raise ValueError(f"{name} must be finite and not negative (at most 1e100)")
     return array

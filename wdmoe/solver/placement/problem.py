@@ -152,6 +152,6 @@ def _numbers(name: str, values: npt.ArrayLike, dimensions: int) -> FloatArray:
     array = np.array(_native.floats(name, values))
     if array.ndim != dimensions:
         raise ValueError(f"{name} must have {dimensions} dimensions, got shape {array.shape}")
-    if not np.all((array >= 0) & (array < np.inf)):
-        raise ValueError(f"{name} must be finite and not negative")
+    if _native.first_bad(array.reshape(1, -1), positive=False) >= 0:
+        raise ValueError(f"{name} must be finite and not negative (at most 1e100)")
     return array
