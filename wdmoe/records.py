@@ -85,7 +85,7 @@ class TextEngine(Protocol):
         """Longest prompt plus answer, in tokens."""
         ...
 
-    def prepare(self, request: GenerationRequest) -> tuple[int, ...]:
+    async def prepare(self, request: GenerationRequest) -> tuple[int, ...]:
         """Tokenize and check a request without starting it.
 
         Returns:
@@ -105,6 +105,6 @@ class TextEngine(Protocol):
         """
         ...
 
-    def status(self) -> Mapping[str, object]:
+    async def status(self) -> Mapping[str, object]:
         """State for `/health` and `wdmoe-node status`: plain JSON types."""
         ...

@@ -35,7 +35,7 @@ class EchoEngine:
         self.seen: list[GenerationRequest] = []
         self._words: list[str] = []
 
-    def prepare(self, request: GenerationRequest) -> tuple[int, ...]:
+    async def prepare(self, request: GenerationRequest) -> tuple[int, ...]:
         if isinstance(request.prompt, tuple):
             tokens = request.prompt
         else:
@@ -50,7 +50,7 @@ class EchoEngine:
         return tokens
 
     async def stream(self, request: GenerationRequest) -> AsyncIterator[TextDelta | Finished]:
-        tokens = self.prepare(request)
+        tokens = await self.prepare(request)
         self.seen.append(request)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
@@ -67,7 +67,7 @@ class EchoEngine:
         finally:
             self.running -= 1
 
-    def status(self) -> Mapping[str, object]:
+    async def status(self) -> Mapping[str, object]:
         devices = [{"name": name, "provider": "CPUExecutionProvider", "experts": 4} for name in self.devices]
         state = "ok" if devices else "waiting"
         placement = '{"format": 1, "devices": {}}\n'
@@ -105,6 +105,7 @@ class Server:
         self._api_key, self._limits, self._host, self._aliases = api_key, limits, host, aliases
         self._ready = threading.Event()
         self._failed: BaseException | None = None
+        self._cancelled = False
         self._thread = threading.Thread(target=self._run, name="http")
 
     def start(self) -> None:
@@ -112,9 +113,15 @@ class Server:
         if not self._ready.wait(20) or self._failed:
             raise self._failed or TimeoutError("the server did not start")
 
+    def cancel(self) -> None:
+        """As a base station would, once."""
+        if not self._cancelled:
+            self._cancelled = True
+            self._loop.call_soon_threadsafe(self._task.cancel)
+
     def stop(self) -> None:
-        """Cancel it as a base station would, and wait for its end."""
-        self._loop.call_soon_threadsafe(self._task.cancel)
+        """Cancel it and wait for its end."""
+        self.cancel()
         self._thread.join(30)
 
     def _run(self) -> None:

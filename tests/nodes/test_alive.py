@@ -162,7 +162,7 @@ def test_with_no_device_left_a_request_fails_with_a_clear_error(fleet: Fleet, bu
         kill_all = {5: lambda: [device.kill() for device in fleet.devices]}
         with pytest.raises(ExpertsUnavailableError, match="layer"):
             ask(fleet, station, tokens=400, at_token=kill_all)
-        assert station.engine.status()["state"] in ("ok", "degraded", "waiting")
+        assert station.overview()["state"] in ("ok", "degraded", "waiting")
 
 
 def test_devices_rejoin_a_new_base_station_by_themselves(fleet: Fleet, bundle: Path, checkpoint: Path) -> None:

@@ -26,7 +26,6 @@ from wdmoe.nodes.device.expert_opening import expert_opener
 from wdmoe.nodes.device.link_emulation import Lane
 from wdmoe.nodes.device.rules import WantedExpert, changes, retry_delay_s, wanted_experts
 from wdmoe.records import ExpertId
-from wdmoe.tasks import in_thread, run_together
 from wdmoe.transport.codec.messages import Attach, Attached, Chunk, Failure, Fetch, Place, Result, Run
 from wdmoe.transport.memory import MemoryDataLink, MemoryDataStation
 
@@ -100,45 +99,6 @@ def test_a_lane_carries_one_message_after_the_other():
 
 
 # ---- coroutines
-
-
-def test_parts_end_together():
-    ended = []
-
-    async def forever() -> None:
-        try:
-            await asyncio.sleep(1000)
-        finally:
-            ended.append("forever")
-
-    async def fails() -> None:
-        await asyncio.sleep(0)
-        raise ExpertError("first")
-
-    with pytest.raises(ExpertError, match="first"):
-        asyncio.run(run_together(forever(), fails(), forever()))
-    assert ended == ["forever", "forever"]
-
-
-def test_a_cancel_waits_for_the_thread():
-    go, done = threading.Event(), []
-
-    def work() -> None:
-        go.wait()
-        done.append(True)
-
-    async def main() -> None:
-        task = asyncio.create_task(in_thread(work))
-        await asyncio.sleep(0.01)
-        task.cancel()
-        await asyncio.sleep(0.01)
-        assert not task.done()
-        go.set()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert done
-
-    asyncio.run(main())
 
 
 # ---- download

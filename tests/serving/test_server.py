@@ -183,6 +183,42 @@ def test_shutdown_lets_short_answers_finish():
     assert got[0].json()["usage"]["completion_tokens"] == 20
 
 
+def test_while_answers_end_new_requests_are_told_to_come_back():
+    engine = EchoEngine(step_s=0.02)
+    engine.context_tokens = 100_000
+    got: list[httpx.Response] = []
+    with serving(engine, limits=ServingLimits(drain_s=20)) as server:
+        ask = threading.Thread(target=lambda: got.append(_post(server.url, max_tokens=100, stream=True)))
+        ask.start()
+        assert _until(lambda: engine.running > 0)
+        server.cancel()
+        assert _until(lambda: httpx.get(f"{server.url}/health").json()["status"] == "stopping")
+        assert httpx.get(f"{server.url}/health").status_code == 503
+        assert httpx.get(f"{server.url}/metrics").status_code == 200
+        late = _post(server.url)
+    ask.join(20)
+    assert (late.status_code, late.json()["error"]["code"]) == (503, "shutting_down")
+    assert int(late.headers["Retry-After"]) > 0
+    assert got[0].text.endswith("data: [DONE]\n\n")
+
+
+def test_a_body_that_is_not_whole_when_the_server_stops_is_refused():
+    with serving(EchoEngine()) as server, _half_sent(server.url) as client:
+        server.cancel()
+        said = client.recv(10_000)
+    assert said.startswith(b"HTTP/1.1 503 ")
+    assert b'"shutting_down"' in said
+
+
+def _half_sent(url: str) -> socket.socket:
+    host, port = url[7:].split(":")
+    client = socket.create_connection((host, int(port)), timeout=20)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    client.sendall(head + b'{"prompt"')
+    time.sleep(0.2)  # it has arrived
+    return client
+
+
 def test_a_taken_port_is_one_clear_line():
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
@@ -203,20 +239,10 @@ def test_open_to_all_without_a_key_is_said(caplog):
         assert caplog.text == ""
 
 
-def test_too_many_connections_are_turned_away():
-    with serving(EchoEngine(), limits=ServingLimits(connections=2)) as server:
-        host, port = server.url[7:].split(":")
-        held = [socket.create_connection((host, int(port))) for _ in range(2)]
-        try:
-            assert _until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
-        finally:
-            for each in held:
-                each.close()
-        assert _until(lambda: httpx.get(f"{server.url}/health").status_code == 200)
-
-
 def test_limits_are_checked():
     with pytest.raises(ConfigError, match="body_bytes"):
         ServingLimits(body_bytes=0)
+    with pytest.raises(ConfigError, match="head_s"):
+        ServingLimits(head_s=0)
     with pytest.raises(ConfigError, match="drain_s"):
         ServingLimits(drain_s=float("nan"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 
@@ -15,12 +14,13 @@ from starlette.types import ASGIApp
 
 from wdmoe.errors import WdmoeError
 from wdmoe.records import TextEngine
+from wdmoe.serving.closing import Closing
 from wdmoe.serving.errors import problem_from
 from wdmoe.serving.metrics import Metrics
-from wdmoe.serving.middleware import Guard
+from wdmoe.serving.middleware import Guard, Rules
 from wdmoe.serving.model_names import ModelNames
 from wdmoe.serving.requests import ServingLimits, plan_chat, plan_completion
-from wdmoe.serving.responses import device_count, health
+from wdmoe.serving.responses import ANSWERING, STOPPING, device_count, health
 from wdmoe.serving.schemas import ChatRequest, CompletionRequest
 from wdmoe.serving.streaming import Reply, Service
 
@@ -31,7 +31,7 @@ def create_app(
     api_key: str = "",
     aliases: Sequence[str] = (),
     limits: ServingLimits | None = None,
-    closing: asyncio.Event | None = None,
+    closing: Closing | None = None,
 ) -> ASGIApp:
     """The ASGI application.
 
@@ -40,43 +40,49 @@ def create_app(
         api_key: wanted from every client, except at /health; "": none.
         aliases: names that clients may use for the model beside the engine's own.
         limits: bounds on what a client may ask for.
-        closing: once set, answers that still run are ended with an error.
+        closing: says when nothing new is taken on, and when answers that still run are ended with an error.
     """
     limits = limits or ServingLimits()
-    metrics = Metrics(lambda: device_count(engine.status()))
-    service = Service(engine=engine, limits=limits, metrics=metrics, closing=closing or asyncio.Event())
+    metrics = Metrics()
+    closing = closing or Closing()
+    service = Service(engine=engine, limits=limits, metrics=metrics, closing=closing)
     # The interactive pages would load scripts from elsewhere; /openapi.json stays.
     app = FastAPI(title="wdmoe base station", docs_url=None, redoc_url=None)
     for kind in (WdmoeError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _tell)
-    _add_state_routes(app, engine, metrics)
+    _add_state_routes(app, service)
     names = ModelNames.of(engine.model_name, aliases)
     _add_model_routes(app, names)
     _add_generation_routes(app, service, names)
     paths = frozenset(getattr(route, "path", "") for route in app.routes)
-    return Guard(app, api_key=api_key, body_bytes=limits.body_bytes, metrics=metrics, paths=paths)
+    return Guard(app, Rules(api_key=api_key, limits=limits, closing=closing, metrics=metrics, paths=paths))
 
 
 async def _tell(request: Request, error: Exception) -> Response:
     return problem_from(error, request.state.request_id).response()
 
 
-def _add_state_routes(app: FastAPI, engine: TextEngine, metrics: Metrics) -> None:
+def _add_state_routes(app: FastAPI, service: Service) -> None:
+    engine, metrics = service.engine, service.metrics
+
     @app.get("/health")
     async def get_health() -> Response:
-        """Whether requests can be answered: 200 with "ok" or "degraded", 503 with "waiting" for devices."""
-        body = health(engine.status())
-        return JSONResponse(body, status_code=503 if body["status"] == "waiting" else 200)
+        """Whether requests can be answered: 200 with "ok" or "degraded", else 503 and what is the matter."""
+        body = health(await engine.status())
+        if service.closing.begun.is_set():
+            body["status"] = STOPPING
+        return JSONResponse(body, status_code=200 if body["status"] in ANSWERING else 503)
 
     @app.get("/metrics")
     async def get_metrics() -> Response:
         """Services in Prometheus' text format."""
+        metrics.devices.set(device_count(await engine.status()))
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/wdmoe/status")
     async def get_status() -> Response:
         """Devices, links, experts and speed."""
-        return JSONResponse(dict(engine.status()))
+        return JSONResponse(dict(await engine.status()))
 
 
 def _add_model_routes(app: FastAPI, names: ModelNames) -> None:

@@ -14,6 +14,7 @@ from wdmoe.errors import ExpertsUnavailableError, OverloadedError, RequestError
 _log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1  # a place in the queue comes free when an answer ends
+_WAIT = {"Retry-After": str(RETRY_AFTER_S)}
 
 
 class Problem(HTTPException):
@@ -56,18 +57,32 @@ def problem_from(error: BaseException, request_id: str) -> Problem:
     if isinstance(error, RequestError):
         return Problem(400, str(error))
     if isinstance(error, OverloadedError):
-        wait = {"Retry-After": str(RETRY_AFTER_S)}
-        return Problem(429, str(error), kind="rate_limit_error", code="rate_limit_exceeded", headers=wait)
+        return Problem(429, str(error), kind="rate_limit_error", code="rate_limit_exceeded", headers=_WAIT)
     if isinstance(error, ExpertsUnavailableError):
-        wait = {"Retry-After": str(RETRY_AFTER_S)}
-        return Problem(503, str(error), kind="server_error", code="experts_unavailable", headers=wait)
+        return Problem(503, str(error), kind="server_error", code="experts_unavailable", headers=_WAIT)
     _log.error("request %s failed", request_id, exc_info=error)
     return Problem(500, f"internal error; the server's log has it under {request_id}", kind="server_error")
 
 
 def shutting_down() -> Problem:
-    """For requests that are still running when the server has to end."""
-    return Problem(503, "the server is shutting down", kind="server_error", code="shutting_down")
+    """For requests that come, or still run, when the server has to end."""
+    return Problem(503, "the server is shutting down", kind="server_error", code="shutting_down", headers=_WAIT)
+
+
+def too_many() -> Problem:
+    """For requests on more connections than the server keeps."""
+    message = "too many connections are open; try again later"
+    return Problem(503, message, kind="server_error", code="too_many_connections", headers=_WAIT)
+
+
+def too_slow(part: str, longest_s: float) -> Problem:
+    """For requests that take too long to arrive.
+
+    Args:
+        part: "head" or "body".
+        longest_s: how long that may take.
+    """
+    return Problem(408, f"the {part} of the request did not arrive within {longest_s:g} s", code="request_timeout")
 
 
 def _validation(error: RequestValidationError) -> Problem:

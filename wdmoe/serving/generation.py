@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from wdmoe.records import Finished, GenerationRequest, TextDelta, TextEngine
-from wdmoe.tasks import run_together
+from wdmoe.tasks import end_tasks, run_together
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,7 @@ async def run(
             yield step
         await work
     finally:
-        work.cancel()
-        await asyncio.gather(work, return_exceptions=True)
+        await end_tasks([work])
 
 
 async def _run_all(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -17,8 +16,7 @@ _TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 class Metrics:
     """Counters of the HTTP face and of the answers that went through it."""
 
-    def __init__(self, devices: Callable[[], int]) -> None:
-        """`devices` counts the devices that take part now; it is called at every scrape."""
+    def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
         self.requests = Counter("wdmoe_http_requests", "HTTP requests answered", ["path", "status"], registry=registry)
         self.active = Gauge("wdmoe_http_requests_active", "HTTP requests in work", registry=registry)
@@ -48,8 +46,7 @@ class Metrics:
         self._per_token = Histogram(
             "wdmoe_token_seconds", "Mean time per later token", buckets=_TOKEN_SECONDS, registry=registry
         )
-        gauge = Gauge("wdmoe_devices", "Devices that take part", registry=registry)
-        gauge.set_function(devices)
+        self.devices = Gauge("wdmoe_devices", "Devices that take part", registry=registry)  # set at every scrape
 
     def finished(self, reason: str, receipt: Receipt) -> None:
         """Count one answer that came to its end."""

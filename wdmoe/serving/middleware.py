@@ -1,29 +1,44 @@
-"""The outermost ASGI layer: request ids, the API key, the size of bodies, a count of what was answered."""
+"""The outermost ASGI layer: request ids, the API key, bounds, who is turned away, and a count of what was answered."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import uuid
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from wdmoe.serving.errors import Problem, problem_from
+from wdmoe.serving.closing import Closing
+from wdmoe.serving.connections import CROWDED
+from wdmoe.serving.errors import Problem, problem_from, shutting_down, too_many, too_slow
 from wdmoe.serving.metrics import Metrics
+from wdmoe.serving.requests import ServingLimits
 
 _log = logging.getLogger(__name__)
 
 _OPEN_PATHS = frozenset({"/health"})  # for probes, which carry no key
+_STATE_PATHS = frozenset({"/health", "/metrics", "/wdmoe/status"})  # answered to the end, and in any crowd
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """Who may pass, and what is told about it."""
+
+    api_key: str
+    limits: ServingLimits
+    closing: Closing
+    metrics: Metrics
+    paths: frozenset[str]  # label values of the request counter: a scan must not make new ones
 
 
 class Guard:
     """Lets through what may pass. An error that escapes the application is logged and told by its id."""
 
-    def __init__(self, app: ASGIApp, *, api_key: str, body_bytes: int, metrics: Metrics, paths: frozenset[str]) -> None:
-        self._app, self._metrics = app, metrics
-        self._api_key, self._body_bytes = api_key.encode(), body_bytes
-        self._paths = paths  # label values of the request counter: a scan must not make new ones
+    def __init__(self, app: ASGIApp, rules: Rules) -> None:
+        self._app, self._rules = app, rules
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
@@ -31,29 +46,43 @@ class Guard:
             return await self._app(scope, receive, send)
         request_id = scope.setdefault("state", {})["request_id"] = uuid.uuid4().hex
         outgoing = _Outgoing(send, request_id)
-        headers = Headers(scope=scope)
-        with self._metrics.active.track_inprogress():
+        rules = self._rules
+        with rules.metrics.active.track_inprogress(), rules.closing.work():
             try:
-                self._check(scope["path"], headers)
-                await self._app(scope, _bounded(receive, self._body_bytes), outgoing)
-            except Exception as error:
-                problem = problem_from(error, request_id)
+                self._check(scope)
+                await self._app(scope, _Body(receive, rules.limits, rules.closing), outgoing)
+            except (Exception, asyncio.CancelledError) as error:
+                # Cancelled: the server ends, and this request would not. That is told like all that ends it.
+                problem = (
+                    shutting_down() if isinstance(error, asyncio.CancelledError) else problem_from(error, request_id)
+                )
                 if not outgoing.status:
                     await problem.response()(scope, receive, outgoing)
-        path = scope["path"] if scope["path"] in self._paths else "other"
-        self._metrics.requests.labels(path, outgoing.status or 499).inc()  # 499: the client did not wait for any
+        path = scope["path"] if scope["path"] in rules.paths else "other"
+        rules.metrics.requests.labels(path, outgoing.status or 499).inc()  # 499: the client did not wait for any
         _log.info("%s %s %s %s", request_id, scope["method"], scope["path"], outgoing.status)
 
-    def _check(self, path: str, headers: Headers) -> None:
-        if self._api_key and path not in _OPEN_PATHS:
-            scheme, _, key = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._api_key):
-                message = "this server wants its API key: send 'Authorization: Bearer KEY'"
-                wanted = {"WWW-Authenticate": "Bearer"}
-                raise Problem(401, message, kind="authentication_error", code="invalid_api_key", headers=wanted)
+    def _check(self, scope: Scope) -> None:
+        """Raises Problem if this request may not pass."""
+        path, headers, rules = scope["path"], Headers(scope=scope), self._rules
+        if rules.api_key and path not in _OPEN_PATHS:
+            _check_key(headers, rules.api_key)
+        if path not in _STATE_PATHS:
+            if rules.closing.begun.is_set():
+                raise shutting_down()
+            if CROWDED in scope["state"]:
+                raise too_many()
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > self._body_bytes:
-            raise _too_large(self._body_bytes)
+        if not length.isdecimal() or int(length) > rules.limits.body_bytes:
+            raise _too_large(rules.limits.body_bytes)
+
+
+def _check_key(headers: Headers, api_key: str) -> None:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), api_key.encode()):
+        message = "this server wants its API key: send 'Authorization: Bearer KEY'"
+        wanted = {"WWW-Authenticate": "Bearer"}
+        raise Problem(401, message, kind="authentication_error", code="invalid_api_key", headers=wanted)
 
 
 class _Outgoing:
@@ -70,19 +99,39 @@ class _Outgoing:
         await self._send(message)
 
 
-def _bounded(receive: Receive, limit: int) -> Receive:
-    """Count a body that states no length while it comes in."""
-    received = 0
+class _Body:
+    """Takes a body in: so many bytes at most, also where it states no length, and in its time."""
 
-    async def counted() -> Message:
-        nonlocal received
-        message = await receive()
-        received += len(message.get("body", b""))
-        if received > limit:
-            raise _too_large(limit)
+    def __init__(self, receive: Receive, limits: ServingLimits, closing: Closing) -> None:
+        self._receive, self._limits, self._closing = receive, limits, closing
+        self._received = 0
+        self._until_s = asyncio.get_running_loop().time() + limits.body_s
+        self._whole = False
+
+    async def __call__(self) -> Message:
+        """ASGI's receive. After the body it waits, for as long as it takes, for the client to go."""
+        if self._whole:
+            return await self._receive()
+        message = await self._next_part()
+        self._whole = not message.get("more_body", False)
+        self._received += len(message.get("body", b""))
+        if self._received > self._limits.body_bytes:
+            raise _too_large(self._limits.body_bytes)
         return message
 
-    return counted
+    async def _next_part(self) -> Message:
+        """Raises Problem: 408, or 503 when the server ends before the body is whole."""
+        part = asyncio.ensure_future(self._receive())
+        ends = asyncio.ensure_future(self._closing.begun.wait())
+        left_s = self._until_s - asyncio.get_running_loop().time()
+        try:
+            await asyncio.wait((part, ends), timeout=max(left_s, 0), return_when=asyncio.FIRST_COMPLETED)
+            if part.done():
+                return part.result()
+            raise shutting_down() if ends.done() else too_slow("body", self._limits.body_s)
+        finally:
+            part.cancel()
+            ends.cancel()
 
 
 def _too_large(limit: int) -> Problem:

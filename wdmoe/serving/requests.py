@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from wdmoe.serving.schemas import ChatRequest, CompletionRequest
 _TEMPERATURE = 1.0
 _TOP_P = 1.0
 _COMPLETION_TOKENS = 16
+_COUNTS = ("body_bytes", "connections", "connections_per_address", "prompts", "parallel_prompts", "chat_tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,16 +23,23 @@ class ServingLimits:
     """Bounds on the HTTP face. The engine has its own on requests that are computed and queued at once."""
 
     body_bytes: int = 4 << 20
-    connections: int = 256  # open at the same time; more are answered 503 at once
+    connections: int = 512  # open at the same time; for one more the oldest silent one is closed
+    connections_per_address: int = 128  # of which one with a request in work is never closed
+    head_s: float = 10.0  # how long the head of a request may take to arrive
+    body_s: float = 60.0  # ... and its body
+    stall_s: float = 60.0  # how long a client may read nothing of what waits for it
     prompts: int = 32  # in one completion request
     parallel_prompts: int = 4  # of one request, computed at the same time
     chat_tokens: int = 512  # answer length of a chat request that states none
     drain_s: float = 5.0  # how long running answers may go on after the server was told to stop
 
     def __post_init__(self) -> None:
-        for name in ("body_bytes", "connections", "prompts", "parallel_prompts", "chat_tokens"):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigError(f"serving.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("head_s", "body_s", "stall_s"):
+            if not 0 < getattr(self, name) < 3600:
+                raise ConfigError(f"serving.{name} must lie between 0 and 3600, got {getattr(self, name)}")
         if not 0 <= self.drain_s < 3600:
             raise ConfigError(f"serving.drain_s must lie between 0 and 3600, got {self.drain_s}")
 
@@ -98,7 +105,7 @@ async def _fit(
     engine: TextEngine, draft: GenerationRequest, stated_tokens: int | None, default_tokens: int
 ) -> GenerationRequest:
     """Tokenize a draft and settle the length of its answer."""
-    tokens = await asyncio.to_thread(engine.prepare, draft)  # a long text takes a while: not on the loop
+    tokens = await engine.prepare(draft)
     room = engine.context_tokens - len(tokens)
     if stated_tokens is not None and stated_tokens > room:
         message = (

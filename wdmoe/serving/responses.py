@@ -10,7 +10,9 @@ from wdmoe.receipt import Receipt, StageSeconds
 from wdmoe.records import TextDelta
 from wdmoe.serving.requests import Job
 
-STATES = ("ok", "degraded", "waiting")
+ANSWERING = ("ok", "degraded")  # states in which requests are answered
+STOPPING = "stopping"
+STATES = (*ANSWERING, "waiting", "restarting")
 
 
 def whole_answer(job: Job, texts: Sequence[str], reasons: Sequence[str], receipt: Receipt) -> dict[str, Any]:
@@ -123,7 +125,8 @@ def health(status: Mapping[str, object]) -> dict[str, object]:
 
     The engine states what it knows under these names; all are optional, and more may follow:
 
-    - `state`: "ok", "degraded" (an expert has no device) or "waiting" (no expert has one);
+    - `state`: "ok", "degraded" (an expert has no device), "waiting" (no expert has one) or "restarting" (the process
+      of the model ended and another one begins);
     - `devices`: a list of objects, one for each device that takes part (`name` among their fields).
     """
     devices = device_count(status)

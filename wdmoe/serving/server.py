@@ -14,19 +14,29 @@ import uvicorn
 from wdmoe.errors import TransportError
 from wdmoe.records import TextEngine
 from wdmoe.serving.app import create_app
+from wdmoe.serving.closing import Closing
+from wdmoe.serving.connections import guarded
 from wdmoe.serving.requests import ServingLimits
+from wdmoe.tasks import end_tasks
 
 _log = logging.getLogger(__name__)
 
 _FAREWELL_S = 2.0  # for the error events of answers that were cut off at the end of `drain_s`
+_QUEUE = 1024  # connections that the system keeps until they are accepted
+_AT_ONCE = 64  # that many are accepted before what they sent is read
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, except that signals belong to whoever runs the event loop."""
+    """uvicorn, except that signals belong to whoever runs the event loop, and that a burst of connections may wait."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for each in sockets or ():
+            each.listen(_QUEUE)  # asyncio has one number for both
 
 
 async def serve_http(
@@ -41,9 +51,9 @@ async def serve_http(
 ) -> None:
     """Serve until cancelled.
 
-    When cancelled it takes no more requests, lets answers go on for `limits.drain_s`, ends the rest with an
+    When cancelled it answers new requests with 503, lets answers go on for `limits.drain_s`, ends the rest with an
     error that their clients can read, and closes the port; a second cancel ends it at once. The engine stays
-    open.
+    open, and has to work until this returns.
 
     Args:
         engine: answers the requests; the caller owns it.
@@ -57,17 +67,18 @@ async def serve_http(
         TransportError: the address cannot be bound.
     """
     limits = limits or ServingLimits()
-    closing = asyncio.Event()
+    closing = Closing()
     listener = _listen(host, port)
     config = uvicorn.Config(
         create_app(engine, api_key=api_key, aliases=aliases, limits=limits, closing=closing),
+        http=guarded(limits),
+        backlog=_AT_ONCE,
         log_config=None,
         access_log=False,  # the guard logs requests, with their ids
         lifespan="off",
         ws="none",
         server_header=False,
-        limit_concurrency=limits.connections,
-        timeout_graceful_shutdown=int(limits.drain_s + _FAREWELL_S) + 1,
+        timeout_graceful_shutdown=1,  # for what is cancelled although it was told to end
     )
     server = _Server(config)
     url = _url(listener)
@@ -83,15 +94,14 @@ async def serve_http(
         listener.close()
 
 
-async def _stop(server: uvicorn.Server, serving: asyncio.Task[None], closing: asyncio.Event, drain_s: float) -> None:
-    server.should_exit = True
+async def _stop(server: uvicorn.Server, serving: asyncio.Task[None], closing: Closing, drain_s: float) -> None:
     try:
-        await asyncio.wait([serving], timeout=drain_s)
-        closing.set()
-        await asyncio.wait([serving], timeout=2 * _FAREWELL_S)
+        if not serving.done():
+            await closing.drain(drain_s, _FAREWELL_S)
+            server.should_exit = True
+            await asyncio.wait([serving], timeout=2 * _FAREWELL_S)
     finally:
-        serving.cancel()
-        await asyncio.gather(serving, return_exceptions=True)
+        await end_tasks([serving])
 
 
 def _listen(host: str, port: int) -> socket.socket:

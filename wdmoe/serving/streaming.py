@@ -16,10 +16,12 @@ from wdmoe.errors import CancelledRequestError
 from wdmoe.receipt import Receipt
 from wdmoe.records import Finished, TextDelta, TextEngine
 from wdmoe.serving import responses
+from wdmoe.serving.closing import Closing
 from wdmoe.serving.errors import problem_from, shutting_down
 from wdmoe.serving.generation import Step, run
 from wdmoe.serving.metrics import Metrics
 from wdmoe.serving.requests import Job, ServingLimits
+from wdmoe.tasks import end_tasks
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -35,7 +37,7 @@ class Service:
     engine: TextEngine
     limits: ServingLimits
     metrics: Metrics
-    closing: asyncio.Event  # set when answers that still run have to end
+    closing: Closing
 
 
 class Reply(Response):
@@ -55,7 +57,7 @@ class Reply(Response):
         metrics = self._service.metrics
         work = self._send_stream(send) if self._job.stream else self._send_whole(scope, receive, send)
         try:
-            await _unless(work, gone=_gone(receive), closing=self._service.closing.wait())
+            await _unless(work, gone=_gone(receive), closing=self._service.closing.ends.wait())
         except CancelledRequestError:
             metrics.outcomes.labels("cancelled").inc()
         except Exception as error:
@@ -144,10 +146,7 @@ async def _unless(work: Coroutine[Any, Any, None], *, gone: Coroutine[Any, Any, 
     try:
         await asyncio.wait((task, left, closed), return_when=asyncio.FIRST_COMPLETED)
     finally:
-        waiting = [each for each in (task, left, closed) if not each.done()]
-        for each in waiting:
-            each.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
+        await end_tasks((task, left, closed))
     if not task.cancelled():
         task.result()
         return

@@ -50,17 +50,18 @@ class Engine:
         """Longest prompt plus answer, in tokens."""
         return self._station.manifest.context_tokens
 
-    def status(self) -> Mapping[str, object]:
+    async def status(self) -> Mapping[str, object]:
         """See `TextEngine.status`."""
         return {**self._status(), "requests": self._thread.load}
 
-    def prepare(self, request: GenerationRequest) -> tuple[int, ...]:
+    async def prepare(self, request: GenerationRequest) -> tuple[int, ...]:
         """See `TextEngine.prepare`."""
-        return encode_prompt(self._station.tokenizer, request, self.context_tokens)
+        # A long text takes a while: not on the loop.
+        return await asyncio.to_thread(encode_prompt, self._station.tokenizer, request, self.context_tokens)
 
     async def stream(self, request: GenerationRequest) -> AsyncIterator[TextDelta | Finished]:
         """See `TextEngine.stream`."""
-        prompt_ids = self.prepare(request)
+        prompt_ids = await self.prepare(request)
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
