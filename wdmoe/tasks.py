@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, suppress
 from types import TracebackType
 from typing import Any, TypeVar
@@ -40,6 +40,25 @@ class OpenedInSteps(ABC):
     ) -> None:
         """Close everything, the last part first."""
         await self._stack.aclose()
+
+
+async def within(timeout_s: float, work: Awaitable[Value]) -> Value:
+    """What `work` gives, if it gives it in time. A cancel always goes on.
+
+    Not `asyncio.wait_for`: before Python 3.12 that returns the result, and forgets the cancel, where both come at the
+    same time. A device that was told to stop in such a moment went on for ever.
+
+    Raises:
+        asyncio.TimeoutError: not in time; `work` was cancelled and has ended.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([task], timeout=max(timeout_s, 0.0))
+    finally:
+        await end_tasks([task])
+    if task.cancelled():
+        raise asyncio.TimeoutError
+    return task.result()
 
 
 async def run_together(*parts: Coroutine[Any, Any, None]) -> None:

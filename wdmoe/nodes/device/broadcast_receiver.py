@@ -26,7 +26,7 @@ from wdmoe.nodes.device.broadcast_decoder import OnnxDecoder
 from wdmoe.nodes.device.expert_cache import ExpertCache
 from wdmoe.nodes.device.rules import WantedExpert
 from wdmoe.records import ExpertId
-from wdmoe.tasks import in_thread, run_together, run_until_first
+from wdmoe.tasks import in_thread, run_together, run_until_first, within
 from wdmoe.transport.codec.messages import Failure, Message, Pilot, Rows, Shown, Symbols, Tune, Tuned
 from wdmoe.transport.zmq.pubsub import Tuner
 
@@ -138,7 +138,7 @@ class Listening:
     async def _take_in(self, tuner: Tuner) -> None:
         while not self._store.whole:
             try:
-                message = (await asyncio.wait_for(tuner.receive(), SILENCE_S)).message
+                message = (await within(SILENCE_S, tuner.receive())).message
             except asyncio.TimeoutError:
                 log.warning("heard nothing for %.0f s: the rest is lost", SILENCE_S)
                 self._store.end(self._tune.blocks)

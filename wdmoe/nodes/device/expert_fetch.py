@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from wdmoe.errors import ExpertError, TransportError
 from wdmoe.nodes.device.rules import WantedExpert
 from wdmoe.records import ExpertId
-from wdmoe.tasks import in_thread, run_together
+from wdmoe.tasks import in_thread, run_together, within
 from wdmoe.transport.codec.messages import Chunk, Fetch
 
 log = logging.getLogger(__name__)
@@ -87,6 +87,6 @@ class ExpertFetcher:
             self._awaited[key] = future = asyncio.get_running_loop().create_future()
             try:
                 await self._send(Fetch(layer=expert.layer, expert=expert.expert, offset=offset, length=length))
-                return await asyncio.wait_for(future, self._patience_s)
+                return await within(self._patience_s, future)
             finally:
                 del self._awaited[key]

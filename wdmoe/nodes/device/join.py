@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from wdmoe.config import DeviceSettings
 from wdmoe.errors import ConfigError, ProtocolError, TransportError
 from wdmoe.nodes.device.session import SentAwayError
+from wdmoe.tasks import within
 from wdmoe.transport.channel import ControlLink, DataLink
 from wdmoe.transport.codec.messages import Failure, Goodbye, Hello, Message, Welcome
 from wdmoe.transport.security.join_tokens import parse_token
@@ -140,7 +141,7 @@ async def _answer(link: ControlLink, until_s: float) -> Message | None:
     """The next message that matters while joining, or None."""
     while (left_s := until_s - time.monotonic()) > 0:
         try:
-            message = (await asyncio.wait_for(link.receive(), left_s)).message
+            message = (await within(left_s, link.receive())).message
         except asyncio.TimeoutError:
             return None
         if isinstance(message, Goodbye):

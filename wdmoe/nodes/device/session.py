@@ -17,7 +17,7 @@ from wdmoe.nodes.device.expert_fetch import ExpertFetcher
 from wdmoe.nodes.device.expert_store import ExpertStore
 from wdmoe.nodes.device.hardware import resident_bytes
 from wdmoe.nodes.device.rules import wanted_experts
-from wdmoe.tasks import run_together, run_until_first
+from wdmoe.tasks import run_together, run_until_first, within
 from wdmoe.transport.channel import ControlLink
 from wdmoe.transport.codec.messages import (
     Chunk,
@@ -154,7 +154,7 @@ class DeviceSession:
 
     async def _rest(self, until_s: float) -> None:
         try:
-            await asyncio.wait_for(self._news.wait(), max(0.0, until_s - time.monotonic()))
+            await within(until_s - time.monotonic(), self._news.wait())
         except asyncio.TimeoutError:
             return
         await asyncio.sleep(min(NEWS_S, max(0.0, until_s - time.monotonic())))
