@@ -25,6 +25,7 @@ flags += ["-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra"]
 HEADERS = (
     "bandwidth",
     "bandwidth_blocks",
+    "bandwidth_decided",
     "bandwidth_quick",
     "bottleneck",
     "budget",

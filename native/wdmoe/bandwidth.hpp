@@ -205,7 +205,7 @@ inline double core_latency(const BandwidthCore& core, const std::vector<double>&
         double worst = 0.0;
         for (std::size_t c = 0; c < width; ++c) {
             const double seconds = load[c] * each[c] + fixed[c];
-            if (!(seconds <= worst)) {  // NaN too: the caller must see it
+            if (!(seconds <= worst) && !std::isnan(worst)) {  // NaN stays: the caller must see it
                 worst = seconds;
                 if (slowest != nullptr) slowest[r] = c;
             }
@@ -213,6 +213,28 @@ inline double core_latency(const BandwidthCore& core, const std::vector<double>&
         sum += worst;
     }
     return sum;
+}
+
+// Where `load` tokens and the band that they take cost least together, and what a next step would still save.
+struct Priced {
+    double band, doubt;
+};
+
+inline Priced band_at_price(const LinkTime& link, double load, double price, double low, double high, double hint) {
+    Priced out{std::clamp(hint, low, high), 0.0};
+    for (int step = 0; step < 60; ++step) {
+        const LinkTime::Point p = link.at(out.band);
+        const double pull = -load * p.slope;
+        if (!(pull > 0.0)) return {low, out.doubt};
+        // Newton on the logarithm of the pull, which is nearly straight in the logarithm of the band
+        const double factor = std::clamp(1.0 + std::log(pull / price) * -p.slope / (out.band * p.bend), 0.1, 10.0);
+        const double next = std::clamp(out.band * factor, low, high);
+        const double moved = std::abs(next - out.band);
+        out.band = next;
+        out.doubt = load * p.bend * moved * moved * moved / out.band;  // second order in what a next step would move
+        if (moved <= 1e-5 * out.band) break;
+    }
+    return out;
 }
 
 // The certificate. For any weights (rows, width) >= 0 whose rows sum to 1 and any price >= 0,
@@ -241,26 +263,9 @@ inline double core_lower_bound(const BandwidthCore& core, std::vector<double>& w
     }
     magnitude += bound;
     for (std::size_t c = 0; c < core.columns; ++c) {
-        const LinkTime& link = core.link[c];
-        double band = std::clamp(hint[c], core.low[c], core.high[c]);
-        double doubt = 0.0;
-        for (int step = 0; step < 60; ++step) {
-            const LinkTime::Point p = link.at(band);
-            const double pull = -mean[c] * p.slope;
-            if (!(pull > 0.0)) {
-                band = core.low[c];
-                break;
-            }
-            // Newton on the logarithm of the pull, which is nearly straight in the logarithm of the band
-            const double factor = std::clamp(1.0 + std::log(pull / price) * -p.slope / (band * p.bend), 0.1, 10.0);
-            const double next = std::clamp(band * factor, core.low[c], core.high[c]);
-            const double moved = std::abs(next - band);
-            band = next;
-            doubt = mean[c] * p.bend * moved * moved * moved / band;  // second order in what a next step would move
-            if (moved <= 1e-5 * band) break;
-        }
-        const double term = mean[c] * link.time(band) + price * band;
-        bound += term - doubt;
+        const Priced at = band_at_price(core.link[c], mean[c], price, core.low[c], core.high[c], hint[c]);
+        const double term = mean[c] * core.link[c].time(at.band) + price * at.band;
+        bound += term - at.doubt;
         magnitude += term;
     }
     bound -= price;
@@ -385,16 +390,17 @@ private:
         const double latency = core_latency(core_, band_);
         if (answer.band.empty() || latency < answer.latency) set_bands(core_, band_, answer);
         // At the optimum the weight of a device is one over how steeply its time falls: all bands have one price.
+        const double unit = *std::max_element(core_.load.begin(), core_.load.end());  // no reciprocal of a tiny load
         double steep = 0.0;
         std::vector<double> weight(core_.width(), 0.0);
         for (std::size_t c = 0; c < core_.columns; ++c) {
             const bool waits = finish(c, band_[c]) < latency * (1.0 - 1e-9);
             if (waits) continue;
-            weight[c] = -1.0 / (core_.load[c] * core_.link[c].at(band_[c]).slope);
+            weight[c] = -1.0 / (core_.load[c] / unit * core_.link[c].at(band_[c]).slope);
             steep += weight[c];
         }
-        if (!(steep > 0.0 && steep < 1e300)) return;  // loads so small that no such certificate can be computed
-        const double price = 1.0 / steep, bound = core_lower_bound(core_, weight, price, band_);
+        if (!(steep > 0.0 && steep < 1e300)) return;  // times so short that no such certificate can be computed
+        const double price = unit / steep, bound = core_lower_bound(core_, weight, price, band_);
         if (!std::isfinite(bound) || (bound <= answer.lower_bound && !answer.weight.empty())) return;
         answer.lower_bound = bound;
         answer.weight = weight;

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "bandwidth.hpp"
+#include "bandwidth_decided.hpp"
 #include "bandwidth_quick.hpp"
 
 namespace wdmoe {
@@ -637,7 +638,9 @@ inline CoreAnswer solve_core(const BandwidthCore& core, const std::vector<double
     const bool usable = answer.band.size() == core.columns && std::isfinite(answer.latency);
     if (!usable) set_bands(core, even_bands(core), answer);
     answer.lower_bound = std::min(answer.lower_bound, answer.latency);
-    if (!is_closed(answer.latency, answer.lower_bound, tolerance) || answer.weight.empty()) bound_alone(core, answer);
+    if (is_closed(answer.latency, answer.lower_bound, tolerance) && !answer.weight.empty()) return answer;
+    bound_alone(core, answer);
+    if (core.rows > 1 && !is_closed(answer.latency, answer.lower_bound, tolerance)) DecidedBlocks(core).better(answer);
     return answer;
 }
 
@@ -719,7 +722,9 @@ private:
             const double load = builder_.load_of(i, k);
             if (!(load > 0.0)) continue;
             const double seconds = load * each[k] + builder_.fixed_of(i, k);
-            if (slowest == task_.devices || !(seconds <= worst)) worst = seconds, slowest = k;
+            if (slowest != task_.devices && (seconds <= worst || std::isnan(worst))) continue;
+            worst = seconds;
+            slowest = k;
         }
         out_.block_latency[i] = worst;
         if (slowest < task_.devices) out_.weight[i * task_.devices + slowest] = 1.0;

@@ -4,12 +4,14 @@ crash, a wrong answer or a changed input. And with good input of unusual layout 
 from __future__ import annotations
 
 import re
+from functools import partial
 from itertools import product
 
 import numpy as np
 import pytest
 
 from wdmoe import solver
+from wdmoe.solver.required_bandwidth import needed_hz
 
 RNG = np.random.default_rng(20240623)
 TOKENS, EXPERTS, DEVICES, BLOCKS, DRAWS = 12, 8, 4, 3, 2
@@ -135,6 +137,8 @@ BAD = {
     "complex": lambda a: a.astype(complex),
     "objects": lambda a: np.full(a.shape, None),
     "ragged": lambda a: [[1.0, 2.0], [3.0]],
+    "masked": lambda a: np.ma.masked_array(a, mask=np.arange(np.size(a)).reshape(np.shape(a)) == 0),
+    "masked in a list": lambda a: [np.ma.masked_array(row, mask=True) for row in a],
 }
 
 
@@ -170,15 +174,41 @@ def bad_floats():
 
 
 def bad_indices():
-    kinds = {kind: BAD[kind] for kind in ("NaN", "too many dimensions", "text", "complex", "objects", "ragged")}
+    kinds = {
+        kind: BAD[kind] for kind in ("NaN", "too many dimensions", "text", "complex", "objects", "ragged", "masked")
+    }
     kinds |= {"fractions": lambda a: a + 0.5, "too large": lambda a: a.astype(np.int64) + 2**40}
     for (case, name), kind in product(INTEGERS, kinds):
         yield f"{case}, {name}, {kind}", calls(case, name, kinds[kind](GOOD[case][1][name])), name
 
 
 def odd_types():
-    for (case, name), kind in product(OTHERS, ["text", "complex", "objects", "ragged"]):
+    for (case, name), kind in product(OTHERS, ["text", "complex", "objects", "ragged", "masked"]):
         yield f"{case}, {name}, {kind}", calls(case, name, BAD[kind](np.ones(EXPERTS))), name
+
+
+def masked_work():
+    experts, weights, rows = np.zeros((2, 1), np.int32), np.ones((2, 1), np.float32), np.zeros(2, np.int32)
+    good = {"experts": experts, "weights": weights, "device_of": np.zeros(1, np.int32)}
+    for name, array in good.items():
+        masked = good | {name: np.ma.masked_array(array)}
+        yield f"group_by_device, {name}", partial(solver.group_by_device, **masked), name
+    partials = {"out": np.zeros((2, 1), np.float32), "partial": weights, "rows": rows, "weights": np.ones(2)}
+    for name, array in partials.items():
+        masked = partials | {name: np.ma.masked_array(array)}
+        yield f"combine_partials, {name}", partial(solver.combine_partials, **masked), name
+    for reply in ((np.ma.masked_array(weights), rows), (weights, np.ma.masked_array(rows))):
+        yield "combine", partial(solver.combine, 2, 1, [reply]), r"replies\[0\]: (partial|rows)"
+    yield "combine, scale", partial(solver.combine, 2, 1, [], np.ma.masked_array(np.ones(2))), "scale"
+    yield "is_finite", partial(solver.is_finite, np.ma.masked_array(np.ones(2))), "values"
+    yield "needed_hz", partial(needed_hz, LINKS, np.ma.masked_array(np.ones(2))), "token_s"
+
+
+def rows_beyond_32_bits():
+    """Cut to 32 bits each would be row 0."""
+    ones = np.ones((1, 1), np.float32)
+    for rows in ([2**32], [-(2**32)], [0.4], np.array([1j])):
+        yield f"rows {rows}", partial(solver.combine, 2, 1, [(ones, rows)]), "rows"
 
 
 def bad_numbers():
@@ -192,7 +222,9 @@ def bad_numbers():
             yield f"{case}, {name} = {value}", calls(case, name, value), name
 
 
-@pytest.mark.parametrize("attempts", [bad_floats, bad_indices, odd_types, bad_numbers])
+@pytest.mark.parametrize(
+    "attempts", [bad_floats, bad_indices, odd_types, bad_numbers, masked_work, rows_beyond_32_bits]
+)
 def test_what_is_wrong_is_refused_by_its_name(attempts):
     expect_refusals(attempts())
 

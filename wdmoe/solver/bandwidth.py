@@ -88,12 +88,6 @@ class Links:
         object.__setattr__(self, "table", table)
         object.__setattr__(self, "flat", given == ["efficiency"])
 
-    def one_draw(self) -> FloatArray:
-        """The table, (5, devices). Raises ValueError where it has many draws."""
-        if self.table.ndim != 2:
-            raise ValueError(f"links must be (devices,), got shape {self.table[..., 0, :].shape}")
-        return self.table
-
 
 _LINK_FIELDS = tuple(each.name for each in fields(Links))
 
@@ -119,6 +113,13 @@ def with_compute(links: Links, compute_s: FloatArray) -> Links:
     object.__setattr__(other, "compute_s", compute_s)
     object.__setattr__(other, "table", table)
     return other
+
+
+def one_draw(links: Links) -> FloatArray:
+    """The table of the links, (5, devices). Raises ValueError where they have many draws."""
+    if links.table.ndim != 2:
+        raise ValueError(f"links must be (devices,), got shape {links.table[..., 0, :].shape}")
+    return links.table
 
 
 def allocate_bandwidth(

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from wdmoe.arrays import FloatArray, Int32Array, UInt8Array
 from wdmoe.solver import _native
 from wdmoe.solver.assignments import Assignments, check_assignments, check_positive
-from wdmoe.solver.bandwidth import Links, allocate_bandwidth
+from wdmoe.solver.bandwidth import LARGEST, Links, allocate_bandwidth, one_draw
 
 _ROUNDING = 1e-9  # of the weight that must be kept, and of the budget
 _TINY = 1e-30  # seconds: less than any link takes
@@ -63,13 +63,14 @@ def select_within_budget(
             each assignment, where experts have replicas. -1: none does.
         links: (devices,); an assignment is what they call a token, also where a device has two of one token's experts.
         total_hz: the band that all devices share, Hz.
-        budget_s: latency that the layer may take, 1e-30 to 1e30 seconds.
+        budget_s: latency that the layer may take, seconds, at least 1e-30; above 1e30 counts as 1e30.
         renormalise: what a token keeps grows to the sum it had.
     Raises:
         ValueError: an argument is not as above; the message names it.
     """
-    given = check_assignments(experts, weights, device_of, links.one_draw().shape[1])
+    given = check_assignments(experts, weights, device_of, one_draw(links).shape[1])
     check_positive(total_hz=total_hz, budget_s=budget_s)
+    budget_s = min(budget_s, LARGEST)
     kept, bound, fits = _native.choose_within_budget(
         given.device, given.weights, links.table, links.flat, total_hz, budget_s
     )
@@ -101,7 +102,7 @@ def select_at_most_dropped(
     Raises:
         ValueError: an argument is not as above; the message names it.
     """
-    given = check_assignments(experts, weights, device_of, links.one_draw().shape[1])
+    given = check_assignments(experts, weights, device_of, one_draw(links).shape[1])
     check_positive(total_hz=total_hz)
     if not 0 <= max_dropped <= 1:  # also refuses NaN
         raise ValueError(f"max_dropped must be 0 to 1, got {max_dropped}")

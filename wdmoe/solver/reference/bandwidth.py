@@ -60,7 +60,10 @@ def latency(load: FloatArray, links: FloatArray, flat: bool, band_hz: FloatArray
 def lower_bound(
     load: FloatArray, links: FloatArray, flat: bool, total_hz: float, weight: FloatArray, price: float
 ) -> float:
-    """What weights (rows sum to 1 where there is load) and a price per hertz prove, floors and caps left out."""
+    """What weights (rows sum to 1 where there is load) and a price per hertz prove, floors and caps left out.
+
+    No device has more than the total.
+    """
     mean = (weight * load).sum(axis=0)
     used = mean > 0
     mean, links = mean[used], links[:, used]
@@ -70,7 +73,7 @@ def lower_bound(
         return np.asarray(mean * seconds_per_token(links, flat, band) + price * band)
 
     span = np.log(total_hz)
-    least = golden(cost, np.full(len(mean), span - 45.0), np.full(len(mean), span + 3.0))
+    least = golden(cost, np.full(len(mean), span - 45.0), np.full(len(mean), span))
     return float((mean * links[4]).sum() + least.sum() - price * total_hz)
 
 
