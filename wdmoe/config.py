@@ -12,6 +12,7 @@ from wdmoe.errors import ConfigError
 POLICIES = ("topk", "cosine", "bottleneck", "budget")
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
 ALLOCATIONS = ("optimal", "equal")
+JOIN_USES = 64  # devices that may join by one token, where nothing else is said
 MOST_HZ = 1e24  # a watt over the noise density of room temperature is 2.5e20 Hz
 PRECISIONS = ("fp32", "fp16", "int8")
 RANKS = ("probability", "energy")  # what a policy ranks experts by, see `wdmoe.solver.ranking`
@@ -152,6 +153,7 @@ class StationSettings:
     copies: int = 2  # devices that hold each expert, memory allowing: with 2, a lost one costs time but no quality
     record_trace: Path | None = None  # where to leave a gate trace of what was served
     state: Path = field(default_factory=lambda: state_home() / "bs")
+    join_uses: int | None = JOIN_USES  # devices that may join by one of its tokens; None: as many as come
     insecure: bool = False
 
     def __post_init__(self) -> None:
@@ -163,6 +165,8 @@ class StationSettings:
         check_ranking(self.policy, self.rank, self.whole_layers)
         for name in ("deadline_s", "prefill_chunk", "max_active", "lease_s"):
             _positive(name, getattr(self, name))
+        if self.join_uses is not None:
+            _positive("join_uses", self.join_uses)
         if self.copies not in (1, 2):
             raise ConfigError(f"copies must be 1 or 2, got {self.copies}")
         if self.max_queued < 0 or self.deadline_per_token_s < 0 or self.threads < 0:

@@ -104,7 +104,8 @@ def test_tokens_are_made_listed_and_revoked(tmp_path):
     from wdmoe.transport.security.keys import new_key_pair
 
     state = ("--state", str(tmp_path / "bs"))
-    made = run_here("token", "create", *state, "--endpoint", "tcp://192.0.2.7:5555", "--ttl", "10min", "--uses", "1")
+    create = ("token", "create", *state, "--endpoint", "tcp://192.0.2.7:5555", "--ttl", "10min", "--uses", "1")
+    made = run_here(*create, "--new")
     assert made.returncode == 0
     assert parse_token(made.stdout).endpoints == ("tcp://192.0.2.7:5555",)
     everywhere = parse_token(run("token", XDG_STATE_HOME=str(tmp_path)).stdout)
@@ -120,11 +121,11 @@ def test_tokens_are_made_listed_and_revoked(tmp_path):
 
 
 def test_names_and_keys_that_begin_with_a_dash(tmp_path):
-    from wdmoe.transport.security.admission import Admission
     from wdmoe.transport.security.keys import new_key_pair
+    from wdmoe.transport.security.station_state import make_or_open_state
 
     state = ("--state", str(tmp_path / "bs"))
-    admission = Admission(tmp_path / "bs")
+    admission = make_or_open_state(tmp_path / "bs").admission
     key = next(pair.public for pair in iter(new_key_pair, None) if pair.public.startswith("-"))
     for name, revoked in (("-hall", "-hall"), ("--help-desk", "--help-desk"), ("attic", key)):
         admission.admit(key, name)

@@ -96,7 +96,13 @@ def test_from_bundle_to_answer_and_again_after_the_base_station_was_killed(bundl
     """kill -9: no goodbye, no clean-up. Same state folder and address, so the same key and the same devices."""
     state = ("--state", str(tmp_path / "bs"))
     words = ("bs", str(bundle), "--bind", f"tcp://127.0.0.1:{free_ports(2)}", "--http", "127.0.0.1:0", *state)
-    words += ("--budget", "1000s", "--whole-layers", "1")  # so much that nothing is dropped: answers are alike
+    words += (
+        "--print-token",
+        "--budget",
+        "1000s",
+        "--whole-layers",
+        "1",
+    )  # so much that nothing is dropped: answers are alike
     station = Node(tmp_path, "bs", *words)
     nodes.append(station)
     token, url = station.wait_for(r"Join token.*: (\S+)"), station.wait_for(r"HTTP: (http://\S+)/v1")

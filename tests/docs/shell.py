@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,8 +124,8 @@ class Reader:
         terminal = Terminal(command, self.folder, self.environment(), log)
         self.terminals.append(terminal)
         terminal.wait_for(READY[kind])
-        if kind == "bs" and (found := re.search(r"Join token.*: (\S+)", log.read_text())):
-            (self.folder / "token.txt").write_text(found[1])
+        if kind == "bs" and (found := re.search(r"The join token lies in (\S+)\. ", log.read_text())):
+            shutil.copy(found[1], self.folder / "token.txt")
 
     def _do(self, command: str) -> str:
         self._machines, before = 0, self._machines

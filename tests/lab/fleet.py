@@ -89,7 +89,7 @@ class Fleet:
     @contextmanager
     def serve(self, bundle: Path, devices: int = 3, **settings: Any) -> Iterator[BaseStation]:
         """Run a station; with enough devices, wait until it is served by all of them."""
-        defaults = {"bind": self.bind, "state": self.folder / "bs", "deadline_s": 30.0, "threads": 1}
+        defaults = {"bind": self.bind, "state": self.folder / "bs", "deadline_s": 30.0, "threads": 1, "join_uses": None}
         station = BaseStation(StationSettings(bundle=bundle, **{**defaults, **settings}))
         self.loop.run(station.__aenter__())
         try:

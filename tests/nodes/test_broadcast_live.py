@@ -349,9 +349,9 @@ def test_a_device_that_says_nonsense_is_given_up_and_the_other_unharmed(tmp_path
     rogue_keys = new_key_pair()
 
     async def rogue(station: BroadcastStation) -> None:
-        station._admission.admit(rogue_keys.public, "rogue")
+        station._state.admission.admit(rogue_keys.public, "rogue")
         context = new_context()
-        link = open_control_link(context, station._endpoints[0], LinkSecurity(station._keys.public, rogue_keys))
+        link = open_control_link(context, station._endpoints[0], LinkSecurity(station._state.keys.public, rogue_keys))
         try:
             await introduce(link, Hello(session=1, report=dataclasses.replace(REPORT, name="rogue")))
             while not isinstance(tune := (await link.receive()).message, Tune):

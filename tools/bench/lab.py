@@ -47,7 +47,13 @@ async def served(
     from wdmoe.config import StationSettings
     from wdmoe.nodes.base_station.base_station import BaseStation
 
-    defaults = {"bind": "tcp://127.0.0.1:*", "state": folder / "bs", "deadline_s": 30.0, "threads": 1}
+    defaults = {
+        "bind": "tcp://127.0.0.1:*",
+        "state": folder / "bs",
+        "deadline_s": 30.0,
+        "threads": 1,
+        "join_uses": None,
+    }
     async with BaseStation(StationSettings(bundle=bundle, **{**defaults, **settings})) as station:
         token = station.join_text
         fleet = [Device(folder, f"device{i}", token, words[i] if words else ()) for i in range(devices)]

@@ -17,12 +17,15 @@ from wdmoe.cli.params import (
     SECRET,
     SHARE,
     TIME,
+    USES,
     check_rank_flags,
     chosen_policy,
 )
 from wdmoe.cli.running import run_until_stopped
+from wdmoe.cli.tokens import tell_address, tell_token
 from wdmoe.config import (
     ALLOCATIONS,
+    JOIN_USES,
     POLICIES,
     RANKS,
     StationSettings,
@@ -192,6 +195,18 @@ from wdmoe.config import (
     help="CPU threads of attention and gate.  [default: torch's choice]",
 )
 @click.option("--state", type=DIRECTORY, help="Folder of the base station's key and of the list of admitted devices.")
+@click.option(
+    "--join-uses",
+    type=USES,
+    default=JOIN_USES,
+    show_default=True,
+    help="Devices that may join by one join token, or unlimited. A token that is used up is replaced.",
+)
+@click.option(
+    "--print-token",
+    is_flag=True,
+    help="Print the join token itself, not only the name of its file. On a terminal that is the default.",
+)
 @click.option("--insecure", is_flag=True, help="Use no encryption and admit everybody: for closed networks only.")
 @click.option("--commands", is_flag=True, hidden=True, help="Obey commands on standard input, as `demo` sends them.")
 def bs(
@@ -222,6 +237,8 @@ def bs(
     dtype: str,
     threads: int,
     state: Path | None,
+    join_uses: int | None,
+    print_token: bool,
     insecure: bool,
     commands: bool,
 ) -> None:
@@ -230,8 +247,9 @@ def bs(
     BUNDLE is a folder that `wdmoe-node export` made, or the word default: the default model, which is made on first
     use. Clients may ask for the model by its own name, by the word default, or by the name of the folder.
 
-    The command prints a join token. Run `wdmoe-node device --join TOKEN` on each device; `wdmoe-node token` prints
-    further tokens. The base station answers as soon as every expert has a device.
+    Devices need a join token: run `wdmoe-node device --join @FILE` on each. The command keeps one in the file
+    join-token of its state folder, and prints it on a terminal; `wdmoe-node token` prints further ones. The base
+    station answers as soon as every expert has a device.
 
     \b
     Examples:
@@ -280,12 +298,13 @@ def bs(
         copies=copies,
         record_trace=record_trace,
         state=state or state_home() / "bs",
+        join_uses=join_uses,
         insecure=insecure,
     )
-    run_until_stopped(_serve(settings, alias_of(bundle), commands))
+    run_until_stopped(_serve(settings, alias_of(bundle), commands, print_token))
 
 
-async def _serve(settings: StationSettings, alias: str, commands: bool) -> None:
+async def _serve(settings: StationSettings, alias: str, commands: bool, print_token: bool) -> None:
     """A base station and its HTTP face."""
     with needs_extra("bs"):
         from wdmoe.nodes.base_station.base_station import BaseStation
@@ -294,18 +313,16 @@ async def _serve(settings: StationSettings, alias: str, commands: bool) -> None:
         from wdmoe.tasks import run_together
     host, port = settings.http_host, settings.http_port
     async with BaseStation(settings) as station:
-        _tell_how_to_join(station.join_text, settings.insecure)
+        if station.join_file is None:
+            tell_address(station.join_text)
+        else:
+            tell_token(station.join_file.renew(), station.join_file.path, print_token)
         parts = [station.run()]
         if port >= 0:
             parts.append(serve_http(station.engine, host, port, settings.api_key, aliases=[alias], ready=_tell_url))
         if commands:
             parts.append(obey(station, settings, click.echo))
         await run_together(*parts)
-
-
-def _tell_how_to_join(text: str, insecure: bool) -> None:
-    click.echo(f"{'Address' if insecure else 'Join token (a secret)'}: {text}")
-    click.echo(f"On each device: wdmoe-node device --join {'ADDRESS --insecure' if insecure else 'TOKEN'}")
 
 
 def _tell_url(url: str) -> None:

@@ -12,6 +12,7 @@ import click
 from wdmoe.cli.failures import needs_extra
 from wdmoe.cli.params import DIRECTORY, FILE, TIME
 from wdmoe.cli.running import run_until_stopped
+from wdmoe.cli.tokens import tell_token
 from wdmoe.config import state_home
 
 if TYPE_CHECKING:
@@ -115,6 +116,11 @@ class Fraction(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--state", type=DIRECTORY, help="With --bind: folder of the station's key and of the list of admitted devices."
 )
+@click.option(
+    "--print-token",
+    is_flag=True,
+    help="With --bind: print the join token itself, not only the name of its file. On a terminal that is the default.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print all figures as one JSON document, and nothing else.")
 def broadcast(
     first: Path,
@@ -131,6 +137,7 @@ def broadcast(
     advertise: str,
     wait_s: float,
     state: Path | None,
+    print_token: bool,
     as_json: bool,
 ) -> int:
     """Send two pictures at once to two devices whose channels differ.
@@ -148,10 +155,12 @@ def broadcast(
       wdmoe-node broadcast cat.png dog.jpg --snr 15,0 --alpha 0.3 --cbr 1/3 --fading rayleigh
       wdmoe-node broadcast cat.png dog.jpg --snr 15,0 --aim target:24dB@2
       wdmoe-node broadcast cat.png dog.jpg --bind tcp://*:5555       # then on two devices:
-      wdmoe-node device --join @token.txt --save-pictures pictures
+      wdmoe-node device --join @broadcast-token --save-pictures pictures
     """
-    if not bind and (advertise or state):
-        raise click.UsageError("--advertise and --state are for devices elsewhere: give --bind too, as tcp://*:5555")
+    if not bind and (advertise or state or print_token):
+        raise click.UsageError(
+            "--advertise, --state and --print-token are for devices elsewhere: give --bind too, as tcp://*:5555"
+        )
     with needs_extra("broadcast"):
         from wdmoe.nodes.broadcast_station.settings import BroadcastSettings
 
@@ -170,10 +179,10 @@ def broadcast(
         wait_s=wait_s,
         state=state or state_home() / "bs",
     )
-    return _send(settings, as_json=as_json)
+    return _send(settings, as_json=as_json, print_token=print_token)
 
 
-def _send(settings: BroadcastSettings, *, as_json: bool) -> int:
+def _send(settings: BroadcastSettings, *, as_json: bool, print_token: bool) -> int:
     """Do it, say what came of it, and give the exit code."""
     from wdmoe.cli.progress import StageProgress
 
@@ -188,7 +197,9 @@ def _send(settings: BroadcastSettings, *, as_json: bool) -> int:
     with StageProgress("broadcast") as bar:
 
         async def work() -> None:
-            ended.append(await send(sending, bar.reach, _tell_token))
+            ended.append(
+                await send(sending, bar.reach, lambda text, file: tell_token(text, file, print_token, err=True))
+            )
 
         run_until_stopped(work())
     if not ended:
@@ -210,7 +221,3 @@ def _send(settings: BroadcastSettings, *, as_json: bool) -> int:
 
 def _note(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-def _tell_token(text: str) -> None:
-    _note(f"Join token (a secret): {text}\nOn two devices: wdmoe-node device --join TOKEN")

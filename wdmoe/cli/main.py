@@ -34,8 +34,9 @@ def cli(verbose: int, quiet: bool) -> None:
 
     \b
       wdmoe-node demo                        # everything on this machine
-      wdmoe-node bs default                  # a base station with the default model; prints a join token
-      wdmoe-node device --join TOKEN         # on every device
+      wdmoe-node token > token.txt           # what a device needs to join: a secret
+      wdmoe-node bs default                  # a base station with the default model
+      wdmoe-node device --join @token.txt    # on every device
       wdmoe-node status                      # the devices, and how fast they are
 
     Quantities carry their unit: 20MHz, 150ms, 2GiB, 20Mbit/s, -174dBm/Hz.

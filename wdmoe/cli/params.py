@@ -10,6 +10,8 @@ from wdmoe.config import MOST_HZ, check_budget, check_ranking, is_hertz
 from wdmoe.errors import ConfigError
 from wdmoe.units import Dimension, parse_quantity
 
+MOST_USES = 1_000_000
+
 
 class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
     """A number with its unit, handed to the command as an SI float."""
@@ -112,6 +114,21 @@ class LinkSnr(click.ParamType):  # type: ignore[type-arg]
         return found[0], found[1]
 
 
+class Uses(click.ParamType):  # type: ignore[type-arg]
+    """How many devices may join: a number, or `unlimited`, handed on as None."""
+
+    name = "number|unlimited"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """Read it."""
+        text = str(value).strip()
+        if text == "unlimited":
+            return None
+        if not text.isdecimal() or not 1 <= int(text) <= MOST_USES:
+            self.fail(f"{value!r}: give a number from 1 to {MOST_USES}, or unlimited", param, ctx)
+        return int(text)
+
+
 FREQUENCY = Quantity("frequency")
 TIME = Quantity("time")
 SIZE = Quantity("size")
@@ -120,6 +137,7 @@ RATES = Quantities("rate")
 LINK_SNR = LinkSnr()
 SHARE = Share()
 SECRET = Secret()
+USES = Uses()
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 

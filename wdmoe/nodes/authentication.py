@@ -24,15 +24,16 @@ class Authentication(Protocol):
         """The key of a join token: it may do nothing but ask for another key to be admitted."""
         ...
 
-    def is_admitted(self, key: str) -> bool:
-        """On the allow list now."""
+    def is_revoked(self, key: str) -> bool:
+        """Shut out. That a key is merely not on the list, or the list cannot be read, is not that."""
         ...
 
     def enrol(self, enrolment_key: str, device_key: str, name: str) -> None:
         """Admit a device's key from now on.
 
         Raises:
-            WdmoeError: the token has expired or is used up, or the key is not one.
+            RefusedError: the token has expired or is used up, or the key is not one.
+            ConfigError: the station cannot do it now.
         """
         ...
 
@@ -55,9 +56,9 @@ class CurveAuthentication:
         """See `Authentication`."""
         return self._admission.kind_of(key) == "enrolment"
 
-    def is_admitted(self, key: str) -> bool:
+    def is_revoked(self, key: str) -> bool:
         """See `Authentication`."""
-        return self._admission.kind_of(key) == "device"
+        return self._admission.kind_of(key) == "revoked"
 
     def enrol(self, enrolment_key: str, device_key: str, name: str) -> None:
         """See `Authentication`."""
@@ -79,9 +80,9 @@ class NoAuthentication:
         """See `Authentication`."""
         return False
 
-    def is_admitted(self, key: str) -> bool:
+    def is_revoked(self, key: str) -> bool:
         """See `Authentication`."""
-        return True
+        return False
 
     def enrol(self, enrolment_key: str, device_key: str, name: str) -> None:
         """Nothing to do: everybody is in already."""

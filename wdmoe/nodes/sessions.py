@@ -10,16 +10,17 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from wdmoe.errors import BundleError, TransportError, WdmoeError
+from wdmoe.errors import BundleError, RefusedError, TransportError, WdmoeError
 from wdmoe.nodes.authentication import Authentication
 from wdmoe.tasks import run_together
 from wdmoe.transport.channel import ControlStation, Envelope
 from wdmoe.transport.codec.messages import Attached, Chunk, Failure, Fetch, Goodbye, Hello, Message, Ping, Pong, Welcome
 from wdmoe.transport.membership import (
+    REVOKED,
     Action,
     Changed,
     Device,
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 TICKS_PER_LEASE = 6
 MAX_CHUNK_BYTES = 1 << 20
+KEYS_LOOK_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +106,7 @@ class Sessions:
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        await run_together(self._receive(), self._watch(), self._send())
+        await run_together(self._receive(), self._watch(), self._watch_keys(), self._send())
 
     async def say_goodbye(self, reason: str) -> None:
         """Send every device away, to come back when it likes. Call when `run` has ended."""
@@ -143,13 +145,18 @@ class Sessions:
                 log.warning("could not serve a message: %s", error)
 
     async def _watch(self) -> None:
-        """Leases, and keys that are revoked."""
+        """Leases."""
         while True:
             await asyncio.sleep(self._terms.lease_s / TICKS_PER_LEASE)
-            for device in self.roster.live():
-                if not self._authentication.is_admitted(device.key):
-                    self.apply(self.roster.revoke(key=device.key))
             self.apply(self.roster.tick(now=time.monotonic()))
+
+    async def _watch_keys(self) -> None:
+        """Keys that are revoked."""
+        while True:
+            await asyncio.sleep(KEYS_LOOK_S)
+            for device in self.roster.live():
+                if self._authentication.is_revoked(device.key):
+                    self.apply(self.roster.revoke(key=device.key))
 
     async def _send(self) -> None:
         while True:
@@ -191,6 +198,9 @@ class Sessions:
             self._enrol(envelope, hello)
             return
         key = self._authentication.identify(envelope, hello.session)
+        if self._authentication.is_revoked(key):
+            self.post(envelope.route, Goodbye(reason=REVOKED, retry=False))
+            return
         self.apply(
             self.roster.hello(
                 key=key,
@@ -205,12 +215,14 @@ class Sessions:
     def _enrol(self, envelope: Envelope, hello: Hello) -> None:
         try:
             self._authentication.enrol(envelope.key, hello.enrol_key, hello.report.name)
-        except WdmoeError as error:
+        except RefusedError as error:
             log.warning("refused to enrol %r: %s", hello.report.name, error)
             self.post(envelope.route, Goodbye(reason=str(error), retry=False))
             return
-        # Whoever was revoked and now comes with a new token is welcome again.
-        self.roster = replace(self.roster, revoked=self.roster.revoked - {hello.enrol_key})
+        except WdmoeError as error:  # a full disk, no descriptor left: no fault of the device
+            log.error("could not enrol %r: %s", hello.report.name, error)
+            self.post(envelope.route, Goodbye(reason="it cannot enrol devices now", retry=True))
+            return
         self.post(envelope.route, Welcome(session=hello.session, enrolled=True))
 
     def _ping(self, key: str, route: bytes, ping: Ping, now: float) -> None:

@@ -23,6 +23,7 @@ from wdmoe.records import DeviceReport, ExpertId
 
 REMEMBERED_SESSIONS = 8  # per key: a ghost older than that is not recognised as one
 REMEMBERED_KEYS = 4096  # bounds memory on an insecure channel, where keys are free
+REVOKED = "this device's key is revoked"
 NO_EXPERTS: frozenset[ExpertId] = frozenset()
 
 
@@ -106,7 +107,6 @@ class Roster:
     lease_s: float = 3.0
     devices: Mapping[str, Device] = field(default_factory=lambda: MappingProxyType({}))
     sessions: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: MappingProxyType({}))  # newest last
-    revoked: frozenset[str] = frozenset()
     joined: int = 0  # devices so far
 
     # ---- events of the control plane
@@ -115,8 +115,6 @@ class Roster:
         self, *, key: str, device_id: str, session: int, route: bytes, report: DeviceReport, now: float
     ) -> Outcome:
         """A device introduces itself; it repeats that until Welcome arrives."""
-        if key in self.revoked:
-            return self, (SendGoodbye(route=route, reason="this device's key is revoked", retry=False),)
         known = self.sessions.get(key, ())
         if session in known[:-1]:
             return self, (SendGoodbye(route=route, reason="replaced by a newer session", retry=False),)
@@ -217,12 +215,11 @@ class Roster:
         return roster, actions
 
     def revoke(self, *, key: str) -> Outcome:
-        """A key is no longer admitted, for good."""
+        """A key was revoked. That it stays out is up to the allow list, which also takes it back."""
         device = self.devices.get(key)
-        barred = replace(self, revoked=self.revoked | {key})
         if device is None:
-            return barred, ()
-        return barred._without(device), self._farewell(device, "this device's key is revoked", retry=False)
+            return self, ()
+        return self._without(device), self._farewell(device, REVOKED, retry=False)
 
     # ---- questions
 

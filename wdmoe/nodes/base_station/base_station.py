@@ -32,22 +32,23 @@ from wdmoe.nodes.base_station.control_plane import ControlPlane
 from wdmoe.nodes.base_station.layer_rules import layer_rules
 from wdmoe.nodes.base_station.placement import Wishes
 from wdmoe.nodes.base_station.status import describe
+from wdmoe.nodes.join_token_file import JoinTokenFile
 from wdmoe.records import ExpertId
 from wdmoe.solver.placement.file import read_placement, write_placement
-from wdmoe.tasks import OpenedInSteps
+from wdmoe.tasks import OpenedInSteps, run_until_first
 from wdmoe.transport.channel import Envelope
 from wdmoe.transport.codec.messages import Message
 from wdmoe.transport.exchange import Exchange
 from wdmoe.transport.routing import Routing
 from wdmoe.transport.security.admission import Admission
-from wdmoe.transport.security.keys import station_keys
+from wdmoe.transport.security.station_state import make_or_open_state
 from wdmoe.transport.security.zap import Door
 from wdmoe.transport.zmq.channels import open_control_station, open_data_station
 from wdmoe.transport.zmq.sockets import SocketOptions, StationSecurity, new_context
 
 log = logging.getLogger(__name__)
 
-TOKEN_LIFE_S = 24 * 3600.0
+JOIN_FILE = "join-token"  # in the state folder
 MOST_TRACED_TOKENS = 32_768  # some 35 MB with the default model, ten times that with 64 experts a layer
 SWITCH_INTERVAL_S = 0.0005  # the model thread must get the GIL back soon after the network woke it
 
@@ -72,8 +73,12 @@ class BaseStation(OpenedInSteps):
         self._routing = Routing()
 
     async def run(self) -> None:
-        """Serve until cancelled; a bug in the control plane comes out here."""
-        await asyncio.shield(self._control_task)
+        """Serve until cancelled, with a join token ready; a bug in the control plane comes out here."""
+        if self.join_file is None:
+            await asyncio.shield(self._control_task)
+        else:
+            await run_until_first(asyncio.wait([self._control_task]), self.join_file.keep())
+            self._control_task.result()
 
     async def wait_until_served(self, timeout_s: float) -> None:
         """Wait until every expert is served by some device.
@@ -93,10 +98,7 @@ class BaseStation(OpenedInSteps):
     @property
     def join_text(self) -> str:
         """What a device needs to join: a fresh token, or the plain address of an insecure station."""
-        if self.admission is None:
-            return self.endpoints[0]
-        token = self.admission.create_token(self._keys, self.endpoints, TOKEN_LIFE_S)
-        return token.text()
+        return self.endpoints[0] if self.join_file is None else self.join_file.fresh()
 
     def serve_by(self, settings: StationSettings, *, rehearsal: bool = False) -> None:
         """Serve by other rules from the next pass on; of `settings` only what `layer_rules` reads may have changed.
@@ -174,15 +176,16 @@ class BaseStation(OpenedInSteps):
         self._stack.callback(context.term)
         security: StationSecurity | None = None
         self.admission: Admission | None = None
+        self.join_file: JoinTokenFile | None = None  # kept from `run` on
         self._authentication: Authentication = NoAuthentication()
         if settings.insecure:
             log.warning("no encryption: anyone on this network may read, inject and join")
         else:
-            self._keys = station_keys(settings.state)
-            self.admission = Admission(settings.state)
+            state = make_or_open_state(settings.state)
+            self.admission = state.admission
             door = Door(context, self.admission)
             self._stack.callback(door.close)
-            security = StationSecurity(self._keys, door)
+            security = StationSecurity(state.keys, door)
             self._authentication = CurveAuthentication(self.admission)
         self._control_channel = open_control_station(context, settings.bind, security, options)
         self._stack.callback(self._control_channel.close)
@@ -190,8 +193,10 @@ class BaseStation(OpenedInSteps):
         self._data = open_data_station(context, bind, security, options)
         self._stack.callback(self._data.close)
         self.endpoints = dial_endpoints(self._control_channel.endpoint, settings.advertise)
-        if not settings.insecure:
+        if self.admission is not None:
             remember_endpoints(settings.state, self.endpoints)
+            file = settings.state / JOIN_FILE
+            self.join_file = JoinTokenFile(file, self.admission, state.keys, self.endpoints, settings.join_uses)
 
     async def _end_control(self) -> None:
         self._control_task.cancel()

@@ -30,6 +30,7 @@ _FAREWELL_S = 5.0
 _LOOK_S = 0.1
 
 Tell = Callable[[str], None]
+TellToken = Callable[[str, Path], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +91,11 @@ def _chosen_alpha(settings: BroadcastSettings, weights_sha256: str) -> float:
     return choose_alpha(settings.aim or "max-min", settings.snr_db, settings.cbr, law).alpha
 
 
-async def broadcast(sending: Sending, progress: Progress, tell_token: Tell) -> tuple[Audience, int]:
+async def broadcast(sending: Sending, progress: Progress, tell_token: TellToken) -> tuple[Audience, int]:
     """Send, and take back what was shown. Whatever ends this, nothing it started is left.
 
     Args:
-        tell_token: told the join token where devices come from elsewhere.
+        tell_token: told the join token and its file where devices come from elsewhere.
     Returns:
         Who showed what, and the bytes that went over the broadcast plane.
     Raises:
@@ -109,7 +110,7 @@ async def broadcast(sending: Sending, progress: Progress, tell_token: Tell) -> t
         site = _elsewhere(settings) if settings.bind else _here(settings, folder)
         station = await stack.enter_async_context(BroadcastStation(sending.job, site))
         if settings.bind:
-            tell_token(station.join_text)
+            tell_token(station.join_file.renew(), station.join_file.path)
             await station.run(progress)
         else:
             children: list[Child] = []

@@ -24,6 +24,7 @@ from wdmoe.nodes.authentication import CurveAuthentication
 from wdmoe.nodes.broadcast_station.listeners import Audience, Listener
 from wdmoe.nodes.broadcast_station.symbol_source import SymbolSource
 from wdmoe.nodes.device.broadcast_receiver import DECODER
+from wdmoe.nodes.join_token_file import JoinTokenFile
 from wdmoe.nodes.sessions import Host, ServedFile, Sessions, Terms
 from wdmoe.tasks import OpenedInSteps, in_thread, run_until_first
 from wdmoe.transport.channel import Envelope
@@ -39,8 +40,7 @@ from wdmoe.transport.codec.messages import (
     Tuned,
 )
 from wdmoe.transport.membership import Device
-from wdmoe.transport.security.admission import Admission
-from wdmoe.transport.security.keys import station_keys
+from wdmoe.transport.security.station_state import make_or_open_state
 from wdmoe.transport.security.zap import Door
 from wdmoe.transport.zmq.channels import open_control_station
 from wdmoe.transport.zmq.pubsub import open_transmitter
@@ -51,7 +51,8 @@ log = logging.getLogger(__name__)
 BATCH = 32  # blocks in a message, and encoded at once
 PILOT_S = 0.25
 STUCK_S = 60.0  # without progress: the decoder's download, or rows that come back
-TOKEN_LIFE_S = 24 * 3600.0
+JOIN_FILE = "broadcast-token"  # in the state folder, which may be that of a base station
+JOIN_USES = 16  # two devices listen; others may wait for the next broadcast
 MODEL_NAME = "semantic broadcast"
 _LOOK_S = 0.05
 
@@ -101,7 +102,7 @@ class BroadcastStation(OpenedInSteps, Host):
     @property
     def join_text(self) -> str:
         """A fresh join token."""
-        return self._admission.create_token(self._keys, self._endpoints, TOKEN_LIFE_S).text()
+        return self.join_file.fresh()
 
     async def run(self, progress: Progress, *beside: Coroutine[Any, Any, None]) -> None:
         """Do all of it; `audience` says how it went. A bug in one of the loops comes out here.
@@ -199,19 +200,20 @@ class BroadcastStation(OpenedInSteps, Host):
     async def _open(self) -> None:
         context = new_context()
         self._stack.callback(context.term)
-        self._keys = station_keys(self._site.state)
-        self._admission = Admission(self._site.state)
-        door = Door(context, self._admission)
+        state = self._state = make_or_open_state(self._site.state)
+        door = Door(context, state.admission)
         self._stack.callback(door.close)
-        security = StationSecurity(self._keys, door)
+        security = StationSecurity(state.keys, door)
         channel = open_control_station(context, self._site.bind, security)
         self._stack.callback(channel.close)
         air = data_bind(channel.endpoint, self._site.bind, 0)
         self._transmitter = open_transmitter(context, air, security)
         self._stack.callback(self._transmitter.close)
         self._endpoints = dial_endpoints(channel.endpoint, self._site.advertise)
+        file = self._site.state / JOIN_FILE
+        self.join_file = JoinTokenFile(file, state.admission, state.keys, self._endpoints, JOIN_USES)
         terms = Terms(model=MODEL_NAME, lease_s=self._site.lease_s, max_message_bytes=SocketOptions().max_message_bytes)
-        self._sessions = Sessions(channel, CurveAuthentication(self._admission), terms, self)
+        self._sessions = Sessions(channel, CurveAuthentication(state.admission), terms, self)
         self._stack.push_async_callback(self._sessions.say_goodbye, "the broadcast is over")
 
     # ---- what this station adds to its sessions

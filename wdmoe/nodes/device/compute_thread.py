@@ -51,7 +51,7 @@ class _Answer:
 
 @dataclass(frozen=True, slots=True)
 class _Connection:
-    open: Callable[[], DataLink]
+    open: Callable[[], DataLink] | None  # None: serve nobody
     session: int
 
 
@@ -88,6 +88,10 @@ class ComputeThread:
         """Drop the present connection, with what it has in work, and serve another one. Thread-safe."""
         self._order(_Connection(open_link, session))
 
+    def hang_up(self) -> None:
+        """Drop the present connection and wait for another: the station does not want this device. Thread-safe."""
+        self._order(_Connection(None, 0))
+
     def attach_again(self) -> None:
         """Introduce this connection to the base station once more, soon. Thread-safe."""
         self._attach_s = 0.0
@@ -121,7 +125,8 @@ class ComputeThread:
     def _serve_until_next(self, connection: _Connection) -> _Connection | None:
         """Serve one connection; returns what to do after it."""
         try:
-            self._serve(connection)
+            if connection.open is not None:
+                self._serve(connection.open, connection.session)
             return self._orders.get()
         except RefusedError as error:  # the control plane meets the same refusal, if it is one of this device
             log.warning("data plane: %s; trying again in %.0f s", error, REFUSED_RETRY_S)
@@ -130,14 +135,14 @@ class ComputeThread:
         except Empty:
             return connection
 
-    def _serve(self, connection: _Connection) -> None:
-        link = connection.open()
+    def _serve(self, open_link: Callable[[], DataLink], session: int) -> None:
+        link = open_link()
         with self._lock:
             self._link = link
         try:
             self._attach_s = 0.0
             while self._orders.empty():
-                self._step(link, connection.session)
+                self._step(link, session)
         finally:
             with self._lock:
                 self._link = None

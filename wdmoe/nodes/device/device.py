@@ -11,6 +11,7 @@ import logging
 import random
 import secrets
 import socket
+import time
 from collections.abc import Callable
 
 from wdmoe.config import DeviceSettings
@@ -23,8 +24,8 @@ from wdmoe.nodes.device.expert_cache import ExpertCache
 from wdmoe.nodes.device.expert_opening import ExpertOpener, expert_opener
 from wdmoe.nodes.device.expert_store import ExpertStore
 from wdmoe.nodes.device.join import Dialer, introduce, open_dialer
-from wdmoe.nodes.device.rules import retry_delay_s
-from wdmoe.nodes.device.session import DeviceSession, SentAwayError
+from wdmoe.nodes.device.rules import Retries
+from wdmoe.nodes.device.session import DeviceSession
 from wdmoe.records import DeviceReport
 from wdmoe.tasks import in_thread, run_together
 from wdmoe.transport.channel import ControlLink
@@ -40,7 +41,6 @@ async def run_device(settings: DeviceSettings) -> None:
 
     Raises:
         ConfigError: the join token, the key file or the provider can't be used.
-        SentAwayError: the base station wants this device not to come back.
         Exception: a bug in the computing thread, as it was raised there.
     """
     dialer = open_dialer(settings)
@@ -114,37 +114,30 @@ class _Member:
         self._store = store
         self._compute = compute
         self._session = secrets.randbits(64)
-        self._chance = random.Random(self._session)  # noqa: S311  # jitter, no secret
-        self._failures = 0  # in a row
+        self._retries = Retries(random.Random(self._session))  # noqa: S311  # jitter, no secret
         self._enrol_next = dialer.must_enrol
         self._place: Place | None = None  # last one followed, of the bundle below
         self._manifest_sha256 = ""
 
     async def stay_joined(self) -> None:
-        """Join, serve, and join again whenever that ends; never returns normally.
-
-        Raises:
-            SentAwayError: coming back makes no sense.
-        """
+        """Join, serve, and join again whenever that ends, slowly where the station does not want this device."""
         while True:
             refused = False
             try:
                 await self._join_and_serve()
-            except SentAwayError:
-                raise
             except RefusedError as error:
                 refused = True
+                self._compute.hang_up()
                 reason = str(error)
                 self._enrol_next = self._dialer.can_enrol and not self._enrol_next
             except (TransportError, ProtocolError) as error:
                 reason = str(error)
-            self._failures += 1
-            delay_s = retry_delay_s(self._failures, refused, self._chance)
-            log.warning("%s; trying again in %.1f s", reason, delay_s)
+            delay_s, tell = self._retries.failed(reason, refused, time.monotonic())
+            log.log(logging.WARNING if tell else logging.DEBUG, "%s; trying again in %.1f s", reason, delay_s)
             await asyncio.sleep(delay_s)
 
     async def _join_and_serve(self) -> None:
-        self._dialer.turn_to(self._failures)
+        self._dialer.turn_to(self._retries.failures)
         if self._enrol_next:
             await self._enrol()
         link = self._dialer.control()
@@ -170,7 +163,7 @@ class _Member:
 
     async def _serve(self, link: ControlLink, welcome: Welcome) -> None:
         log.info("joined %s at %s as %s", welcome.model, self._dialer.endpoint, welcome.device_id)
-        self._failures = 0
+        self._retries.succeeded()
         if welcome.manifest_sha256 != self._manifest_sha256:
             self._manifest_sha256 = welcome.manifest_sha256
             self._place = None

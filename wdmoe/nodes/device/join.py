@@ -116,7 +116,7 @@ async def introduce(link: ControlLink, hello: Hello) -> Welcome:
     """Say Hello until the base station answers: the first ones cannot be sent while the connection is made.
 
     Raises:
-        SentAwayError: it wants this device not to come back.
+        SentAwayError: it wants this device not to come back soon.
         RefusedError: it refused the key.
         TransportError: no answer, or not now.
         ProtocolError: a Welcome that makes no sense.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from wdmoe.transport.codec.messages import Place
 
 FIRST_RETRY_S = 0.1
 LONGEST_RETRY_S = 2.0
-LONGEST_RETRY_REFUSED_S = 10.0
+LONGEST_RETRY_REFUSED_S = 60.0
+MOST_REASONS = 64
+TELL_AGAIN_S = 600.0  # what was told once is told again so rarely
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +76,36 @@ def retry_delay_s(failures: int, refused: bool, chance: random.Random) -> float:
     """Wait before the next try: doubling, capped, with full jitter, so that devices don't return all at once.
 
     Args:
-        failures: in a row, at least 1.
-        refused: the last one was a refusal, which seldom passes by itself.
+        failures: in a row and of this sort, at least 1.
+        refused: they were refusals, which seldom pass by themselves.
         chance: where the jitter comes from.
     """
     longest_s = LONGEST_RETRY_REFUSED_S if refused else LONGEST_RETRY_S
     return chance.uniform(0, min(longest_s, FIRST_RETRY_S * 2.0 ** min(failures, 16)))
+
+
+class Retries:
+    """Counts what failed since it last went well, and says when to try again and whether to log it."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self._chance = chance
+        self.failures = 0  # in a row, of any sort
+        self._refusals = 0  # in a row: a station that is back after an hour and lost its list is asked again soon
+        self._told: dict[str, float] = {}  # reason -> when it was told last
+
+    def succeeded(self) -> None:
+        """It went well: start over."""
+        self.failures = self._refusals = 0
+        self._told.clear()
+
+    def failed(self, reason: str, refused: bool, now_s: float) -> tuple[float, bool]:
+        """Wait so many seconds, and whether to tell of it: at first, and of a reason that goes on only rarely."""
+        self.failures += 1
+        self._refusals = self._refusals + 1 if refused else 0
+        count = self._refusals if refused else self.failures
+        if len(self._told) >= MOST_REASONS:  # a station that makes up a new one each time
+            self._told.clear()
+        tell = now_s - self._told.get(reason, -math.inf) >= TELL_AGAIN_S
+        if tell:
+            self._told[reason] = now_s
+        return retry_delay_s(count, refused, self._chance), tell

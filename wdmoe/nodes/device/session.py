@@ -42,7 +42,10 @@ KeepPlace: TypeAlias = Callable[[Place], None]
 
 
 class SentAwayError(RefusedError):
-    """A Goodbye that asks not to come back: revoked, or replaced by another process with the same key."""
+    """A Goodbye that asks not to come back soon: revoked, replaced by another process with the same key, not fit.
+
+    It is no end: a board in an attic that ended by itself would have to be started by hand when it is wanted again.
+    """
 
 
 class DeviceSession:
@@ -83,7 +86,7 @@ class DeviceSession:
         """Serve until the session ends; never returns normally.
 
         Raises:
-            SentAwayError: the base station wants this device not to come back.
+            SentAwayError: the base station wants this device not to come back soon.
             TransportError: the session was ended, or the base station is silent for longer than the lease.
         """
         if self._place is not None:

@@ -31,7 +31,6 @@ FAREWELL_S = 5.0
 LAST_WORDS_S = 1.0  # from when a process cannot be reached until it has surely ended
 _POLL_S = 0.1
 _SILENCE_S = 120.0
-_TOKEN = re.compile(r"^Join token[^:\n]*: (\S+)\n", re.MULTILINE)
 _DONE = re.compile(r"^Done: (.+)\n", re.MULTILINE)
 _URL = re.compile(r"^HTTP: (http://\S+)/v1 ", re.MULTILINE)
 
@@ -100,12 +99,9 @@ class Fleet:
         """
         self._folder.mkdir(mode=0o700)
         self._station = self._start_station()
-        token = self._folder / "token"
-        token.write_text(self._read(_TOKEN, tell))
-        token.chmod(0o600)
         self.client = StationClient(self._read(_URL, tell), _SILENCE_S)
         for device in self._plan.devices:
-            self._start_device(device, token)
+            self._start_device(device, self._folder / "state" / "join-token")  # it lies there before the URL is told
         self._wait_for(self._joined, tell)
 
     def serve_by(self, rules: ServingRules, *, rehearsal: bool = False) -> None:
@@ -148,6 +144,7 @@ class Fleet:
         words = ["-v", "bs", str(self._plan.bundle.resolve()), "--bind", "tcp://127.0.0.1:*", "--http", "127.0.0.1:0"]
         words += ["--placement", str(placement), "--state", str(self._folder / "state"), *self._rules()]
         words += ["--deadline", DEADLINE, "--lease", LEASE, "--prefill-chunk", str(PREFILL_CHUNK), "--threads", "1"]
+        words += ["--join-uses", str(len(self._plan.devices))]
         return self._start("base-station", [*words, "--commands"], listens=True)
 
     def _rules(self) -> list[str]:

@@ -108,7 +108,7 @@ class Pong:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Goodbye:
-    """Either way: this side ends the session. `retry` says whether coming back makes sense."""
+    """Either way: this side ends the session. `retry` says whether coming back soon makes sense."""
 
     reason: str
     retry: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -108,15 +109,30 @@ def _load(path: Path) -> KeyPair:
 
 
 def write_private_json(path: Path, content: dict[str, Any]) -> None:
+    """As `write_private_text`, of an object as JSON."""
+    write_private_text(path, f"{json.dumps(content, indent=1)}\n")
+
+
+def write_private_text(path: Path, text: str) -> None:
     """Write a small file (mode 0600) so that a reader, or a crash, sees the old one or the new one whole."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")  # mkstemp makes it 0600
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):  # its folder was moved away
+            os.unlink(temporary)
         raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make what was created, renamed or deleted in a folder outlive a power cut. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -60,7 +60,7 @@ class Door:
 
     @property
     def counters(self) -> Mapping[str, int]:
-        """Refused handshakes by kind: `unknown_key`, `enrolment_key_on_data_plane`, `not_curve`."""
+        """Refused handshakes by kind: `unknown_key`, `revoked_key`, `enrolment_key_on_data_plane`, `not_curve`."""
         return self._refusals.counters
 
     @property
@@ -103,6 +103,8 @@ class Door:
         who = f"{fingerprint(key)} at {_text(address)}"
         if kind == "enrolment":
             self._refusals.note("enrolment_key_on_data_plane", who, "an enrolment key opens the control plane only")
+        elif kind == "revoked":
+            self._refusals.note("revoked_key", who, "its key was revoked")
         else:
             self._refusals.note("unknown_key", who, "its key is not admitted, or its join token is no longer valid")
         return [_VERSION, number, b"400", b"key not admitted", b"", b""]
