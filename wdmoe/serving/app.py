@@ -43,7 +43,7 @@ def create_app(
         closing: once set, answers that still run are ended with an error.
     """
     limits = limits or ServingLimits()
-    metrics = Metrics(lambda: device_count(engine.status()))
+    metrics = Metrics(lambda: device_count(engine.status()), engine.status)
     service = Service(engine=engine, limits=limits, metrics=metrics, closing=closing or asyncio.Event())
     # The interactive pages would load scripts from elsewhere; /openapi.json stays.
     app = FastAPI(title="wdmoe base station", docs_url=None, redoc_url=None)

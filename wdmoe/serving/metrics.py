@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from wdmoe.receipt import Receipt
 
@@ -14,17 +16,45 @@ _SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
 _TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 
+_CHECKS = {  # what the engine's status says -> name here, and what it is
+    "verified_answers": ("wdmoe_verified_answers", "Devices' answers that the base station computed again"),
+    "odd_answers": ("wdmoe_odd_answers", "Devices' answers of a size that honest ones do not have"),
+    "lies": ("wdmoe_lies", "Devices' answers that were found to be wrong"),
+    "skipped_verifications": ("wdmoe_skipped_verifications", "Answers drawn for verification and skipped: no time"),
+}
+
+
+class _Checks(Collector):
+    """What the base station knows of its devices' honesty, asked at every scrape."""
+
+    def __init__(self, status: Callable[[], Mapping[str, object]]) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._status()
+        for field, (name, words) in _CHECKS.items():
+            value = status.get(field)
+            yield CounterMetricFamily(name, words, value=float(value) if isinstance(value, int) else 0.0)
+        barred = status.get("devices_quarantined")
+        words = "Devices that gave wrong answers and are not asked any more"
+        value = float(barred) if isinstance(barred, int) else 0.0
+        yield GaugeMetricFamily("wdmoe_devices_quarantined", words, value=value)
+
+
 class Metrics:
     """Counters of the HTTP face and of the answers that went through it."""
 
-    def __init__(self, devices: Callable[[], int]) -> None:
-        """`devices` counts the devices that take part now; it is called at every scrape."""
+    def __init__(self, devices: Callable[[], int], status: Callable[[], Mapping[str, object]] = dict) -> None:
+        """`devices` counts the devices that take part, `status` is the engine's; both are called at every scrape."""
         registry = self._registry = CollectorRegistry()
         self.requests = Counter("wdmoe_http_requests", "HTTP requests answered", ["path", "status"], registry=registry)
         self.active = Gauge("wdmoe_http_requests_active", "HTTP requests in work", registry=registry)
         self.outcomes = Counter("wdmoe_answers", "Answers by how they ended", ["outcome"], registry=registry)
         self._degraded = Counter(
             "wdmoe_answers_degraded", "Answers that missed an expert the policy chose", registry=registry
+        )
+        self._suspect = Counter(
+            "wdmoe_answers_suspect", "Answers with a part by a device found to lie meanwhile", registry=registry
         )
         self._tokens = Counter("wdmoe_tokens", "Tokens of prompts and completions", ["kind"], registry=registry)
         self._degraded_tokens = Counter(
@@ -50,11 +80,13 @@ class Metrics:
         )
         gauge = Gauge("wdmoe_devices", "Devices that take part", registry=registry)
         gauge.set_function(devices)
+        registry.register(_Checks(status))
 
     def finished(self, reason: str, receipt: Receipt) -> None:
         """Count one answer that came to its end."""
         self.outcomes.labels(reason).inc()
         self._degraded.inc(receipt.degraded)
+        self._suspect.inc(receipt.suspect)
         self._tokens.labels("prompt").inc(receipt.prompt_tokens)
         self._tokens.labels("completion").inc(receipt.completion_tokens)
         self._degraded_tokens.inc(receipt.degraded_tokens)

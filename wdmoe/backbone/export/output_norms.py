@@ -1,22 +1,20 @@
 """How large the outputs of an expert are, measured when it is exported: a base station doubts answers far outside.
 
-What experts take comes out of a norm, so its size is known without any text: random vectors of unit mean square, through
-the norm of the experts' own layer, stand for tokens. Real ones differ (docs/bundle.md has the margins), which is why a
+What experts take comes out of a norm, so its size is known without any text: random vectors of unit mean square stand
+for tokens, after the norm of the experts' own layer. Real ones differ (docs/bundle.md has the margins), which is why a
 base station only looks twice at an answer outside the bounds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from wdmoe.arrays import Float32Array
-from wdmoe.backbone.export.conversion import Conversion
+from wdmoe.backbone.export.conversion import Conversion, ReadTensor
 
 PROBES = 16
 _SEED = 20240623
@@ -33,7 +31,7 @@ _NAMES = (
 )
 
 
-def probes(skeleton: nn.Module, experts: str, width: int, conversion: Conversion, read: Callable[..., Any]) -> Any:
+def probes(skeleton: nn.Module, experts: str, width: int, conversion: Conversion, read: ReadTensor) -> Float32Array:
     """(PROBES, width) float32 inputs for the experts of a layer, the same in every export.
 
     Args:
@@ -46,19 +44,17 @@ def probes(skeleton: nn.Module, experts: str, width: int, conversion: Conversion
     tokens = rng.standard_normal((PROBES, width))
     tokens /= np.sqrt(np.mean(np.square(tokens), axis=1, keepdims=True))
     x = torch.from_numpy(tokens.astype(np.float32))
-    layer = skeleton.get_submodule(experts.rpartition(".")[0].rpartition(".")[0])
-    children = dict(layer.named_children())
-    name = next((name for name in _NAMES if name in children), None)
-    if name is None:
-        return x.numpy()
-    prefix = f"{experts.rpartition('.')[0].rpartition('.')[0]}.{name}."
-    weights = _weights(prefix, conversion, read)
-    if any(len(weight) != width for weight in weights.values()) or weights.keys() != children[name].state_dict().keys():
-        return x.numpy()  # experts in a narrower room than the layer's
-    return torch.func.functional_call(children[name], weights, (x,)).float().numpy()
+    layer = experts.rpartition(".")[0].rpartition(".")[0]
+    norms = dict(skeleton.get_submodule(layer).named_children())
+    name = next((name for name in _NAMES if name in norms), "")
+    weights = _weights(f"{layer}.{name}.", conversion, read) if name else {}
+    # Some experts work in a narrower room than their layer, behind a projection.
+    if not weights or weights.keys() != norms[name].state_dict().keys() or {*map(len, weights.values())} != {width}:
+        return np.asarray(x.numpy(), np.float32)
+    return np.asarray(torch.func.functional_call(norms[name], weights, (x,)).numpy(), np.float32)
 
 
-def _weights(prefix: str, conversion: Conversion, read: Callable[..., Any]) -> dict[str, torch.Tensor]:
+def _weights(prefix: str, conversion: Conversion, read: ReadTensor) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for group in conversion.groups.values():
         if group.target.startswith(prefix):
