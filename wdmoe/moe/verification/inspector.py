@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from wdmoe.arrays import Int32Array
 from wdmoe.moe.verification.norm_band import NormBand, Oddity
 from wdmoe.moe.verification.quarantine import without
 from wdmoe.moe.verification.recompute import Sample, sample
-from wdmoe.moe.verification.trust import Look, Standing, look
+from wdmoe.moe.verification.trust import PROBATION, Look, Standing, look
 from wdmoe.moe.verification.verifier import Finding, Verdict, Verifier
 from wdmoe.receipt import Ledger
 from wdmoe.solver.combining import is_finite
@@ -28,9 +29,9 @@ from wdmoe.transport.routing import DeviceRoute, Routing
 
 log = logging.getLogger(__name__)
 
-ROWS_NOW = 4  # of a prompt's answer that are computed again where it waits for that
-ROWS_WATCHED = 16  # where its device lied lately
+ROWS_NOW = 16  # of a prompt's answer that are computed again where it waits for that
 ROWS_LATER = 2
+PROBATION_S = 1.0  # that a connection's first answers may wait in all: experts can be large, and the station slow
 REMEMBERED_REQUESTS = 64  # that are named in the log if a device they used is found to lie
 REMEMBERED_DEVICES = 4096  # bounds memory where keys are free
 NOT_FINITE = "answered with values that are not finite"
@@ -62,6 +63,7 @@ class _Device:
     route: bytes = b""
     answers: int = 0
     fresh: int = 0  # of them over this connection
+    waited_s: float = 0.0  # for a second computation
     verified: int = 0
     standing: Standing = field(default_factory=Standing)
 
@@ -149,6 +151,8 @@ class Inspector:
         if self._verifier is None:
             return Judged(partial)
         doubtful = odd is not Oddity.NONE or device.standing.watched(number)
+        if device.waited_s > PROBATION_S:
+            fresh = max(fresh, PROBATION)
         how = look(self._rate, fresh, doubtful=doubtful, draw=self._draw())
         if how is Look.NOW:
             return self._look_now(self._verifier, answer)
@@ -190,7 +194,7 @@ class Inspector:
                 self._forget()
             device = self._devices[route.device_id] = _Device(route.name)
         if device.route != route.route:
-            device.route, device.fresh = route.route, 0
+            device.route, device.fresh, device.waited_s = route.route, 0, 0.0
         return device
 
     def _forget(self) -> None:
@@ -216,10 +220,11 @@ class Inspector:
     def _look_now(self, verifier: Verifier, answer: _Answer) -> Judged:
         """Compute it again before it counts: of a prompt, some rows, and all where one is wrong."""
         order, partial, odd = answer.order, answer.partial, answer.odd
-        most = ROWS_WATCHED if answer.device.standing.strikes else ROWS_NOW
-        rows = self._some(len(partial), most, -1 if odd is Oddity.NONE else answer.row)
+        rows = self._some(len(partial), ROWS_NOW, -1 if odd is Oddity.NONE else answer.row)
         given = sample(order, partial, rows)
+        started_s = time.monotonic()
         verdict = verifier.now(given)
+        answer.device.waited_s += time.monotonic() - started_s
         self._learned(answer, given, verdict)
         if verdict.finding is Finding.LIE:
             right = verdict.right if rows is None else verifier.now(sample(order, partial, None)).right
