@@ -36,6 +36,7 @@ HEADERS = (
     "grouping",
     "hertz",
     "link_time",
+    "norms",
     "replacing",
     "row_top_k",
     "selection",

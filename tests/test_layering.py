@@ -51,7 +51,9 @@ INNER_ORDER = {
 FACES = {"wdmoe.solver"}  # hand public names on to programs outside
 ROOT_INIT = {"from wdmoe.former_paths import keep_former_paths", "keep_former_paths()"}  # no more is done on import
 ORACLES = "wdmoe.solver.reference"  # tests compare with them
-# How one expert is computed is a chain of its own: the runner opens models through providers.
+# How one expert is computed is a chain of its own: the runner opens models through providers. So is verification, of
+# which the spine knows the inspector only.
+VERIFICATION = "wdmoe.moe.verification."
 WITHIN_MOE = {("expert", "providers"), ("providers", "expert")}
 LIGHT = ("wdmoe.moe.expert.", "wdmoe.nodes.device.", "wdmoe.transport.")  # run on boards without torch
 HEAVY = {"torch", "transformers", "accelerate", "safetensors"}
@@ -98,7 +100,8 @@ def between_steps_of_moe(sources: Sources) -> Iterator[str]:
     for each in _inner_imports(sources):
         if _part(each.by) == _part(each.module) == "moe" and each.by != "wdmoe.moe.layer":
             pair = (each.by.rpartition(".")[2], each.module.rpartition(".")[2])
-            if pair not in WITHIN_MOE:
+            together = all(name.startswith(VERIFICATION) for name in (each.by, each.module))
+            if pair not in WITHIN_MOE and not together:
                 yield str(each)
 
 

@@ -149,6 +149,7 @@ class StationSettings:
     device: str = "auto"  # torch device of attention and gate
     dtype: str = "auto"
     threads: int = 0  # torch threads; 0: torch's own default
+    verify: float = 0.05  # share of a trusted device's answers that is computed again; 0: odd answers only
     placement: Path | None = None
     copies: int = 2  # devices that hold each expert, memory allowing: with 2, a lost one costs time but no quality
     record_trace: Path | None = None  # where to leave a gate trace of what was served
@@ -167,6 +168,8 @@ class StationSettings:
             _positive(name, getattr(self, name))
         if self.join_uses is not None:
             _positive("join_uses", self.join_uses)
+        if not 0 <= self.verify <= 1:  # also refuses NaN
+            raise ConfigError(f"verify must be from 0 to 1, got {self.verify}")
         if self.copies not in (1, 2):
             raise ConfigError(f"copies must be 1 or 2, got {self.copies}")
         if self.max_queued < 0 or self.deadline_per_token_s < 0 or self.threads < 0:

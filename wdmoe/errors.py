@@ -49,6 +49,10 @@ class ExpertsUnavailableError(WdmoeError):
     """A layer has no expert left to answer a token."""
 
 
+class NotFiniteError(WdmoeError):
+    """The model's own output is NaN or infinite: nothing can be made of it."""
+
+
 class RequestError(WdmoeError):
     """A generation request that cannot be served as asked."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -39,6 +40,8 @@ class Receipt:
     dropped_weight: float = 0.0  # mean gate weight per (token, layer) that was not computed: policy and loss together
     lost_weight: float = 0.0  # the part of dropped_weight that was lost, not chosen
     retries: int = 0  # dispatches sent again to another device
+    suspect: bool = False  # a device that was found to lie had given answers that nobody verified
+    suspect_answers: int = 0  # so many, of one device in one layer each
     bytes_down: int = 0
     bytes_up: int = 0
     first_token_s: float = 0.0
@@ -51,6 +54,7 @@ class Ledger:
     """Mutable on purpose: one per request, written by the model thread only."""
 
     policy: str = "topk"
+    request_id: str = ""
     started_s: float = field(default_factory=time.monotonic)  # when the request came in, queueing included
     first_token_s: float = 0.0
     completion_tokens: int = 0
@@ -69,6 +73,11 @@ class Ledger:
     degraded_tokens: int = 0
     step_devices: Counter[str] = field(default_factory=Counter)  # layers that each device served
     unspent: float = 0.0  # what a policy with a bound may still drop, in mean worths of a token's experts of a layer
+    unverified: Counter[str] = field(default_factory=Counter)  # device id -> its answers that counted as they came
+    lies_before: dict[str, int] = field(default_factory=dict)  # device id -> its known lies when the first of them did
+    lies: Mapping[str, int] = field(default_factory=dict)  # device id -> its known lies now, kept by others
+    settle: Callable[[], None] | None = None  # waits a moment for what is being verified
+    closed: bool = False  # the receipt is out
 
     def open_pass(self) -> None:
         """A forward pass begins: settle the degraded tokens of the one before."""
@@ -82,6 +91,28 @@ class Ledger:
         self.step_devices.clear()
         return devices, layers
 
+    def take_unverified(self, device_id: str, lies: Mapping[str, int]) -> None:
+        """An answer of a device counts as it came. `lies` stays: whoever keeps it counts up what is found later."""
+        self.lies = lies
+        self.unverified[device_id] += 1
+        self.lies_before.setdefault(device_id, lies.get(device_id, 0))
+
+    def suspects(self, device_id: str) -> bool:
+        """Whether a device was found to lie after this request began to take its answers as they came."""
+        return self.lies.get(device_id, 0) > self.lies_before.get(device_id, self.lies.get(device_id, 0))
+
+    @property
+    def suspect_answers(self) -> int:
+        """Answers that counted as they came, of devices that were found to lie since."""
+        return sum(count for device_id, count in self.unverified.items() if self.suspects(device_id))
+
+    def close(self) -> Receipt:
+        """The last receipt, once what is being verified is known as far as that takes no longer than a moment."""
+        if self.settle is not None:
+            self.settle()
+        self.closed = True
+        return self.receipt()
+
     @property
     def mean_dropped(self) -> float:
         """Mean gate weight per (token, layer) that was not computed so far."""
@@ -93,6 +124,7 @@ class Ledger:
         elapsed_s = time.monotonic() - self.started_s
         away_s = self.wire_down_s + self.device_compute_s + self.wire_up_s + self.wait_s
         pairs = max(self.token_layers, 1)
+        suspect_answers = self.suspect_answers
         return Receipt(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
@@ -102,6 +134,8 @@ class Ledger:
             dropped_weight=self.mean_dropped,
             lost_weight=self.lost_weight / pairs,
             retries=self.retries,
+            suspect=suspect_answers > 0,
+            suspect_answers=suspect_answers,
             bytes_down=self.bytes_down,
             bytes_up=self.bytes_up,
             first_token_s=self.first_token_s,

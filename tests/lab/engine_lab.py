@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,8 +21,10 @@ from wdmoe.layer_call import LayerCall
 from wdmoe.moe.expert import ExpertRunner
 from wdmoe.moe.layer import ExpertLayers, LayerRules
 from wdmoe.moe.providers import OnnxExpert, cpu_chain
+from wdmoe.moe.verification.inspector import Inspector
+from wdmoe.nodes.base_station.verification import norm_band, open_verifier
 from wdmoe.records import ExpertId
-from wdmoe.transport.codec.messages import Attach, Failure, Message, Result, Run
+from wdmoe.transport.codec.messages import Activations, Attach, Failure, Message, Result, Run
 from wdmoe.transport.exchange import Exchange
 from wdmoe.transport.memory import MemoryDataStation
 from wdmoe.transport.routing import DeviceRoute, Routing
@@ -37,11 +40,12 @@ class LabDevice:
         self.experts = experts
         self.spoil: Spoil = lambda run, reply: reply
         self.runs = 0
-        self._runner = ExpertRunner(lambda model, sha256: OnnxExpert(model, 1, cpu_chain()))
+        self.run: Callable[[Run], Activations] = lambda run: self.runner.run(run)
+        self.runner = ExpertRunner(lambda model, sha256: OnnxExpert(model, 1, cpu_chain()))
         for expert in experts:
             file = bundle.expert_file(expert)
             data = bundle.read_expert(expert, 0, file.size)
-            self._runner.load(expert, data, file.sha256, bundle.manifest.hidden)
+            self.runner.load(expert, data, file.sha256, bundle.manifest.hidden)
         self._link = station.connect(key=name)
         self.route = self._link.route
         self._stop = threading.Event()
@@ -69,7 +73,7 @@ class LabDevice:
     def _answer(self, run: Run) -> Message:
         begun = time.perf_counter()
         try:
-            partial = self._runner.run(run)
+            partial = self.run(run)
         except ExpertError as error:
             return Failure(attempt=run.attempt, reason=str(error))
         spent = time.perf_counter() - begun
@@ -91,8 +95,15 @@ class Lab:
     """
 
     def __init__(
-        self, bundle: Bundle, devices: int = 3, rules: Mapping[str, object] | None = None, copies: int = 1
+        self,
+        bundle: Bundle,
+        devices: int = 3,
+        rules: Mapping[str, object] | None = None,
+        copies: int = 1,
+        verify: float | None = None,
+        draw: Callable[[], float] | None = None,
     ) -> None:
+        """`verify`: share of answers to compute again, with every first one; None: nobody looks."""
         manifest = bundle.manifest
         self._data = MemoryDataStation()
         self.prefill_chunk = 16
@@ -104,7 +115,14 @@ class Lab:
         defaults: dict[str, Any] = {"renormalise": manifest.on_drop == "renormalise", "rank": manifest.rank}
         defaults |= {"gate_temperature": manifest.gate_temperature, "deadline_s": 30.0}
         all_rules = LayerRules(**{**defaults, **(rules or {})})
-        self.layers = ExpertLayers(exchange, lambda: self.routing, all_rules)
+        self.barred: list[str] = []
+        self._verifier = None if verify is None else open_verifier(bundle, exchange.post)
+        inspector = None
+        if verify is not None:
+            drawn = random.Random(7).random if draw is None else draw
+            note = lambda route, reason: self.barred.append(route.device_id)  # noqa: E731
+            inspector = Inspector(norm_band(bundle), self._verifier, rate=verify, barred=note, draw=drawn)
+        self.layers = ExpertLayers(exchange, lambda: self.routing, all_rules, inspector)
         self.station = load_station(bundle)
         attach(self.station.model, self.station.experts, self.station.routers, self._run)
         self.thread = ModelThread(exchange, max_active=2, max_waiting=2)
@@ -129,6 +147,8 @@ class Lab:
 
     def close(self) -> None:
         self.thread.stop()
+        if self._verifier is not None:
+            self._verifier.close()
         for device in self.devices:
             device.close()
         self._data.close()

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tests.lab.liar import Lie
 from tests.lab.waiting import PATIENCE_S, free_ports
 from wdmoe.config import StationSettings
 from wdmoe.errors import WdmoeError
@@ -48,10 +49,11 @@ class Loop:
 class Device:
     """One `wdmoe-node device` process, its output in a file."""
 
-    def __init__(self, folder: Path, name: str, token: str, *flags: str) -> None:
+    def __init__(self, folder: Path, name: str, token: str, *flags: str, lie: Lie | None = None) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
-        self._command = [*NODE, "-v", "device", "--join", token, "--name", name]
+        node = NODE if lie is None else [sys.executable, "-m", "tests.lab.liar", *lie.words()]
+        self._command = [*node, "-v", "device", "--join", token, "--name", name]
         self._command += ["--state", str(folder / name), "--cache", str(folder / "cache"), *flags]
         self.start()
 
@@ -102,8 +104,8 @@ class Fleet:
         finally:
             self.loop.run(station.__aexit__(None, None, None))
 
-    def add_device(self, *flags: str) -> Device:
-        self.devices.append(Device(self.folder, f"device{len(self.devices)}", self.token, *flags))
+    def add_device(self, *flags: str, lie: Lie | None = None) -> Device:
+        self.devices.append(Device(self.folder, f"device{len(self.devices)}", self.token, *flags, lie=lie))
         return self.devices[-1]
 
     def wait(self, station: BaseStation, devices: int) -> None:

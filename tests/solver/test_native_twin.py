@@ -222,3 +222,63 @@ def test_grouping_and_combining_is_the_weighted_sum(kernels: ModuleType, rng):
         replies.append((partial, work.token_rows))
     whole = np.einsum("tk,tkh->th", weights, np.einsum("th,tkhg->tkg", hidden_states, matrices[experts]))
     np.testing.assert_allclose(kernels.combine(tokens, hidden, replies), whole, rtol=2e-4, atol=2e-5)
+
+
+NUMBERS = st.sampled_from([0.0, 1e-30, 0.5, -2.0, 1e30, np.inf, -np.inf, np.nan, 3.4e38]) | st.floats(-10, 10, width=32)
+BOUNDS = st.sampled_from([0.0, 1e-30, 1.0, 1e100, np.inf]) | st.floats(0, 10)
+
+
+@st.composite
+def answers(draw):
+    """A device's answer, its pairs by expert, and the bounds of the layer's experts."""
+    tokens, hidden, n_experts = draw(st.integers(0, 5)), draw(st.integers(0, 19)), draw(st.integers(1, 5))
+    experts = draw(st.lists(st.integers(0, n_experts - 1), max_size=4 if tokens else 0))
+    counts = [draw(st.integers(0, 3)) for _ in experts]
+    rows = [draw(st.integers(0, tokens - 1)) for _ in range(sum(counts))]
+    weights = [draw(st.sampled_from([0.0, 0.25, 1.0, -0.5])) for _ in rows]
+    partial = matrix(draw, NUMBERS, tokens, hidden, np.float32)
+    low, high = (np.array([draw(BOUNDS) for _ in range(n_experts)]) for _ in range(2))
+    return partial, experts, counts, np.array(rows, np.int32), np.array(weights, np.float32), low, high, 0.5
+
+
+@settings(max_examples=300)
+@given(answers())
+@pytest.mark.filterwarnings("ignore:invalid value")  # 0 times infinity, in NumPy
+def test_odd_row(answer):
+    assert _native.odd_row(*answer) == reference.odd_row(*answer)
+
+
+@BOTH
+def test_odd_row_by_hand(kernels):
+    """Two tokens, experts with norms of 1 to 4; the first token has both, the second one alone."""
+    rows, weights = np.array([0, 0, 1], np.int32), np.array([0.5, 0.5, 1.0], np.float32)
+    low, high = np.ones(3), np.full(3, 4.0)
+
+    def judge(*norms: float) -> tuple[int, int]:
+        partial = np.zeros((2, 4), np.float32)
+        partial[:, 1] = norms
+        return kernels.odd_row(partial, (0, 2), (1, 2), rows, weights, low, high, 0.5)
+
+    assert judge(2.0, 2.0) == (0, 0)
+    assert judge(4.0, 4.0) == (0, 0)
+    assert judge(4.1, 4.1) == (3, 0)
+    assert judge(2.0, 4.1) == (3, 1)
+    assert judge(0.36, 0.5) == (0, 0)  # orthogonal and least: sqrt(2) / 2, of which half
+    assert judge(0.35, 0.5) == (2, 0)
+    assert judge(2.0, 0.0) == (2, 1)
+    assert judge(9.0, np.nan) == (1, 1)  # what is not finite comes first
+
+
+@BOTH
+def test_odd_row_misuse(kernels):
+    one, ones = np.zeros(1, np.int32), np.ones(1, np.float32)
+    good = [np.ones((1, 4), np.float32), (0,), (1,), one, ones, np.ones(2), np.ones(2), 0.5]
+    for place, bad in ((1, (2,)), (1, (-1,)), (2, (2,)), (2, (-1,)), (1, (0, 1)), (3, one + 1), (3, one - 1)):
+        arguments = [*good]
+        arguments[place] = bad
+        with pytest.raises(ValueError, match=r"."):
+            kernels.odd_row(*arguments)
+    with pytest.raises(ValueError, match="alike"):
+        kernels.odd_row(*good[:4], np.ones(2, np.float32), *good[5:])
+    with pytest.raises(ValueError, match="alike"):
+        kernels.odd_row(*good[:6], np.ones(3), 0.5)

@@ -129,6 +129,14 @@ from wdmoe.config import (
     help="Devices that hold each expert, where memory allows. With 2 copies a lost device costs time, not quality.",
 )
 @click.option(
+    "--verify",
+    type=SHARE,
+    default="5%",
+    show_default=True,
+    help="Share of the answers of a trusted device that the base station computes again. Of a new device, or one that "
+    "answered wrong, it looks at more. With 0 it only looks at answers of an odd size.",
+)
+@click.option(
     "--record-trace",
     type=FILE,
     help="When the base station stops, write a gate trace (.npz, without text) of what it served.",
@@ -226,6 +234,7 @@ def bs(
     allocation: str | None,
     placement: Path | None,
     copies: int,
+    verify: float,
     record_trace: Path | None,
     deadline_s: float,
     deadline_per_token_s: float,
@@ -296,6 +305,7 @@ def bs(
         threads=threads,
         placement=placement,
         copies=copies,
+        verify=verify,
         record_trace=record_trace,
         state=state or state_home() / "bs",
         join_uses=join_uses,

@@ -19,7 +19,10 @@ from wdmoe.units import Dimension, format_quantity
 
 _MOST_BYTES = 64 << 20  # of an answer
 _TIMEOUT_S = 10.0
-_COLUMNS = ("device", "hardware", "provider", "experts", "ready", "memory", "speed", "per token", "queued", "link")
+_COLUMNS = (
+    *("device", "hardware", "provider", "experts", "ready"),
+    *("memory", "speed", "per token", "queued", "lies", "link"),
+)
 
 
 @click.command()
@@ -105,8 +108,15 @@ def _row(device: Mapping[str, Any]) -> list[object]:
         None if speed is None else f"{speed / 1e9:.3g} GFLOP/s",
         _quantity(device, "rtt_s", "time"),
         device.get("queued"),
-        {True: "up", False: "no data"}.get(device.get("attached", 0)),
+        device.get("lies"),
+        _link(device),
     ]
+
+
+def _link(device: Mapping[str, Any]) -> str | None:
+    if device.get("quarantined") is True:
+        return "quarantined"
+    return {True: "up", False: "no data"}.get(device.get("attached", 0))
 
 
 def _quantity(device: Mapping[str, Any], name: str, dimension: Dimension) -> str | None:

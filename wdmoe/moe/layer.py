@@ -25,8 +25,8 @@ from wdmoe.moe.dispatch import Part, Work, dispatch
 from wdmoe.moe.drop_price import DropPrice
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.moe.select import Bound, Chosen, Costs, choose, joined, substitute
+from wdmoe.moe.verification.inspector import Inspector
 from wdmoe.receipt import Ledger
-from wdmoe.solver.combining import is_finite
 from wdmoe.transport.codec.messages import Activations
 from wdmoe.transport.exchange import Exchange
 from wdmoe.transport.routing import Routing
@@ -62,10 +62,18 @@ class ExpertLayers:
     `rules` may be set anew between passes, as evaluations do, which thus compare rules on the same measured devices.
     """
 
-    def __init__(self, exchange: Exchange, routing: Callable[[], Routing], rules: LayerRules) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        routing: Callable[[], Routing],
+        rules: LayerRules,
+        inspector: Inspector | None = None,
+    ) -> None:
+        """`inspector` looks at every answer; None: at what is not finite only."""
         self._exchange = exchange
         self._routing = routing
         self.rules = rules
+        self.inspector = inspector or Inspector()
         self.health = DeviceHealth()
         self._price = DropPrice()
         self._seen = Routing()
@@ -93,7 +101,7 @@ class ExpertLayers:
         return combine(len(call.tokens), call.tokens.shape[1], answers, self._scale(chosen, owed))
 
     def _newest_routing(self) -> Routing:
-        routing = self._routing()
+        routing = self.inspector.allowed(self._routing())
         if routing is not self._seen:
             self.health.forget_all_but(routing.devices)
             self._seen = routing
@@ -188,15 +196,21 @@ class ExpertLayers:
             None if air is None else lambda counts: air.share(counts, self._other_s(air, counts)),
         )
         for part in parts:
-            self._judge(part)
+            self._judge(part, call.ledger)
         _book(call.ledger, parts, time.monotonic() - started_s, busy.seconds)
         return parts
 
-    def _judge(self, part: Part) -> None:
+    def _judge(self, part: Part, ledger: Ledger) -> None:
         """Take a reply in or refuse it, and remember which."""
         reply, device = part.reply, part.device
-        if reply.result is not None and not is_finite(reply.result.partial):
-            reply.result, reply.reason = None, "answered with values that are not finite"
+        if reply.result is not None:
+            judged = self.inspector.judge(device, part.order, reply.result.partial, ledger)
+            if judged.partial is None:
+                reply.result, reply.reason = None, judged.reason
+            elif judged.partial is not reply.result.partial:
+                reply.result = replace(reply.result, partial=judged.partial)
+        elif reply.malformed:
+            self.inspector.malformed(device, part.order, reply.reason, ledger)
         if reply.result is not None:
             link_s = reply.result.link_down_s + reply.result.link_up_s
             self.health.answered(device.route, reply.answered_s - reply.sent_s, len(part.token_rows), link_s)

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from wdmoe.errors import ExpertsUnavailableError, OverloadedError, RequestError
+from wdmoe.errors import ExpertsUnavailableError, NotFiniteError, OverloadedError, RequestError
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ def problem_from(error: BaseException, request_id: str) -> Problem:
         return Problem(429, str(error), kind="rate_limit_error", code="rate_limit_exceeded", headers=_WAIT)
     if isinstance(error, ExpertsUnavailableError):
         return Problem(503, str(error), kind="server_error", code="experts_unavailable", headers=_WAIT)
+    if isinstance(error, NotFiniteError):
+        return Problem(502, str(error), kind="server_error", code="not_finite")
     _log.error("request %s failed", request_id, exc_info=error)
     return Problem(500, f"internal error; the server's log has it under {request_id}", kind="server_error")
 

@@ -80,6 +80,8 @@ def merge_receipts(receipts: Sequence[Receipt]) -> Receipt:
         dropped_weight=_mean([receipt.dropped_weight for receipt in receipts], tokens),
         lost_weight=_mean([receipt.lost_weight for receipt in receipts], tokens),
         retries=sum(receipt.retries for receipt in receipts),
+        suspect=any(receipt.suspect for receipt in receipts),
+        suspect_answers=sum(receipt.suspect_answers for receipt in receipts),
         bytes_down=sum(receipt.bytes_down for receipt in receipts),
         bytes_up=sum(receipt.bytes_up for receipt in receipts),
         first_token_s=max(receipt.first_token_s for receipt in receipts),
@@ -127,10 +129,12 @@ def health(status: Mapping[str, object]) -> dict[str, object]:
 
     - `state`: "ok", "degraded" (an expert has no device), "waiting" (no expert has one) or "restarting" (the process
       of the model ended and another one begins);
+    - `devices_quarantined`: how many of them gave wrong answers and are not asked any more;
     - `devices`: a list of objects, one for each device that takes part (`name` among their fields).
     """
     devices = device_count(status)
     state = status.get("state")
     if state not in STATES:
         state = "ok" if devices else "waiting"
-    return {"status": state, "devices": devices}
+    barred = status.get("devices_quarantined")
+    return {"status": state, "devices": devices, **({"quarantined": barred} if barred else {})}

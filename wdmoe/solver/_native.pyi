@@ -79,6 +79,35 @@ def combine(
 def is_finite(values: npt.NDArray[np.floating]) -> bool:
     """Whether no value is NaN or infinite, as float32 (a float64 beyond its range is not finite)."""
 
+def odd_row(
+    partial: npt.NDArray[np.floating],
+    experts: Iterable[int],
+    counts: Iterable[int],
+    rows: Int32Array,
+    weights: Float32Array,
+    low: FloatArray,
+    high: FloatArray,
+    least_share: float,
+) -> tuple[int, int]:
+    """The first row of a device's answer whose norm no honest device would give; one pass, some 1 us for one token.
+
+    Row t is the sum over its pairs of weight times an expert's output, whose norm lies within [low, high] of that
+    expert. So the sum's is at most that of all |weight| * high, and at least `least_share` of what it would be if the
+    outputs were orthogonal and as small as they get.
+
+    Args:
+        partial: (tokens, hidden), converted to float32.
+        experts: of the pairs; `counts[i]` pairs are of `experts[i]`.
+        rows: (pairs,) int32 into partial.
+        weights: (pairs,)
+        low: (experts of the layer,) float64, high alike.
+    Returns:
+        Kind (0 none, 1 a value is not finite, 2 too small, 3 too large) and the row. A value that is not finite comes
+        first, in whatever row it stands.
+    Raises:
+        ValueError: shapes do not fit or an index is out of range.
+    """
+
 def first_bad(values: FloatArray, positive: bool) -> int:
     """Flat index of the first value outside [0, 1e100] ([1e-100, 1e100] if positive), or -1."""
 

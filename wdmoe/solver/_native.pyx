@@ -31,6 +31,23 @@ cdef extern from "wdmoe/combine.hpp" namespace "wdmoe" nogil:
     void scale_rows(const float* factors, size_t tokens, size_t hidden, float* out) noexcept
 
 
+cdef extern from "wdmoe/norms.hpp" namespace "wdmoe" nogil:
+    cdef enum class Oddity(int):
+        none
+        not_finite
+        too_small
+        too_large
+
+    cdef struct OddRow:
+        Oddity kind
+        size_t row
+
+    OddRow find_odd_row "wdmoe::odd_row"(
+        const float* partial, size_t tokens, size_t hidden, const int32_t* experts, const int32_t* counts,
+        size_t n_counts, const int32_t* rows, const float* weights, size_t pairs, const double* low,
+        const double* high, size_t n_experts, double least_share) except +
+
+
 cdef extern from "wdmoe/grouping.hpp" namespace "wdmoe" nogil:
     cdef cppclass DeviceSpan:
         int32_t device
@@ -351,6 +368,31 @@ def is_finite(values not None):
     with nogil:
         finite = all_finite(&view[0], n)
     return finite
+
+
+def odd_row(partial not None, experts not None, counts not None, rows not None, weights not None,
+            const double[::1] low not None, const double[::1] high not None, double least_share):
+    cdef const float[:, ::1] values = np.ascontiguousarray(partial, np.float32)
+    cdef const int32_t[::1] at = np.ascontiguousarray(rows, np.int32)
+    cdef const float[::1] factors = np.ascontiguousarray(weights, np.float32)
+    cdef vector[int32_t] ids = experts
+    cdef vector[int32_t] numbers = counts
+    cdef size_t tokens = values.shape[0], hidden = values.shape[1], pairs = at.shape[0], n = low.shape[0]
+    cdef OddRow found
+    if factors.shape[0] != at.shape[0] or ids.size() != numbers.size():
+        raise ValueError(f"odd_row: rows and weights must be alike, and experts and counts; got {pairs} and "
+                         f"{factors.shape[0]}, {ids.size()} and {numbers.size()}")
+    if high.shape[0] != low.shape[0]:
+        raise ValueError(f"odd_row: low and high must be alike, got {n} and {high.shape[0]}")
+    try:
+        with nogil:
+            found = find_odd_row(&values[0, 0] if tokens > 0 and hidden > 0 else NULL, tokens, hidden, ids.data(),
+                                 numbers.data(), ids.size(), &at[0] if pairs > 0 else NULL,
+                                 &factors[0] if pairs > 0 else NULL, pairs, &low[0] if n > 0 else NULL,
+                                 &high[0] if n > 0 else NULL, n, least_share)
+    except ValueError as error:
+        raise ValueError(f"odd_row: {error}") from None
+    return <int>found.kind, found.row
 
 
 def first_bad(const double[:, ::1] values not None, cbool positive):

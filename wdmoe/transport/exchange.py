@@ -53,6 +53,7 @@ class Reply:
     result: Result | None = None
     reason: str = ""
     timed_out: bool = False
+    malformed: bool = False  # there was an answer, to something else
     sent_s: float = 0.0
     answered_s: float = 0.0
     bytes_down: int = 0
@@ -241,6 +242,7 @@ class Exchange:
         if isinstance(message, Failure):
             reply.reason = message.reason
         elif message.partial.shape != pending.order.tokens.shape or message.layer != pending.order.layer:
+            reply.malformed = True
             reply.reason = f"answered with shape {message.partial.shape} for layer {message.layer}"
         else:
             reply.result = message

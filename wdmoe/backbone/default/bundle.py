@@ -12,7 +12,8 @@ from wdmoe.backbone.format.bundle import FORMAT_VERSION, MANIFEST_NAME
 from wdmoe.backbone.split.settings import Progress, quiet
 from wdmoe.config import cache_home
 
-_RECIPE = 2  # raised whenever the same checkpoint gives another bundle; 2: with the rank in the manifest
+# Raised whenever the same checkpoint gives another bundle. 2: with the rank in the manifest; 3: and the output norms.
+_RECIPE = 3
 
 if TYPE_CHECKING:
     from wdmoe.backbone.export.export import ExportProgress

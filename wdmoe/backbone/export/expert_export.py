@@ -59,6 +59,10 @@ class LayerExperts:
         up, down = self._linear(expert, self._up), self._linear(expert, "down_proj")
         return build_expert(up, self._gate, down, self._norm, precision)
 
+    def outputs(self, expert: int, x: Float32Array) -> Float32Array:
+        """What one expert makes of (tokens, width), in the family's own eager code and in float32."""
+        return self._eager(expert, x)
+
     def check(self, expert: int) -> None:
         """Run one expert in ONNX and in the family's own eager code.
 

@@ -19,6 +19,7 @@ import torch
 from wdmoe.backbone.checkpoint import Checkpoint
 from wdmoe.backbone.export.conversion import Conversion, Group
 from wdmoe.backbone.export.expert_export import LayerExperts
+from wdmoe.backbone.export.output_norms import output_norm, probes
 from wdmoe.backbone.export.resume import Journal
 from wdmoe.backbone.export.station_files import safetensors_parts, small_files
 from wdmoe.backbone.families import experts_names, gate_temperature, on_drop_of, rank_of, top_k_of
@@ -39,7 +40,7 @@ from wdmoe.errors import BundleError, ConfigError
 from wdmoe.records import ExpertId
 
 _SHARD_BYTES = 256 << 20  # of the station's weights in one file
-_RECIPE = 1  # part of what a half-finished export is recognised by; raise it when the files change
+_RECIPE = 2  # part of what a half-finished export is recognised by; raise it when the files change
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,13 +229,18 @@ class _Work:
                 tensors[name.removeprefix(layer.prefix)] = tensor
         experts = LayerExperts(module, tensors)
         experts.check(0)
+        tokens = probes(self._skeleton, layer.prefix[:-1], experts.width, self._conversion, self._checkpoint.read)
         files = []
         for number in range(experts.count):
             path = expert_path(ExpertId(layer.number, number))
             entry = self._journal.finished(path)
             if entry is None:
                 graph = experts.graph(number, precision)
-                about = {"flops_per_token": graph.flops_per_token, "weight_bytes": graph.weight_bytes}
+                about = {
+                    "flops_per_token": graph.flops_per_token,
+                    "weight_bytes": graph.weight_bytes,
+                    "output_norm": output_norm(experts.outputs(number, tokens)),
+                }
                 entry = self._journal.write(path, [graph.data], **about)
             files.append(_expert_file(layer.number, number, entry))
         return files
@@ -349,4 +355,5 @@ def _expert_file(layer: int, number: int, entry: dict[str, Any]) -> ExpertFile:
         size=entry["size"],
         flops_per_token=entry["flops_per_token"],
         weight_bytes=entry["weight_bytes"],
+        output_norm=None if entry["output_norm"] is None else (entry["output_norm"][0], entry["output_norm"][1]),
     )

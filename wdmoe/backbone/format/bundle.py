@@ -128,6 +128,18 @@ class Bundle:
         except OSError as error:
             raise BundleError(f"cannot read {file.path}: {_reason(error)}") from error
 
+    def expert_bytes(self, expert: ExpertId) -> bytes:
+        """An expert's whole file, proven to be what the manifest says. Any thread may call this.
+
+        Raises:
+            BundleError: no such expert, the file is gone, or its SHA-256 differs.
+        """
+        file = self.expert_file(expert)
+        data = b"".join(_parts(self._paths[file.path], file.path))
+        if hashlib.sha256(data).hexdigest() != file.sha256:
+            raise BundleError(f"{file.path} is not what the manifest says: its SHA-256 differs")
+        return data
+
     def verify(self, progress: VerifyProgress | None = None) -> None:
         """Hash every file and check every expert's graph. Reads the whole bundle; needs the package `onnx`.
 

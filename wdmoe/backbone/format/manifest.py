@@ -44,6 +44,7 @@ class ExpertFile:
     size: int
     flops_per_token: int  # two per multiply-add of its matrices
     weight_bytes: int  # of the weights as stored; an execution provider may widen them
+    output_norm: tuple[float, float] | None = None  # least and largest norm of its outputs in the export's probes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
                 "size": file.size,
                 "flops_per_token": file.flops_per_token,
                 "weight_bytes": file.weight_bytes,
+                **({} if file.output_norm is None else {"output_norm": list(file.output_norm)}),
             }
             for file in manifest.experts
         ],
@@ -180,6 +182,20 @@ class _Fields:
             raise BundleError(f"{self._where}: {name!r} must be a positive number")
         return float(value)
 
+    def bounds(self, name: str) -> tuple[float, float] | None:
+        """Two numbers, not negative and ascending; None where they are not given."""
+        if name not in self._left:
+            return None
+        pair = self._left.pop(name)
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BundleError(f"{self._where}: {name!r} must be a list of two numbers")
+        if any(isinstance(each, bool) or not isinstance(each, int | float) for each in pair):
+            raise BundleError(f"{self._where}: {name!r} must be a list of two numbers")
+        low, high = map(float, pair)
+        if not 0 <= low <= high < math.inf:
+            raise BundleError(f"{self._where}: {name!r} must be two finite numbers, the smaller one first")
+        return low, high
+
     def choice(self, name: str, allowed: tuple[str, ...], absent: str | None = None) -> str:
         value = self.take(name) if absent is None else self._left.pop(name, absent)
         if value not in allowed:
@@ -212,6 +228,7 @@ def _expert_file(plain: object) -> ExpertFile:
         size=fields.integer("size", 1),
         flops_per_token=fields.integer("flops_per_token", 0),
         weight_bytes=fields.integer("weight_bytes", 0),
+        output_norm=fields.bounds("output_norm"),
     )
     fields.finish()
     if file.path != expert_path(file.id):

@@ -69,7 +69,7 @@ class Engine:
             if not loop.is_closed():  # a client's loop may end before its request does
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        ledger = Ledger(policy=self.policy, prompt_tokens=len(prompt_ids))
+        ledger = Ledger(policy=self.policy, request_id=request.request_id, prompt_tokens=len(prompt_ids))
         job = Job(prompt_ids=prompt_ids, sampling=request.sampling, ledger=ledger, emit=emit)
         self._thread.submit(Task(run=lambda: self._serve(job), fail=emit, cancel=job.cancel))
         try:

@@ -59,7 +59,7 @@ def generate(model: Any, tokenizer: Any, job: Job, prefill_chunk: int) -> Finish
     rest = tell.text.flush()
     if rest:
         job.emit(TextDelta(text=rest, token_id=-1))
-    return Finished(reason="stop" if ended else "length", receipt=job.ledger.receipt())
+    return Finished(reason="stop" if ended else "length", receipt=job.ledger.close())
 
 
 def _config(model: Any, job: Job, prefill_chunk: int) -> GenerationConfig:

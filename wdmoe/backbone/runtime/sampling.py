@@ -5,7 +5,18 @@ from __future__ import annotations
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+from wdmoe.errors import NotFiniteError
 from wdmoe.records import Sampling
+
+
+class OnlyFinite(LogitsProcessor):  # type: ignore[misc]
+    """Refuses scores of which the best is not a number: whatever was chosen by them would be garbage."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """(batch, vocabulary) -> (batch, vocabulary). NaN is the largest of whatever it stands among."""
+        if not bool(torch.isfinite(scores.amax(dim=-1)).all()):
+            raise NotFiniteError("the model's scores for the next token are not finite; the answer ends here")
+        return scores
 
 
 class GumbelMax(LogitsProcessor):  # type: ignore[misc]
@@ -31,7 +42,7 @@ class GumbelMax(LogitsProcessor):  # type: ignore[misc]
 
 def processors(sampling: Sampling, device: torch.device) -> LogitsProcessorList:
     """What turns greedy decoding into the sampling asked for."""
-    steps = LogitsProcessorList()
+    steps = LogitsProcessorList([OnlyFinite()])
     if sampling.temperature > 0:
         steps.append(TemperatureLogitsWarper(sampling.temperature))
         if sampling.top_p < 1:

@@ -26,12 +26,14 @@ from wdmoe.backbone.runtime.station import Station, load_station
 from wdmoe.config import StationSettings
 from wdmoe.errors import ConfigError, TransportError, WdmoeError
 from wdmoe.moe.layer import ExpertLayers
+from wdmoe.moe.verification.inspector import Inspector
 from wdmoe.nodes.addresses import data_bind, dial_endpoints, remember_endpoints
 from wdmoe.nodes.authentication import Authentication, CurveAuthentication, NoAuthentication
 from wdmoe.nodes.base_station.control_plane import ControlPlane
 from wdmoe.nodes.base_station.layer_rules import layer_rules
 from wdmoe.nodes.base_station.placement import Wishes
 from wdmoe.nodes.base_station.status import describe
+from wdmoe.nodes.base_station.verification import norm_band, open_verifier
 from wdmoe.nodes.join_token_file import JoinTokenFile
 from wdmoe.records import ExpertId
 from wdmoe.solver.placement.file import read_placement, write_placement
@@ -39,7 +41,7 @@ from wdmoe.tasks import OpenedInSteps, run_until_first
 from wdmoe.transport.channel import Envelope
 from wdmoe.transport.codec.messages import Message
 from wdmoe.transport.exchange import Exchange
-from wdmoe.transport.routing import Routing
+from wdmoe.transport.routing import DeviceRoute, Routing
 from wdmoe.transport.security.admission import Admission
 from wdmoe.transport.security.station_state import make_or_open_state
 from wdmoe.transport.security.zap import Door
@@ -133,11 +135,16 @@ class BaseStation(OpenedInSteps):
         self._open_sockets()
         model = await asyncio.to_thread(load_station, self.bundle, settings.device, settings.dtype)
         self._exchange = Exchange(self._data, self._data_news, self._data_gone)
-        self.layers = ExpertLayers(self._exchange, lambda: self._routing, rules)
+        self.layers = ExpertLayers(self._exchange, lambda: self._routing, rules, self._open_inspector())
         attach(model.model, model.experts, model.routers, self.layers.run)
         self._record(model.model)
         self._start_control(pinned)
         self._start_engine(model)
+
+    def _open_inspector(self) -> Inspector:
+        verifier = open_verifier(self.bundle, self._exchange.post)
+        self._stack.push_async_callback(asyncio.to_thread, verifier.close)
+        return Inspector(norm_band(self.bundle), verifier, rate=self._settings.verify, barred=self._barred)
 
     def _start_control(self, pinned: Mapping[str, frozenset[ExpertId]]) -> None:
         settings = self._settings
@@ -247,6 +254,9 @@ class BaseStation(OpenedInSteps):
     def _data_gone(self, route: bytes) -> None:
         self._loop.call_soon_threadsafe(self.control.data_gone, route)
 
+    def _barred(self, device: DeviceRoute, reason: str) -> None:
+        self._loop.call_soon_threadsafe(self.control.bar, device.device_id)
+
     def overview(self) -> Mapping[str, object]:
         """State for `/health` and `wdmoe-node status`: plain JSON types."""
         return describe(
@@ -254,6 +264,7 @@ class BaseStation(OpenedInSteps):
             self._settings,
             self.control,
             self.layers.health,
+            self.layers.inspector,
             self._exchange.counters,
             self.placement_text(),
         )

@@ -86,6 +86,7 @@ class ControlPlane(Host):
         self._generation = 0
         self._placing: asyncio.TimerHandle | None = None
         self.lost_devices = 0
+        self.barred: frozenset[str] = frozenset()  # device ids
 
     @property
     def roster(self) -> Roster:
@@ -122,6 +123,15 @@ class ControlPlane(Host):
         device = self.roster.by_data_route(route)
         if device is not None:
             self._sessions.apply(self.roster.detach(key=device.key, data_route=route))
+
+    def bar(self, device_id: str) -> None:
+        """Give a device no experts any more, whatever connection it comes over: it answered wrong. Others take over.
+
+        Its session stays, so that it shows in the status. A restart of the station forgets this.
+        """
+        self.barred |= {device_id}
+        self._place_soon()
+        self._rearrange()
 
     # ---- what this station adds to its sessions ----
 
@@ -236,6 +246,7 @@ class ControlPlane(Host):
         return [
             Holder(device_id=d.device_id, report=d.report, ready=d.ready, route=d.data_route)
             for d in self.roster.live()
+            if d.device_id not in self.barred
         ]
 
 

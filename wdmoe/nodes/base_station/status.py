@@ -8,6 +8,7 @@ from dataclasses import asdict
 from wdmoe.backbone.format.bundle import Manifest
 from wdmoe.config import StationSettings
 from wdmoe.moe.health import DeviceHealth
+from wdmoe.moe.verification.inspector import DeviceFigures, Inspector
 from wdmoe.nodes.base_station.control_plane import ControlPlane
 from wdmoe.nodes.base_station.layer_rules import rank_of
 from wdmoe.transport.exchange import ExchangeCounters
@@ -19,13 +20,19 @@ def describe(
     settings: StationSettings,
     control: ControlPlane,
     health: DeviceHealth,
+    inspector: Inspector,
     counters: ExchangeCounters,
     placement: str,
 ) -> Mapping[str, object]:
-    """Model, policy, devices and counters. `state` is "ok", "degraded" (an expert is not served) or "waiting"."""
+    """Model, policy, devices and counters.
+
+    `state` is "ok", "degraded" (an expert is not served, or a device that is here is in quarantine) or "waiting".
+    """
     devices = control.roster.live()
-    served = len(control.roster.serving())
-    state = "waiting" if not served else "ok" if served == len(manifest.experts) else "degraded"
+    barred = [device for device in devices if device.device_id in control.barred]
+    served = sum(any(d not in barred for d in holders) for holders in control.roster.serving().values())
+    state = "waiting" if not served else "ok" if served == len(manifest.experts) and not barred else "degraded"
+    figures = inspector.figures()
     return {
         "state": state,
         "model": manifest.model,
@@ -43,13 +50,20 @@ def describe(
         "unserved": len(manifest.experts) - served,
         "experts_without_room": len(control.arrangement.unplaced),
         "placement": placement,
-        "devices": [_device(device, health) for device in devices],
+        "devices": [
+            _device(device, health, figures.get(device.device_id, DeviceFigures()), device in barred)
+            for device in devices
+        ],
         "devices_lost": control.lost_devices,
+        "devices_quarantined": len(barred),
+        "verify": settings.verify,
+        **asdict(inspector.counters),
+        "skipped_verifications": inspector.skipped,
         **asdict(counters),
     }
 
 
-def _device(device: Device, health: DeviceHealth) -> Mapping[str, object]:
+def _device(device: Device, health: DeviceHealth, figures: DeviceFigures, barred: bool) -> Mapping[str, object]:
     report = device.report
     return {
         "name": report.name,
@@ -68,5 +82,9 @@ def _device(device: Device, health: DeviceHealth) -> Mapping[str, object]:
         "runs": device.done,
         "queued": device.queued,
         "rss_bytes": device.rss_bytes,
+        "verified": figures.verified,
+        "lies": figures.lies,
+        "watched": figures.watched,
+        "quarantined": barred,
         "rtt_s": None if device.data_route is None else health.seen_s(device.data_route),  # per token of an order
     }

@@ -126,6 +126,49 @@ def is_finite(values: npt.NDArray[np.floating]) -> bool:
     return bool(np.isfinite(np.asarray(values, np.float32)).all())
 
 
+def odd_row(
+    partial: npt.NDArray[np.floating],
+    experts: Iterable[int],
+    counts: Iterable[int],
+    rows: Int32Array,
+    weights: Float32Array,
+    low: FloatArray,
+    high: FloatArray,
+    least_share: float,
+) -> tuple[int, int]:
+    """See `_native.pyi`."""
+    values = np.asarray(partial, np.float32).astype(np.float64)
+    ids, numbers = np.array([*experts], np.int64), np.array([*counts], np.int64)
+    if len(rows) != len(weights) or len(ids) != len(numbers) or len(low) != len(high):
+        raise ValueError("rows and weights must be alike, and experts and counts, and low and high")
+    if np.any((ids < 0) | (ids >= len(low))) or np.any(numbers < 0) or numbers.sum() != len(rows):
+        raise ValueError("an expert is out of range, or counts do not add up")
+    if np.any((rows < 0) | (rows >= len(values))):
+        raise ValueError(f"rows must be 0 to {len(values) - 1}")
+    of_pair, size = np.repeat(ids, numbers), np.abs(np.asarray(weights, np.float32).astype(np.float64))
+    most, least = np.zeros(len(values)), np.zeros(len(values))
+    np.add.at(most, rows, size * high[of_pair])
+    np.add.at(least, rows, (size * low[of_pair]) * (size * low[of_pair]))
+    squares = _sums_of_squares(values)
+    if not np.isfinite(squares).all():
+        return 1, int(np.flatnonzero(~np.isfinite(squares))[0])
+    norms = np.sqrt(squares)
+    large, small = norms > most, norms < least_share * np.sqrt(least)
+    if not (large | small).any():
+        return 0, 0
+    first = int(np.flatnonzero(large | small)[0])
+    return 3 if large[first] else 2, first
+
+
+def _sums_of_squares(values: FloatArray) -> FloatArray:
+    """(rows,) in eight lanes, as the C++ code adds."""
+    padded = np.pad(values, ((0, 0), (0, -values.shape[1] % 8)))
+    with np.errstate(invalid="ignore"):
+        lanes = (padded * padded).reshape(len(values), padded.shape[1] // 8, 8)
+        total = np.cumsum(lanes, axis=1)[:, -1] if lanes.shape[1] else np.zeros((len(values), 8))
+        return np.asarray(np.cumsum(total, axis=1)[:, -1])
+
+
 def first_bad(values: FloatArray, positive: bool) -> int:
     """See `_native.pyi`."""
     low = SMALLEST_POSITIVE if positive else 0.0

@@ -1,0 +1,128 @@
+"""The experts of a bundle, run at the station to find out whether a device's answer is right."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from wdmoe.arrays import Float32Array, FloatArray, Int32Array
+from wdmoe.errors import ExpertError
+from wdmoe.records import ExpertId
+from wdmoe.transport.codec.messages import Activations
+from wdmoe.transport.exchange import Order
+
+# Of a row's norm (or of what it would be if the experts' outputs were orthogonal, where that is more). Honest devices
+# differ by their arithmetic: up to 2e-6 in float32, 3e-3 in half precision, some 3e-2 where int8 weights meet 8-bit
+# activations (docs/design.md). A factor of 1.5 is 0.5.
+TOLERANCE = 0.1
+NOTHING = 1e-30  # absolute, for outputs that are zero
+SESSION_SHARE = 1.6  # memory of a loaded expert over its file's size, measured
+
+
+class Model(Protocol):
+    """As `wdmoe.moe.expert.ExpertModel`."""
+
+    def run(self, tokens: Activations) -> Float32Array:
+        """(tokens, hidden) -> (tokens, hidden), overwritten by the next call; raises ExpertError."""
+        ...
+
+
+Read = Callable[[ExpertId], bytes]  # raises WdmoeError where the file is not what the manifest says
+Open = Callable[[bytes], Model]  # raises ExpertError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """Some rows of an answer, with all that is needed to compute them again. It shares no memory with messages."""
+
+    layer: int
+    tokens: Float32Array  # (n, hidden)
+    experts: Int32Array  # (pairs,) expert of each pair of a token and an expert
+    rows: Int32Array  # (pairs,) into tokens
+    weights: Float32Array  # (pairs,)
+    partial: Float32Array  # (n, hidden), what the device answered
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recomputed:
+    """What the answer should have been."""
+
+    partial: Float32Array  # (n, hidden)
+    scale: FloatArray  # (n,) its norm, or what that would be if the outputs were orthogonal, where that is more
+    norms: dict[int, Float32Array]  # expert -> norms of its outputs
+
+
+def sample(order: Order, partial: Activations, rows: Int32Array | None) -> Sample:
+    """Take some rows of an answer; None takes all."""
+    experts = np.repeat(np.array(order.experts, np.int32), order.counts)
+    if rows is None or len(rows) == len(partial):
+        tokens, rows, weights = _copy(order.tokens), order.rows.copy(), order.weights.copy()
+        return Sample(order.layer, tokens, experts, rows, weights, _copy(partial))
+    place = np.full(len(partial), -1, np.int32)
+    place[rows] = np.arange(len(rows), dtype=np.int32)
+    at = place[order.rows]
+    kept = at >= 0
+    return Sample(
+        order.layer, _copy(order.tokens[rows]), experts[kept], at[kept], order.weights[kept], _copy(partial[rows])
+    )
+
+
+def differs(given: Sample, right: Recomputed) -> bool:
+    """Whether some row of the answer is farther from what is right than honest devices are. NaN is far."""
+    error = np.linalg.norm(given.partial.astype(np.float64) - right.partial, axis=1)
+    return not bool((error <= TOLERANCE * right.scale + NOTHING).all())
+
+
+class Recomputer:
+    """Opens experts as they are needed and keeps the last used ones. One thread at a time uses it."""
+
+    def __init__(self, read: Read, open_expert: Open, most_bytes: int) -> None:
+        """`most_bytes` of memory for opened experts, or one if it is larger."""
+        self._read = read
+        self._open = open_expert
+        self._most_bytes = most_bytes
+        self._models: OrderedDict[ExpertId, tuple[Model, int]] = OrderedDict()
+        self._bytes = 0
+
+    def run(self, given: Sample) -> Recomputed:
+        """Compute the rows of a sample.
+
+        Raises:
+            WdmoeError: an expert cannot be read, opened or run, or its outputs are not finite: nothing is known.
+        """
+        total = np.zeros(given.tokens.shape, np.float32)
+        squares = np.zeros(len(total))
+        norms: dict[int, Float32Array] = {}
+        for expert in dict.fromkeys(given.experts.tolist()):
+            mine = given.experts == expert
+            rows, weights = given.rows[mine], given.weights[mine]
+            out = self._model(ExpertId(given.layer, expert)).run(np.ascontiguousarray(given.tokens[rows]))
+            norms[expert] = np.linalg.norm(out, axis=1)
+            np.add.at(total, rows, weights[:, None] * out)
+            np.add.at(squares, rows, np.square(weights.astype(np.float64) * norms[expert]))
+        if not np.isfinite(total).all():
+            raise ExpertError(f"layer {given.layer}: the right answer is not finite")
+        scale = np.maximum(np.linalg.norm(total.astype(np.float64), axis=1), np.sqrt(squares))
+        return Recomputed(total, scale, norms)
+
+    def _model(self, expert: ExpertId) -> Model:
+        kept = self._models.get(expert)
+        if kept is not None:
+            self._models.move_to_end(expert)
+            return kept[0]
+        data = self._read(expert)
+        size = int(SESSION_SHARE * len(data))
+        while self._models and self._bytes + size > self._most_bytes:
+            self._bytes -= self._models.popitem(last=False)[1][1]
+        model = self._open(data)
+        self._models[expert] = (model, size)
+        self._bytes += size
+        return model
+
+
+def _copy(values: Activations) -> Float32Array:
+    return np.array(values, np.float32, order="C")
