@@ -15,7 +15,7 @@ class StageSeconds:
     wire_down: float = 0.0  # base station to the device that answered last
     device_compute: float = 0.0  # experts of that device
     wire_up: float = 0.0  # that device to the base station
-    wait: float = 0.0  # queued behind other requests, or for a deadline that passed
+    wait: float = 0.0  # queued behind other requests, for a deadline that passed, or for lost experts
 
     def __add__(self, other: StageSeconds) -> StageSeconds:
         return StageSeconds(
@@ -39,6 +39,8 @@ class Receipt:
     dropped_weight: float = 0.0  # mean gate weight per (token, layer) that was not computed: policy and loss together
     lost_weight: float = 0.0  # the part of dropped_weight that was lost, not chosen
     retries: int = 0  # dispatches sent again to another device
+    hedges: int = 0  # dispatches sent to a further device because an answer was late; the first answer counts
+    waited_s: float = 0.0  # for lost experts to be loaded elsewhere
     bytes_down: int = 0
     bytes_up: int = 0
     first_token_s: float = 0.0
@@ -59,6 +61,9 @@ class Ledger:
     dropped_weight: float = 0.0  # summed over those pairs, each pair's weights summing to 1
     lost_weight: float = 0.0
     retries: int = 0
+    hedges: int = 0
+    waited_s: float = 0.0
+    step_waited_s: float = 0.0  # the part of it since the last token
     bytes_down: int = 0
     bytes_up: int = 0
     wire_down_s: float = 0.0
@@ -80,7 +85,14 @@ class Ledger:
         devices = tuple(sorted(self.step_devices))
         layers = tuple(self.step_devices[device] for device in devices)
         self.step_devices.clear()
+        self.step_waited_s = 0.0
         return devices, layers
+
+    def waited(self, seconds: float) -> None:
+        """So long no device had the experts of a layer."""
+        self.waited_s += seconds
+        self.step_waited_s += seconds
+        self.wait_s += seconds
 
     @property
     def mean_dropped(self) -> float:
@@ -102,6 +114,8 @@ class Ledger:
             dropped_weight=self.mean_dropped,
             lost_weight=self.lost_weight / pairs,
             retries=self.retries,
+            hedges=self.hedges,
+            waited_s=self.waited_s,
             bytes_down=self.bytes_down,
             bytes_up=self.bytes_up,
             first_token_s=self.first_token_s,

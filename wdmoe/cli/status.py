@@ -105,8 +105,15 @@ def _row(device: Mapping[str, Any]) -> list[object]:
         None if speed is None else f"{speed / 1e9:.3g} GFLOP/s",
         _quantity(device, "rtt_s", "time"),
         device.get("queued"),
-        {True: "up", False: "no data"}.get(device.get("attached", 0)),
+        _link(device),
     ]
+
+
+def _link(device: Mapping[str, Any]) -> str | None:
+    """How its data connection is. Others are asked first for what a slow or a paused device has."""
+    if device.get("attached", 0) is True:
+        return "paused" if device.get("paused") is True else "slow" if device.get("slow") is True else "up"
+    return "no data" if device.get("attached", 0) is False else None
 
 
 def _quantity(device: Mapping[str, Any], name: str, dimension: Dimension) -> str | None:

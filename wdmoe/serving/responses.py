@@ -78,6 +78,8 @@ def merge_receipts(receipts: Sequence[Receipt]) -> Receipt:
         dropped_weight=_mean([receipt.dropped_weight for receipt in receipts], tokens),
         lost_weight=_mean([receipt.lost_weight for receipt in receipts], tokens),
         retries=sum(receipt.retries for receipt in receipts),
+        hedges=sum(receipt.hedges for receipt in receipts),
+        waited_s=max(receipt.waited_s for receipt in receipts),
         bytes_down=sum(receipt.bytes_down for receipt in receipts),
         bytes_up=sum(receipt.bytes_up for receipt in receipts),
         first_token_s=max(receipt.first_token_s for receipt in receipts),

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from wdmoe.backbone.format.bundle import Manifest
 from wdmoe.config import StationSettings
 from wdmoe.moe.health import DeviceHealth
+from wdmoe.moe.lateness import Lateness
 from wdmoe.nodes.base_station.control_plane import ControlPlane
 from wdmoe.nodes.base_station.layer_rules import rank_of
 from wdmoe.transport.exchange import ExchangeCounters
@@ -19,6 +20,7 @@ def describe(
     settings: StationSettings,
     control: ControlPlane,
     health: DeviceHealth,
+    lateness: Lateness,
     counters: ExchangeCounters,
     placement: str,
 ) -> Mapping[str, object]:
@@ -38,18 +40,19 @@ def describe(
         "max_dropped": settings.max_dropped,
         "bandwidth_hz": settings.bandwidth_hz,
         "allocation": settings.allocation,
+        "wait_for_experts_s": settings.wait_for_experts_s,
         "encrypted": not settings.insecure,
         "experts": len(manifest.experts),
         "unserved": len(manifest.experts) - served,
         "experts_without_room": len(control.arrangement.unplaced),
         "placement": placement,
-        "devices": [_device(device, health) for device in devices],
+        "devices": [_device(device, health, lateness) for device in devices],
         "devices_lost": control.lost_devices,
         **asdict(counters),
     }
 
 
-def _device(device: Device, health: DeviceHealth) -> Mapping[str, object]:
+def _device(device: Device, health: DeviceHealth, lateness: Lateness) -> Mapping[str, object]:
     report = device.report
     return {
         "name": report.name,
@@ -65,6 +68,8 @@ def _device(device: Device, health: DeviceHealth) -> Mapping[str, object]:
         "experts": len(device.placed),
         "ready": len(device.ready),
         "attached": device.data_route is not None,
+        "slow": device.data_route is not None and lateness.is_slow(device.data_route),
+        "paused": device.data_route is not None and health.is_paused(device.data_route),
         "runs": device.done,
         "queued": device.queued,
         "rss_bytes": device.rss_bytes,
