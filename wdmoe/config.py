@@ -145,6 +145,7 @@ class StationSettings:
     prefill_chunk: int = 128  # tokens of a prompt in one forward pass
     max_active: int = 4  # requests computed at the same time
     max_queued: int = 16  # requests waiting behind them before new ones are turned away
+    wait_for_experts_s: float = 20.0  # longest wait for experts that every device lost, between two tokens; 0: none
     lease_s: float = 3.0
     device: str = "auto"  # torch device of attention and gate
     dtype: str = "auto"
@@ -172,6 +173,8 @@ class StationSettings:
             raise ConfigError(f"verify must be from 0 to 1, got {self.verify}")
         if self.copies not in (1, 2):
             raise ConfigError(f"copies must be 1 or 2, got {self.copies}")
+        if not 0 <= self.wait_for_experts_s < math.inf:
+            raise ConfigError(f"wait_for_experts must be zero or positive, got {self.wait_for_experts_s}")
         if self.max_queued < 0 or self.deadline_per_token_s < 0 or self.threads < 0:
             raise ConfigError("max_queued, deadline_per_token_s and threads must not be negative")
 

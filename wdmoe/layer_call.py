@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,19 @@ class Demand:
         return Demand(self.experts[rows], self.weights[rows], None if self.gate is None else self.gate[rows])
 
 
+class Client(Protocol):
+    """Whoever waits for the answer."""
+
+    @property
+    def cancelled(self) -> bool:
+        """It went away."""
+        ...
+
+    def tell_waiting(self, longest_s: float) -> None:
+        """Say that the answer waits for experts, for so many more seconds at most. Thread-safe."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerCall:
     """One MoE layer for some tokens of one request."""
@@ -35,6 +48,7 @@ class LayerCall:
     demand: Demand
     ledger: Ledger  # the request's account
     meanwhile: Callable[[], object] | None = None  # what the base station can do while the devices compute
+    client: Client | None = None  # None: nobody to tell, as in an evaluation
 
     def of(self, rows: npt.NDArray[np.integer[Any]]) -> LayerCall:
         """For some of the tokens, once more: there is nothing left to do meanwhile."""

@@ -16,7 +16,7 @@ class StageSeconds:
     wire_down: float = 0.0  # base station to the device that answered last
     device_compute: float = 0.0  # experts of that device
     wire_up: float = 0.0  # that device to the base station
-    wait: float = 0.0  # queued behind other requests, or for a deadline that passed
+    wait: float = 0.0  # queued behind other requests, for a deadline that passed, or for lost experts
 
     def __add__(self, other: StageSeconds) -> StageSeconds:
         return StageSeconds(
@@ -42,6 +42,8 @@ class Receipt:
     retries: int = 0  # dispatches sent again to another device
     suspect: bool = False  # a device that was found to lie had given answers that nobody verified
     suspect_answers: int = 0  # so many, of one device in one layer each
+    hedges: int = 0  # dispatches sent to a further device because an answer was late; the first answer counts
+    waited_s: float = 0.0  # for lost experts to be loaded elsewhere
     bytes_down: int = 0
     bytes_up: int = 0
     first_token_s: float = 0.0
@@ -63,6 +65,9 @@ class Ledger:
     dropped_weight: float = 0.0  # summed over those pairs, each pair's weights summing to 1
     lost_weight: float = 0.0
     retries: int = 0
+    hedges: int = 0
+    waited_s: float = 0.0
+    step_waited_s: float = 0.0  # the part of it since the last token
     bytes_down: int = 0
     bytes_up: int = 0
     wire_down_s: float = 0.0
@@ -89,6 +94,7 @@ class Ledger:
         devices = tuple(sorted(self.step_devices))
         layers = tuple(self.step_devices[device] for device in devices)
         self.step_devices.clear()
+        self.step_waited_s = 0.0
         return devices, layers
 
     def take_unverified(self, device_id: str, lies: Mapping[str, int]) -> None:
@@ -113,6 +119,12 @@ class Ledger:
         self.closed = True
         return self.receipt()
 
+    def waited(self, seconds: float) -> None:
+        """So long no device had the experts of a layer."""
+        self.waited_s += seconds
+        self.step_waited_s += seconds
+        self.wait_s += seconds
+
     @property
     def mean_dropped(self) -> float:
         """Mean gate weight per (token, layer) that was not computed so far."""
@@ -136,6 +148,8 @@ class Ledger:
             retries=self.retries,
             suspect=suspect_answers > 0,
             suspect_answers=suspect_answers,
+            hedges=self.hedges,
+            waited_s=self.waited_s,
             bytes_down=self.bytes_down,
             bytes_up=self.bytes_up,
             first_token_s=self.first_token_s,

@@ -65,6 +65,13 @@ class TextDelta:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """An answer goes on later: experts that it needs were lost, and are being loaded elsewhere."""
+
+    text: str  # one line, for people
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
     """The last event of an answer."""
 
@@ -95,13 +102,13 @@ class TextEngine(Protocol):
         """
         ...
 
-    def stream(self, request: GenerationRequest) -> AsyncIterator[TextDelta | Finished]:
+    def stream(self, request: GenerationRequest) -> AsyncIterator[TextDelta | Waiting | Finished]:
         """Run a request. Closing or cancelling the iterator cancels the work within one model step.
 
         Raises (from the first or any later step):
             RequestError: as `prepare`.
             OverloadedError: the queue is full.
-            ExpertsUnavailableError: a layer had no expert left.
+            ExpertsUnavailableError: a layer had no expert left, and none came back in time.
         """
         ...
 

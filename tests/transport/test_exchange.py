@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from wdmoe.transport.codec.messages import Attach, Failure, Message, Result, Run
-from wdmoe.transport.exchange import Exchange, Order, Reply
+from wdmoe.transport.exchange import Exchange, Expected, Order, Reply
 from wdmoe.transport.memory import Faults, MemoryDataLink, MemoryDataStation
 
 HIDDEN = 4
@@ -258,3 +259,126 @@ def test_loss_and_duplication_in_the_air_never_hang_or_double() -> None:
     finally:
         peer.close()
         station.close()
+
+
+def _held(held: list[Run]) -> Callable[[Run], list[Message]]:
+    """Answers nothing until it is told to."""
+
+    def answer(run: Run) -> list[Message]:
+        held.append(run)
+        return []
+
+    return answer
+
+
+def test_further_orders_may_start_later_and_the_first_answer_that_suffices_ends_the_wait(
+    station: MemoryDataStation,
+) -> None:
+    held: list[Run] = []
+    aside: list[tuple[Order, Reply]] = []
+    late, copy = Peer(station, _held(held)), Peer(station, lambda run: [double(run)])
+    try:
+        routes = [route_of(station, peer) for peer in (late, copy)]
+        exchange = exchange_on(station)
+        exchange.on_aside = lambda order, reply: aside.append((order, reply))
+        batch = exchange.begin(200.0)
+        first = exchange.start(batch, order(routes[0], 1.0))
+        begun_s = time.monotonic()
+        exchange.wait(batch, begun_s + 0.05)
+        assert first.open
+        assert time.monotonic() - begun_s >= 0.05
+        second = exchange.start(batch, order(routes[1], 2.0))
+        while second.open:
+            exchange.wait(batch, every=True)
+        exchange.end(batch)
+        assert value(second) == 4.0
+        assert first.open
+        assert not first.timed_out
+        late.link.send(double(held[0]))
+        while first.open:
+            exchange.pump(1.0)
+        assert [(order.route, value(reply)) for order, reply in aside] == [(routes[0], 2.0)]
+        assert (exchange.counters.late_replies, exchange.counters.timeouts) == (1, 0)
+    finally:
+        late.close()
+        copy.close()
+
+
+def test_what_nobody_waits_for_any_more_still_has_its_deadline(station: MemoryDataStation) -> None:
+    aside: list[Reply] = []
+    silent, gone = Peer(station, lambda run: []), Peer(station, lambda run: [])
+    try:
+        route = route_of(station, silent)
+        exchange = exchange_on(station)
+        exchange.on_aside = lambda order, reply: aside.append(reply)
+        exchange.start_aside(order(route), 0.1)
+        exchange.start_aside(order(b"nobody"), 100.0)
+        exchange.start_aside(order(route_of(station, gone)), 100.0)
+        gone.close()
+        until = time.monotonic() + 10
+        while len(aside) < 3 and time.monotonic() < until:
+            exchange.pump(0.05)
+        assert [reply.timed_out for reply in aside] == [False, False, True]
+        assert all(reply.result is None and reply.reason for reply in aside)
+    finally:
+        silent.close()
+
+
+def test_a_pause_keeps_nobody_else_from_working(station: MemoryDataStation) -> None:
+    peer = Peer(station, lambda run: [double(run)])
+    try:
+        exchange = exchange_on(station)
+        route = route_of(station, peer)
+        done: list[str] = []
+
+        def sleep() -> None:
+            exchange.pause(0.3)
+            done.append("slept")
+
+        def work() -> None:
+            for v in range(5):
+                value(exchange.call([order(route, float(v))], 10.0)[0])
+            done.append("worked")
+
+        exchange.spawn(sleep)
+        exchange.spawn(work)
+        until = time.monotonic() + 10
+        while len(done) < 2 and time.monotonic() < until:
+            exchange.run_ready()
+            exchange.pump(0.1)
+        assert done == ["worked", "slept"]
+    finally:
+        peer.close()
+
+
+def test_a_reply_that_lay_in_the_socket_is_not_its_device_being_slow(station: MemoryDataStation) -> None:
+    """The thread was busy: it says how long the device took at least, and finds the reply before it calls it late."""
+    peer = Peer(station, lambda run: [double(run)])
+    try:
+        exchange = exchange_on(station)
+        route = route_of(station, peer)
+        exchange.pump(0.01)
+        busy_s = 0.3
+        reply = exchange.call([order(route)], 10.0, lambda: time.sleep(busy_s))[0]
+        assert reply.answered_s - reply.sent_s >= busy_s
+        assert reply.least_s < busy_s
+        batch = exchange.begin(10.0)
+        second = exchange.start(batch, order(route))
+        time.sleep(busy_s)
+        exchange.wait(batch, time.monotonic() - 1)
+        exchange.end(batch)
+        assert value(second) == 2.0
+    finally:
+        peer.close()
+
+
+def test_a_connection_owes_the_usual_time_of_its_open_orders(station: MemoryDataStation) -> None:
+    peer = Peer(station, lambda run: [])
+    try:
+        exchange = exchange_on(station)
+        route = route_of(station, peer)
+        for usual_s in (0.25, 0.5):
+            exchange.start_aside(replace(order(route), expected=Expected(usual_s=usual_s)), 100.0)
+        assert (exchange.owed_s(route), exchange.owed_s(b"other")) == (0.75, 0.0)
+    finally:
+        peer.close()

@@ -22,9 +22,11 @@ SEED = 20240623
 class Device:
     """A `wdmoe-node device` process that can be killed and started again."""
 
-    def __init__(self, folder: Path, name: str, token: str, words: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, name: str, token: str, words: Sequence[str] = (), node: Sequence[str] = NODE
+    ) -> None:
         self.name = name
-        self._command = [*NODE, "-q", "device", "--join", token, "--name", name]
+        self._command = [*node, "-q", "device", "--join", token, "--name", name]
         self._command += ["--state", str(folder / name), "--cache", str(folder / "cache"), *words]
         self.start()
 
@@ -38,11 +40,17 @@ class Device:
 
 @contextlib.asynccontextmanager
 async def served(
-    bundle: Path, devices: int, folder: Path, words: Sequence[Sequence[str]] = (), **settings: Any
+    bundle: Path,
+    devices: int,
+    folder: Path,
+    words: Sequence[Sequence[str]] = (),
+    nodes: Sequence[Sequence[str]] = (),
+    **settings: Any,
 ) -> AsyncIterator[tuple[Any, list[Device]]]:
     """A base station in this process and devices in others, CURVE on.
 
-    `words` are further flags of each device, as for an emulated link; none means no link emulation.
+    `words` are further flags of each device, as for an emulated link; none means no link emulation. `nodes` are the
+    programs that they run, `wdmoe-node` if none are given.
     """
     from wdmoe.config import StationSettings
     from wdmoe.nodes.base_station.base_station import BaseStation
@@ -56,7 +64,10 @@ async def served(
     }
     async with BaseStation(StationSettings(bundle=bundle, **{**defaults, **settings})) as station:
         token = station.join_text
-        fleet = [Device(folder, f"device{i}", token, words[i] if words else ()) for i in range(devices)]
+        fleet = [
+            Device(folder, f"device{i}", token, words[i] if words else (), nodes[i] if nodes else NODE)
+            for i in range(devices)
+        ]
         try:
             await settled(station, devices)
             yield station, fleet

@@ -158,6 +158,14 @@ from wdmoe.config import (
     help="... plus this time for each token of a prompt.",
 )
 @click.option(
+    "--wait-for-experts",
+    "wait_for_experts_s",
+    type=TIME,
+    default="20s",
+    show_default=True,
+    help="Longest wait between two tokens for experts that every device lost, while others load them. 0s: none.",
+)
+@click.option(
     "--prefill-chunk",
     type=click.IntRange(min=1),
     default=128,
@@ -238,6 +246,7 @@ def bs(
     record_trace: Path | None,
     deadline_s: float,
     deadline_per_token_s: float,
+    wait_for_experts_s: float,
     prefill_chunk: int,
     max_active: int | None,
     max_queued: int,
@@ -296,6 +305,7 @@ def bs(
         max_dropped=max_dropped,
         deadline_s=deadline_s,
         deadline_per_token_s=deadline_per_token_s,
+        wait_for_experts_s=wait_for_experts_s,
         prefill_chunk=prefill_chunk,
         max_active=max_active or (1 if bandwidth_hz else 4),
         max_queued=max_queued,

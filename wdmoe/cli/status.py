@@ -114,9 +114,12 @@ def _row(device: Mapping[str, Any]) -> list[object]:
 
 
 def _link(device: Mapping[str, Any]) -> str | None:
+    """How its data connection is. Others are asked first for what a slow or a paused device has."""
     if device.get("quarantined") is True:
         return "quarantined"
-    return {True: "up", False: "no data"}.get(device.get("attached", 0))
+    if device.get("attached", 0) is True:
+        return "paused" if device.get("paused") is True else "slow" if device.get("slow") is True else "up"
+    return "no data" if device.get("attached", 0) is False else None
 
 
 def _quantity(device: Mapping[str, Any], name: str, dimension: Dimension) -> str | None:

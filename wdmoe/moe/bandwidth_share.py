@@ -6,7 +6,7 @@ them are some 150 bytes a message.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -57,3 +57,23 @@ class SharedBand:
         if self._equal is not None:
             return self._equal
         return allocate_bandwidth(np.array(tokens, np.float64), self.links(other_s), self.total_hz).bandwidth_hz
+
+    def token_s(self, hertz: FloatArray) -> FloatArray:
+        """(devices,) seconds that a token's activation is on the air with so many; infinite where with none."""
+        return air_s(self._links, hertz)
+
+
+class BandShare:
+    """A shared band, with what each device takes beside it known."""
+
+    def __init__(self, air: SharedBand, other_s: Callable[[Sequence[int]], FloatArray]) -> None:
+        """other_s: from tokens of each device to (devices,) seconds per token beside the air."""
+        self._air, self._other_s = air, other_s
+
+    def hertz(self, counts: list[int]) -> FloatArray:
+        """(devices,) for so many tokens of each."""
+        return self._air.share(counts, self._other_s(counts))
+
+    def token_s(self, hertz: FloatArray) -> FloatArray:
+        """As `SharedBand.token_s`."""
+        return self._air.token_s(hertz)

@@ -8,7 +8,7 @@ to a connection, not to a device: one that reconnects starts afresh.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -81,10 +81,24 @@ class DeviceHealth:
         """May be asked: not paused, or its pause is over and the next order is its trial."""
         return device.route not in self._paused or self._records[device.route].paused_until_s <= time.monotonic()
 
-    def around(self, devices: tuple[DeviceRoute, ...], device_of: Int32Array, standby_of: Int32Array) -> Int32Array:
-        """(experts,) who serves each: its standby where its device may not be asked now but the standby may."""
-        usable = np.array([self.usable(device) for device in devices] + [False])
-        return np.where(usable[device_of] | ~usable[standby_of], device_of, standby_of)
+    def is_paused(self, route: bytes) -> bool:
+        """It missed a deadline, or what it answered could not be used, and nothing good came since. Any thread."""
+        return route in self._paused
+
+    def around(
+        self,
+        devices: tuple[DeviceRoute, ...],
+        device_of: Int32Array,
+        standby_of: Int32Array,
+        slow: Callable[[DeviceRoute], bool] = lambda device: False,
+    ) -> Int32Array:
+        """(experts,) who serves each: its standby where its device may not be asked now, or is slow, and that is not.
+
+        A slow one that has no copy elsewhere is still asked, and so is one whose copy may not be asked.
+        """
+        rank = [slow(device) if self.usable(device) else 2 for device in devices]
+        ranks = np.array([*rank, 3])  # index -1: not served
+        return np.where(ranks[standby_of] < ranks[device_of], standby_of, device_of)
 
     def available(self, devices: tuple[DeviceRoute, ...], device_of: Int32Array) -> np.ndarray:
         """(experts,) bool: served by a device that may be asked."""

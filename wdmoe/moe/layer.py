@@ -8,6 +8,7 @@ Everything here runs on the model thread, in the greenlet of the request.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,22 +20,30 @@ import numpy.typing as npt
 from wdmoe.arrays import Float32Array, FloatArray, Int32Array
 from wdmoe.errors import ExpertsUnavailableError
 from wdmoe.layer_call import LayerCall
-from wdmoe.moe.bandwidth_share import SharedBand
+from wdmoe.moe.account import Busy, book, record
+from wdmoe.moe.bandwidth_share import BandShare, SharedBand
 from wdmoe.moe.combine import Answer, Share, arrived_weight, combine
-from wdmoe.moe.dispatch import Part, Work, dispatch
+from wdmoe.moe.dispatch import Band, Outcome, Part, PartOfBand, Work, dispatch, try_out
 from wdmoe.moe.drop_price import DropPrice
 from wdmoe.moe.health import DeviceHealth
+from wdmoe.moe.hedge_budget import HedgeBudget
+from wdmoe.moe.lateness import Lateness
 from wdmoe.moe.select import Bound, Chosen, Costs, choose, joined, substitute
 from wdmoe.moe.verification.inspector import Inspector
+from wdmoe.moe.waiting import WaitForExperts
 from wdmoe.receipt import Ledger
+from wdmoe.solver.combining import is_finite
 from wdmoe.transport.codec.messages import Activations
-from wdmoe.transport.exchange import Exchange
-from wdmoe.transport.routing import Routing
+from wdmoe.transport.exchange import Exchange, Expected, Order, Reply
+from wdmoe.transport.routing import DeviceRoute, Routing
 
 log = logging.getLogger(__name__)
 
 SAVED_TOKENS = 4  # of an answer, whose share a request may save up; more would come off at once
 NOTHING = 1e-6  # share of a token's gate weight below which it counts as unanswered
+UNKNOWN = 0.5  # share of a deadline after which a copy is asked where no device's times are known yet
+TRIAL_BAND = 0.05  # share of a band for the trial of a slow device
+ANSWER_TOKENS = 4  # orders of a layer with more are a prompt's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +62,7 @@ class LayerRules:
     whole_layers: frozenset[int] = frozenset()  # decoder layers that keep all their experts, whatever the policy
     deadline_s: float = 1.0
     deadline_per_token_s: float = 0.02
+    wait_for_experts_s: float = 0.0  # longest wait for a layer that lost all its experts, between two tokens
     rehearsal: bool = False  # decide on each token alone, as in an answer, and send no band, so that no link waits
 
 
@@ -75,6 +85,10 @@ class ExpertLayers:
         self.rules = rules
         self.inspector = inspector or Inspector()
         self.health = DeviceHealth()
+        self.lateness = Lateness()
+        self._budget = HedgeBudget()
+        self._waiting = WaitForExperts(self._serve, self._whole, routing, exchange.pause)
+        exchange.on_aside = self._learn_aside
         self._price = DropPrice()
         self._seen = Routing()
         self._last_air: SharedBand | None = None
@@ -85,8 +99,12 @@ class ExpertLayers:
         Returns:
             (tokens, hidden) float32: the gate-weighted sum over the experts that answered.
         Raises:
-            ExpertsUnavailableError: not one expert of this layer answered, nor did a substitute.
+            ExpertsUnavailableError: not one expert of this layer answered, nor did a substitute, nor came one in time.
+            CancelledRequestError: its client went away while it waited for experts.
         """
+        return self._waiting.run(call, self.rules.wait_for_experts_s)
+
+    def _serve(self, call: LayerCall) -> Float32Array:
         routing = self._newest_routing()
         chosen = self._choose(routing, call)
         parts = self._ask(routing, call, chosen)
@@ -97,21 +115,29 @@ class ExpertLayers:
         if owed is not None or not parts:
             parts += self._rescue(routing, call, chosen, owed)
         answers = [Answer(part.reply.result.partial, part.token_rows) for part in parts if part.reply.result]
-        _record(call.ledger, chosen, owed)
+        record(call.ledger, chosen.weights, chosen.dropped, chosen.lost, owed)
         return combine(len(call.tokens), call.tokens.shape[1], answers, self._scale(chosen, owed))
 
     def _newest_routing(self) -> Routing:
         routing = self.inspector.allowed(self._routing())
         if routing is not self._seen:
             self.health.forget_all_but(routing.devices)
+            self.lateness.forget_all_but({device.route for device in routing.devices})
             self._seen = routing
         return routing
+
+    def _whole(self, layer: int) -> bool:
+        """Whether all experts of a layer may be asked now."""
+        routing = self._newest_routing()
+        return layer in routing.complete and bool(
+            self.health.available(routing.devices, self._device_of(routing, layer)).all()
+        )
 
     def _choose(self, routing: Routing, call: LayerCall) -> Chosen:
         if self.rules.rehearsal and self.rules.policy != "topk" and len(call.tokens) > 1:
             return joined([self._choose(routing, call.of(np.array([row]))) for row in range(len(call.tokens))])
         all_served = self.health.all_well and call.layer in routing.complete
-        device_of = self._device_of(routing, call.layer)
+        device_of = self._device_of(routing, call.layer, _is_prompt(call))
         policy = "topk" if call.layer in self.rules.whole_layers else self.rules.policy
         costs = None if policy == "topk" else self._costs(routing, call, device_of)
         bound = self._bound(routing, call) if self.rules.max_dropped else None
@@ -172,33 +198,115 @@ class ExpertLayers:
             self._last_air = air
         return air
 
-    def _device_of(self, routing: Routing, layer: int) -> Int32Array:
-        """(experts,) index of the device to ask for each: not one that is paused, where another holds a copy."""
+    def _device_of(self, routing: Routing, layer: int, prompt: bool = False) -> Int32Array:
+        """(experts,) index of the device to ask for each: not one that is paused or slow, where another has a copy."""
         device_of = routing.device_of.get(layer)
         if device_of is None:
             raise ExpertsUnavailableError(f"layer {layer}: no device serves any of its experts")
         standby_of = routing.standby_of.get(layer)
-        if self.health.all_well or standby_of is None:
+        if standby_of is None or (self.health.all_well and not self.lateness.slow):
             return device_of
-        return self.health.around(routing.devices, device_of, standby_of)
+        return self.health.around(routing.devices, device_of, standby_of, self._is_slow(prompt))
+
+    def _is_slow(self, prompt: bool) -> Callable[[DeviceRoute], bool]:
+        slow = self.lateness.slow
+        return lambda device: (device.route, prompt) in slow
+
+    def _other_of(self, routing: Routing, layer: int, device_of: Int32Array) -> Int32Array:
+        """(experts,) who else has each, whether it may be asked or not; -1 where nobody."""
+        home_of, standby_of = routing.device_of[layer], routing.standby_of.get(layer)
+        if standby_of is None:
+            return np.full_like(device_of, -1)
+        return standby_of if device_of is home_of else np.where(device_of == home_of, standby_of, home_of)
 
     def _ask(self, routing: Routing, call: LayerCall, chosen: Chosen) -> list[Part]:
         """Dispatch, and book what it took."""
-        started_s, busy = time.monotonic(), _Busy(call.meanwhile)
-        on_air = self.rules.bandwidth_hz and not self.rules.rehearsal
-        air = self._air(routing, call.tokens) if on_air and routing.devices else None
-        device_of = self._device_of(routing, call.layer)
-        parts = dispatch(
-            self._exchange,
-            Work(call.layer, call.tokens, chosen.experts, chosen.weights, routing.devices, device_of),
-            self.rules.deadline_s + len(call.tokens) * self.rules.deadline_per_token_s,
-            busy,
-            None if air is None else lambda counts: air.share(counts, self._other_s(air, counts)),
+        started_s, busy, prompt = time.monotonic(), Busy(call.meanwhile), _is_prompt(call)
+        device_of = self._device_of(routing, call.layer, prompt)
+        other_of = self._other_of(routing, call.layer, device_of)
+        work = Work(call.layer, call.tokens, chosen.experts, chosen.weights, routing.devices, device_of)
+        wait_s = self.rules.deadline_s + len(call.tokens) * self.rules.deadline_per_token_s
+        band = self._band(routing, call)
+        hedging = _Hedging(
+            self._may_be_asked(routing, other_of, prompt),
+            self.lateness,
+            self._budget.spend,
+            self._exchange.owed_s,
+            UNKNOWN * wait_s,
+            prompt,
         )
-        for part in parts:
-            self._judge(part, call.ledger)
-        _book(call.ledger, parts, time.monotonic() - started_s, busy.seconds)
-        return parts
+        if self.lateness.slow and self._try_slow(work, other_of, hedging, wait_s, band) and band is not None:
+            band = PartOfBand(band, (1 - TRIAL_BAND) * self.rules.bandwidth_hz)
+        outcome = dispatch(self._exchange, work, wait_s, busy, band, hedging)
+        self._budget.earn(len(outcome.parts))
+        self._learn(outcome, call.ledger)
+        call.ledger.hedges += outcome.hedges
+        served = [(part.device.name, part.reply) for part in outcome.parts]
+        book(call.ledger, served, time.monotonic() - started_s, busy.seconds)
+        for loser in outcome.losers:
+            call.ledger.bytes_down += loser.reply.bytes_down
+            call.ledger.bytes_up += loser.reply.bytes_up
+        return outcome.parts
+
+    def _band(self, routing: Routing, call: LayerCall) -> Band | None:
+        """The band that the devices share; None where there is none."""
+        if not self.rules.bandwidth_hz or self.rules.rehearsal or not routing.devices:
+            return None
+        air = self._air(routing, call.tokens)
+        return BandShare(air, lambda counts: self._other_s(air, counts))
+
+    def _may_be_asked(self, routing: Routing, other_of: Int32Array, prompt: bool) -> Int32Array:
+        """(experts,) as `other_of`, without devices that are paused or slow."""
+        if self.health.all_well and not self.lateness.slow:
+            return other_of
+        is_slow = self._is_slow(prompt)
+        good = np.array([self.health.usable(d) and not is_slow(d) for d in routing.devices] + [False])
+        return np.where(good[other_of], other_of, np.int32(-1))
+
+    def _try_slow(self, work: Work, other_of: Int32Array, hedging: _Hedging, wait_s: float, band: Band | None) -> bool:
+        """Ask slow devices whose trial is due for what others are asked for now. Whether any was asked."""
+        now_s, asked = time.monotonic(), False
+        hz = 0.0 if band is None else TRIAL_BAND * self.rules.bandwidth_hz
+        for index in np.unique(other_of[other_of >= 0]).tolist():
+            its = replace(work, device_of=np.where(other_of == index, other_of, np.int32(-1)))
+            wanted = (its.device_of[work.experts[work.experts >= 0]] >= 0).any()
+            if wanted and self.lateness.trial_due(work.devices[index].route, hedging.prompt, now_s):
+                server = work.devices[int(work.device_of[other_of == index][0])]
+                asked |= try_out(self._exchange, its, server, wait_s, hedging, band, hz)
+        return asked
+
+    def _learn(self, outcome: Outcome, ledger: Ledger) -> None:
+        """Take in what each device answered and how fast it was."""
+        now_s = time.monotonic()
+        for part in outcome.parts:
+            self._judge(part, ledger)
+            if part.reply.result is not None:
+                self._clock(part.order, part.reply)
+                self.lateness.answered(part.order.route, part.order.expected, part.reply.least_s, now_s)
+        for part in outcome.losers:
+            if part.reply.open:  # `_learn_aside` hears of the rest
+                self.lateness.answered(part.order.route, part.order.expected, now_s - part.reply.sent_s, now_s)
+            elif part.reply.result is not None:
+                self._clock(part.order, part.reply)
+            elif not part.reply.timed_out:
+                self._judge(part, ledger)
+
+    def _learn_aside(self, order: Order, reply: Reply) -> None:
+        """An order that nobody waited for any more was answered, or will never be."""
+        good = reply.result is not None and is_finite(reply.result.partial)
+        if reply.result is not None and good:
+            link_s = reply.result.link_down_s + reply.result.link_up_s
+            self.health.answered(order.route, reply.answered_s - reply.sent_s, len(order.tokens), link_s)
+            self._clock(order, reply)
+        else:
+            self.health.failed(order.route)
+        if order.expected.trial:
+            took_s = reply.least_s if good else math.inf
+            self.lateness.tried(order.route, order.expected, took_s, time.monotonic())
+
+    def _clock(self, order: Order, reply: Reply) -> None:
+        seconds = max(reply.answered_s - reply.sent_s - order.expected.air_s, 0.0)
+        self.lateness.learn(order.route, len(order.rows), seconds)
 
     def _judge(self, part: Part, ledger: Ledger) -> None:
         """Take a reply in or refuse it, and remember which."""
@@ -275,67 +383,28 @@ def _owed(chosen: Chosen, parts: list[Part]) -> Float32Array | None:
     return owed if owed.any() else None
 
 
-class _Busy:
-    """Runs what the base station can do meanwhile, and takes the time."""
-
-    def __init__(self, work: Callable[[], object] | None) -> None:
-        self._work = work
-        self.seconds = 0.0
-
-    def __call__(self) -> None:
-        if self._work is not None:
-            started_s = time.monotonic()
-            self._work()
-            self.seconds = time.monotonic() - started_s
+def _is_prompt(call: LayerCall) -> bool:
+    return len(call.tokens) > ANSWER_TOKENS
 
 
-def _book(ledger: Ledger, parts: list[Part], elapsed_s: float, busy_s: float) -> None:
-    """Split the time the base station waited by what the device that answered last says of it.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Hedging:
+    """Late is what is later than all devices' times allow; how many copies are asked, the budget says."""
 
-    What passed while the base station computed something else (`busy_s`) hides part of the trip: it counts as the base
-    station's, and the wire is what remains of the trip without it.
-    """
-    elapsed_s -= busy_s
-    last = None
-    for part in parts:
-        reply = part.reply
-        ledger.bytes_down += reply.bytes_down
-        ledger.bytes_up += reply.bytes_up
-        if reply.result is not None:
-            ledger.step_devices[part.device.name] += 1
-            if last is None or reply.answered_s > last.answered_s:
-                last = reply
-    if last is None or last.result is None:
-        ledger.wait_s += elapsed_s
-        return
-    result = last.result
-    trip_s = last.answered_s - last.sent_s
-    # Clocks are not shared, so what neither side saw is the wire's, half each way.
-    seen_s = result.residence_s + result.link_down_s + result.link_up_s
-    wire_s = max(trip_s - seen_s - busy_s, 0.0)
-    left_s = max(elapsed_s - wire_s, 0.0)
-    link_s = min(result.link_down_s + result.link_up_s, left_s)
-    down_share = result.link_down_s / max(result.link_down_s + result.link_up_s, 1e-12)
-    down_s, up_s = link_s * down_share + wire_s / 2, link_s * (1 - down_share) + wire_s / 2
-    compute_s = min(result.compute_s, left_s - link_s)
-    ledger.wire_down_s += down_s
-    ledger.wire_up_s += up_s
-    ledger.device_compute_s += compute_s
-    ledger.wait_s += max(elapsed_s - down_s - up_s - compute_s, 0.0)
+    copy_of: Int32Array  # (experts,) who else may be asked now
+    lateness: Lateness
+    spend: Callable[[int], bool]
+    owed_s: Callable[[bytes], float]
+    unknown_s: float
+    prompt: bool
 
-
-def _record(ledger: Ledger, chosen: Chosen, owed: Float32Array | None) -> None:
-    """Write down what was dropped on purpose and what was lost."""
-    tokens = len(chosen.experts)
-    ledger.token_layers += tokens
-    if chosen.dropped is not None:
-        ledger.dropped_weight += float(chosen.dropped.sum())
-    if chosen.lost is None and owed is None:
-        return
-    lost = np.zeros(tokens, np.float32) if chosen.lost is None else chosen.lost
-    if owed is not None:
-        wanted = chosen.weights.sum(axis=1)
-        lost = (lost + (1 - lost) * owed / np.where(wanted > 0, wanted, 1)).astype(np.float32)
-    ledger.lost_weight += float(lost.sum())
-    ledger.dropped_weight += float(lost.sum())
-    ledger.step_degraded = max(ledger.step_degraded, int(np.count_nonzero(lost)))
+    def expect(self, device: DeviceRoute, copy: DeviceRoute, assignments: int, air_s: float) -> Expected:
+        return self.lateness.expect(
+            device.route,
+            copy.route,
+            assignments,
+            owed_s=self.owed_s(device.route),
+            air_s=air_s,
+            prompt=self.prompt,
+            unknown_s=self.unknown_s,
+        )

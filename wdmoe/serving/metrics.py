@@ -72,6 +72,14 @@ class Metrics:
         self._stages = Counter("wdmoe_stage_seconds", "Where the time of answers went", ["stage"], registry=registry)
         self._bytes = Counter("wdmoe_wire_bytes", "Bytes to and from devices", ["direction"], registry=registry)
         self._retries = Counter("wdmoe_retries", "Dispatches sent again to another device", registry=registry)
+        self._hedges = Counter(
+            "wdmoe_hedges", "Dispatches sent to a further device because an answer was late", registry=registry
+        )
+        self._waited = Counter(
+            "wdmoe_waited_seconds",
+            "Time that answers waited for lost experts to be loaded elsewhere",
+            registry=registry,
+        )
         self._first_token = Histogram(
             "wdmoe_first_token_seconds", "Time to the first token", buckets=_SECONDS, registry=registry
         )
@@ -97,6 +105,8 @@ class Metrics:
         self._bytes.labels("down").inc(receipt.bytes_down)
         self._bytes.labels("up").inc(receipt.bytes_up)
         self._retries.inc(receipt.retries)
+        self._hedges.inc(receipt.hedges)
+        self._waited.inc(receipt.waited_s)
         self._first_token.observe(receipt.first_token_s)
         if receipt.completion_tokens > 1:
             later_s = receipt.elapsed_s - receipt.first_token_s

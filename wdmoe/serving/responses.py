@@ -82,6 +82,8 @@ def merge_receipts(receipts: Sequence[Receipt]) -> Receipt:
         retries=sum(receipt.retries for receipt in receipts),
         suspect=any(receipt.suspect for receipt in receipts),
         suspect_answers=sum(receipt.suspect_answers for receipt in receipts),
+        hedges=sum(receipt.hedges for receipt in receipts),
+        waited_s=max(receipt.waited_s for receipt in receipts),
         bytes_down=sum(receipt.bytes_down for receipt in receipts),
         bytes_up=sum(receipt.bytes_up for receipt in receipts),
         first_token_s=max(receipt.first_token_s for receipt in receipts),

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from wdmoe.errors import CancelledRequestError
 from wdmoe.receipt import Receipt
-from wdmoe.records import Finished, TextDelta, TextEngine
+from wdmoe.records import Finished, TextDelta, TextEngine, Waiting
 from wdmoe.serving import responses
 from wdmoe.serving.closing import Closing
 from wdmoe.serving.errors import problem_from, shutting_down
@@ -78,7 +78,7 @@ class Reply(Response):
             async for step in steps:
                 if isinstance(step.event, TextDelta):
                     texts[step.index].append(step.event.text)
-                else:
+                elif isinstance(step.event, Finished):
                     ends[step.index] = step.event
                     self._service.metrics.finished(step.event.reason, step.event.receipt)
         ordered = [ends[index] for index in range(len(texts))]
@@ -93,6 +93,9 @@ class Reply(Response):
         async with aclosing(self._steps()) as steps:
             async for step in steps:
                 await self._start(send)  # only now: until the first event, an error has a status of its own
+                if isinstance(step.event, Waiting):
+                    await _send_comment(send, step.event.text)
+                    continue
                 first = step.index not in begun
                 begun.add(step.index)
                 if isinstance(step.event, TextDelta):
@@ -126,6 +129,11 @@ async def _send_event(send: Send, body: dict[str, Any], *, last: bool = False) -
 
 async def _send_text(send: Send, text: str, *, last: bool = False) -> None:
     await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": not last})
+
+
+async def _send_comment(send: Send, text: str) -> None:
+    """What a client of server-sent events does not hand on, and a person sees."""
+    await send({"type": "http.response.body", "body": f": {text}\n\n".encode(), "more_body": True})
 
 
 async def _gone(receive: Receive) -> None:

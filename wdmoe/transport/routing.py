@@ -30,3 +30,4 @@ class Routing:
     device_of: Mapping[int, Int32Array] = field(default_factory=dict)
     complete: frozenset[int] = frozenset()  # layers with every expert served
     standby_of: Mapping[int, Int32Array] = field(default_factory=dict)
+    was_served: bool = False  # every expert of the model was served at some time, so what is missing was lost

@@ -15,7 +15,7 @@ from wdmoe.backbone.runtime.prompt import encode_prompt
 from wdmoe.backbone.runtime.station import Station
 from wdmoe.errors import WdmoeError
 from wdmoe.receipt import Ledger
-from wdmoe.records import Finished, GenerationRequest, TextDelta
+from wdmoe.records import Finished, GenerationRequest, TextDelta, Waiting
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Engine:
         # A long text takes a while: not on the loop.
         return await asyncio.to_thread(encode_prompt, self._station.tokenizer, request, self.context_tokens)
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[TextDelta | Finished]:
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[TextDelta | Waiting | Finished]:
         """See `TextEngine.stream`."""
         prompt_ids = await self.prepare(request)
         events: asyncio.Queue[Event] = asyncio.Queue()

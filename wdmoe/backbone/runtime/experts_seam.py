@@ -18,13 +18,14 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from wdmoe.arrays import Float32Array
 from wdmoe.backbone.runtime.shared_expert import SharedExpert, wrap_shared_expert
-from wdmoe.layer_call import Demand, LayerCall
+from wdmoe.layer_call import Client, Demand, LayerCall
 from wdmoe.receipt import Ledger
 
 IMPLEMENTATION = "wdmoe"
 
 # The request whose forward pass runs now. Every greenlet has a context of its own.
 CURRENT_LEDGER: ContextVar[Ledger] = ContextVar("wdmoe_ledger")
+CURRENT_CLIENT: ContextVar[Client | None] = ContextVar("wdmoe_client", default=None)
 
 
 RunLayer: TypeAlias = Callable[[LayerCall], Float32Array]  # gives the gate-weighted sum of experts, (tokens, hidden)
@@ -100,6 +101,7 @@ def _experts_forward(
         demand=Demand(experts, weights, scores),
         ledger=ledger,
         meanwhile=None if seat.shared is None else seat.shared.ahead(),
+        client=CURRENT_CLIENT.get(),
     )
     out = seat.run(call)
     return torch.from_numpy(out).to(hidden_states.device, hidden_states.dtype)

@@ -11,13 +11,13 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from wdmoe.backbone.runtime.detokenizer import TextStream
-from wdmoe.backbone.runtime.experts_seam import CURRENT_LEDGER
+from wdmoe.backbone.runtime.experts_seam import CURRENT_CLIENT, CURRENT_LEDGER
 from wdmoe.backbone.runtime.sampling import processors
 from wdmoe.errors import CancelledRequestError
 from wdmoe.receipt import Ledger
-from wdmoe.records import Finished, Sampling, TextDelta
+from wdmoe.records import Finished, Sampling, TextDelta, Waiting
 
-Event: TypeAlias = TextDelta | Finished | Exception
+Event: TypeAlias = TextDelta | Waiting | Finished | Exception
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -34,15 +34,20 @@ class Job:
         """Ask it to end after the current forward pass. Thread-safe."""
         self.cancelled = True
 
+    def tell_waiting(self, longest_s: float) -> None:
+        """See `wdmoe.layer_call.Client`."""
+        self.emit(Waiting(text=f"waiting for experts that were lost, {max(longest_s, 0.0):.0f} s at most"))
+
 
 def generate(model: Any, tokenizer: Any, job: Job, prefill_chunk: int) -> Finished:
     """Run a job to its end, in the greenlet of the request.
 
     Raises:
-        CancelledRequestError: `job.cancelled` was set; noticed after the current forward pass.
+        CancelledRequestError: `job.cancelled` was set; noticed after the current forward pass, or while it waits.
         ExpertsUnavailableError: from a layer that has no expert left.
     """
     CURRENT_LEDGER.set(job.ledger)
+    CURRENT_CLIENT.set(job)
     device = model.get_input_embeddings().weight.device
     ids = torch.tensor([job.prompt_ids], dtype=torch.long, device=device)
     tell = _TellEachToken(job, TextStream(tokenizer, job.sampling.stop))

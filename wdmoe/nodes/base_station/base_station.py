@@ -242,7 +242,8 @@ class BaseStation(OpenedInSteps):
 
     def publish(self, table: Routing) -> None:
         """`DataPlane.publish`: one assignment, so the model thread sees the old table or the new one, never a mix."""
-        self._routing = table
+        was_served = self._routing.was_served or len(table.complete) == len(self.bundle.manifest.moe_layers)
+        self._routing = replace(table, was_served=was_served)
 
     def send(self, route: bytes, message: Message) -> None:
         """`DataPlane.send`."""
@@ -264,6 +265,7 @@ class BaseStation(OpenedInSteps):
             self._settings,
             self.control,
             self.layers.health,
+            self.layers.lateness,
             self.layers.inspector,
             self._exchange.counters,
             self.placement_text(),

@@ -48,4 +48,5 @@ def layer_rules(settings: StationSettings, manifest: Manifest) -> LayerRules:
         whole_layers=frozenset(manifest.moe_layers[: settings.whole_layers]),
         deadline_s=settings.deadline_s,
         deadline_per_token_s=settings.deadline_per_token_s,
+        wait_for_experts_s=settings.wait_for_experts_s,
     )

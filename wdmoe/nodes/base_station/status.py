@@ -8,6 +8,7 @@ from dataclasses import asdict
 from wdmoe.backbone.format.bundle import Manifest
 from wdmoe.config import StationSettings
 from wdmoe.moe.health import DeviceHealth
+from wdmoe.moe.lateness import Lateness
 from wdmoe.moe.verification.inspector import DeviceFigures, Inspector
 from wdmoe.nodes.base_station.control_plane import ControlPlane
 from wdmoe.nodes.base_station.layer_rules import rank_of
@@ -20,6 +21,7 @@ def describe(
     settings: StationSettings,
     control: ControlPlane,
     health: DeviceHealth,
+    lateness: Lateness,
     inspector: Inspector,
     counters: ExchangeCounters,
     placement: str,
@@ -45,13 +47,14 @@ def describe(
         "max_dropped": settings.max_dropped,
         "bandwidth_hz": settings.bandwidth_hz,
         "allocation": settings.allocation,
+        "wait_for_experts_s": settings.wait_for_experts_s,
         "encrypted": not settings.insecure,
         "experts": len(manifest.experts),
         "unserved": len(manifest.experts) - served,
         "experts_without_room": len(control.arrangement.unplaced),
         "placement": placement,
         "devices": [
-            _device(device, health, figures.get(device.device_id, DeviceFigures()), device in barred)
+            _device(device, health, lateness, figures.get(device.device_id, DeviceFigures()), device in barred)
             for device in devices
         ],
         "devices_lost": control.lost_devices,
@@ -63,7 +66,9 @@ def describe(
     }
 
 
-def _device(device: Device, health: DeviceHealth, figures: DeviceFigures, barred: bool) -> Mapping[str, object]:
+def _device(
+    device: Device, health: DeviceHealth, lateness: Lateness, figures: DeviceFigures, barred: bool
+) -> Mapping[str, object]:
     report = device.report
     return {
         "name": report.name,
@@ -79,6 +84,8 @@ def _device(device: Device, health: DeviceHealth, figures: DeviceFigures, barred
         "experts": len(device.placed),
         "ready": len(device.ready),
         "attached": device.data_route is not None,
+        "slow": device.data_route is not None and lateness.is_slow(device.data_route),
+        "paused": device.data_route is not None and health.is_paused(device.data_route),
         "runs": device.done,
         "queued": device.queued,
         "rss_bytes": device.rss_bytes,
