@@ -49,6 +49,10 @@ class ExpertsUnavailableError(WdmoeError):
     """A layer has no expert left to answer a token."""
 
 
+class EngineLostError(WdmoeError):
+    """The process that holds the model ended, and no other one took over in time; try again later."""
+
+
 class RequestError(WdmoeError):
     """A generation request that cannot be served as asked."""
 

@@ -39,6 +39,7 @@ class Receipt:
     dropped_weight: float = 0.0  # mean gate weight per (token, layer) that was not computed: policy and loss together
     lost_weight: float = 0.0  # the part of dropped_weight that was lost, not chosen
     retries: int = 0  # dispatches sent again to another device
+    restarts: int = 0  # engines that ended before the answer did: another one read it so far and went on
     bytes_down: int = 0
     bytes_up: int = 0
     first_token_s: float = 0.0
@@ -48,7 +49,7 @@ class Receipt:
 
 @dataclass(slots=True)
 class Ledger:
-    """Mutable on purpose: one per request, written by the model thread only."""
+    """Mutable on purpose: one per request, written by the model thread only, but for `cancelled`."""
 
     policy: str = "topk"
     started_s: float = field(default_factory=time.monotonic)  # when the request came in, queueing included
@@ -68,6 +69,7 @@ class Ledger:
     step_degraded: int = 0  # tokens of the current forward pass that missed a chosen expert, in its worst layer
     degraded_tokens: int = 0
     step_devices: Counter[str] = field(default_factory=Counter)  # layers that each device served
+    cancelled: bool = False  # nobody waits for the answer any more; set from any thread
     unspent: float = 0.0  # what a policy with a bound may still drop, in mean worths of a token's experts of a layer
 
     def open_pass(self) -> None:
@@ -83,6 +85,11 @@ class Ledger:
         return devices, layers
 
     @property
+    def mean_lost(self) -> float:
+        """The part of `mean_dropped` that was lost, not chosen."""
+        return self.lost_weight / max(self.token_layers, 1)
+
+    @property
     def mean_dropped(self) -> float:
         """Mean gate weight per (token, layer) that was not computed so far."""
         return self.dropped_weight / max(self.token_layers, 1)
@@ -92,7 +99,6 @@ class Ledger:
         self.open_pass()
         elapsed_s = time.monotonic() - self.started_s
         away_s = self.wire_down_s + self.device_compute_s + self.wire_up_s + self.wait_s
-        pairs = max(self.token_layers, 1)
         return Receipt(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
@@ -100,7 +106,7 @@ class Ledger:
             degraded=self.lost_weight > 0 or self.degraded_tokens > 0,
             degraded_tokens=self.degraded_tokens,
             dropped_weight=self.mean_dropped,
-            lost_weight=self.lost_weight / pairs,
+            lost_weight=self.mean_lost,
             retries=self.retries,
             bytes_down=self.bytes_down,
             bytes_up=self.bytes_up,

@@ -45,12 +45,13 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """Work for the engine. Exactly one of `prompt` and `messages` is given."""
+    """Work for the engine. Exactly one of `prompt` and `messages` is given; `begun` tokens count for max_tokens."""
 
     request_id: str
     prompt: str | tuple[int, ...] | None = None  # text, or token ids
     messages: tuple[Mapping[str, str], ...] | None = None  # {"role": ..., "content": ...}, through the chat template
     sampling: Sampling = field(default_factory=Sampling)
+    begun: tuple[int, ...] = ()  # tokens of the answer that another engine made: this one goes on after them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +63,7 @@ class TextDelta:
     devices: tuple[str, ...] = ()  # names of the devices that served this token
     layers: tuple[int, ...] = ()  # in how many MoE layers each of these devices did
     dropped_weight: float = 0.0  # of the answer so far, as in its receipt
+    lost_weight: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,8 +69,9 @@ class Engine:
             if not loop.is_closed():  # a client's loop may end before its request does
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        ledger = Ledger(policy=self.policy, prompt_tokens=len(prompt_ids))
-        job = Job(prompt_ids=prompt_ids, sampling=request.sampling, ledger=ledger, emit=emit)
+        begun = request.begun
+        ledger = Ledger(policy=self.policy, prompt_tokens=len(prompt_ids), completion_tokens=len(begun))
+        job = Job(prompt_ids=prompt_ids, begun=begun, sampling=request.sampling, ledger=ledger, emit=emit)
         self._thread.submit(Task(run=lambda: self._serve(job), fail=emit, cancel=job.cancel))
         try:
             while True:
