@@ -53,6 +53,10 @@ class NotFiniteError(WdmoeError):
     """The model's own output is NaN or infinite: nothing can be made of it."""
 
 
+class EngineLostError(WdmoeError):
+    """The process that holds the model ended, and no other one took over in time; try again later."""
+
+
 class RequestError(WdmoeError):
     """A generation request that cannot be served as asked."""
 

@@ -44,6 +44,7 @@ class Receipt:
     suspect_answers: int = 0  # so many, of one device in one layer each
     hedges: int = 0  # dispatches sent to a further device because an answer was late; the first answer counts
     waited_s: float = 0.0  # for lost experts to be loaded elsewhere
+    restarts: int = 0  # engines that ended before the answer did: another one read it so far and went on
     bytes_down: int = 0
     bytes_up: int = 0
     first_token_s: float = 0.0
@@ -53,7 +54,7 @@ class Receipt:
 
 @dataclass(slots=True)
 class Ledger:
-    """Mutable on purpose: one per request, written by the model thread only."""
+    """Mutable on purpose: one per request, written by the model thread only, but for `cancelled`."""
 
     policy: str = "topk"
     request_id: str = ""
@@ -77,6 +78,7 @@ class Ledger:
     step_degraded: int = 0  # tokens of the current forward pass that missed a chosen expert, in its worst layer
     degraded_tokens: int = 0
     step_devices: Counter[str] = field(default_factory=Counter)  # layers that each device served
+    cancelled: bool = False  # nobody waits for the answer any more; set from any thread
     unspent: float = 0.0  # what a policy with a bound may still drop, in mean worths of a token's experts of a layer
     unverified: Counter[str] = field(default_factory=Counter)  # device id -> its answers that counted as they came
     lies_before: dict[str, int] = field(default_factory=dict)  # device id -> its known lies when the first of them did
@@ -126,6 +128,11 @@ class Ledger:
         self.wait_s += seconds
 
     @property
+    def mean_lost(self) -> float:
+        """The part of `mean_dropped` that was lost, not chosen."""
+        return self.lost_weight / max(self.token_layers, 1)
+
+    @property
     def mean_dropped(self) -> float:
         """Mean gate weight per (token, layer) that was not computed so far."""
         return self.dropped_weight / max(self.token_layers, 1)
@@ -135,7 +142,6 @@ class Ledger:
         self.open_pass()
         elapsed_s = time.monotonic() - self.started_s
         away_s = self.wire_down_s + self.device_compute_s + self.wire_up_s + self.wait_s
-        pairs = max(self.token_layers, 1)
         suspect_answers = self.suspect_answers
         return Receipt(
             prompt_tokens=self.prompt_tokens,
@@ -144,7 +150,7 @@ class Ledger:
             degraded=self.lost_weight > 0 or self.degraded_tokens > 0,
             degraded_tokens=self.degraded_tokens,
             dropped_weight=self.mean_dropped,
-            lost_weight=self.lost_weight / pairs,
+            lost_weight=self.mean_lost,
             retries=self.retries,
             suspect=suspect_answers > 0,
             suspect_answers=suspect_answers,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 from wdmoe.receipt import Receipt
 
@@ -45,12 +45,13 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """Work for the engine. Exactly one of `prompt` and `messages` is given."""
+    """Work for the engine. Exactly one of `prompt` and `messages` is given; `begun` tokens count for max_tokens."""
 
     request_id: str
     prompt: str | tuple[int, ...] | None = None  # text, or token ids
     messages: tuple[Mapping[str, str], ...] | None = None  # {"role": ..., "content": ...}, through the chat template
     sampling: Sampling = field(default_factory=Sampling)
+    begun: tuple[int, ...] = ()  # tokens of the answer that another engine made: this one goes on after them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +63,7 @@ class TextDelta:
     devices: tuple[str, ...] = ()  # names of the devices that served this token
     layers: tuple[int, ...] = ()  # in how many MoE layers each of these devices did
     dropped_weight: float = 0.0  # of the answer so far, as in its receipt
+    lost_weight: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,9 @@ class Finished:
 
     reason: str  # "stop" or "length"
     receipt: Receipt
+
+
+AnswerEvent: TypeAlias = TextDelta | Waiting | Finished
 
 
 class TextEngine(Protocol):
@@ -102,7 +107,7 @@ class TextEngine(Protocol):
         """
         ...
 
-    def stream(self, request: GenerationRequest) -> AsyncIterator[TextDelta | Waiting | Finished]:
+    def stream(self, request: GenerationRequest) -> AsyncIterator[AnswerEvent]:
         """Run a request. Closing or cancelling the iterator cancels the work within one model step.
 
         Raises (from the first or any later step):

@@ -21,9 +21,10 @@ from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.config import ServingRules, StationSettings
 from wdmoe.errors import ConfigError
-from wdmoe.nodes.base_station.commands import MARK, obey
+from wdmoe.nodes.base_station.commands import do_command
 from wdmoe.nodes.base_station.reading import read_window
 from wdmoe.nodes.local.process import Child, ChildError
+from wdmoe.nodes.supervised.command_lines import MARK, obey
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,8 @@ def told(station: Station, monkeypatch: pytest.MonkeyPatch, *lines: str) -> list
     answers: list[str] = []
     with os.fdopen(reading) as pipe:
         monkeypatch.setattr(sys, "stdin", pipe)
-        asyncio.run(obey(station, StationSettings(bundle=Path("b"), bandwidth_hz=5e6), answers.append))  # type: ignore[arg-type]
+        settings = StationSettings(bundle=Path("b"), bandwidth_hz=5e6)
+        asyncio.run(obey(lambda line: do_command(station, settings, line), answers.append))  # type: ignore[arg-type]
     assert all(answer.startswith(MARK) for answer in answers)
     return [json.loads(answer.removeprefix(MARK)) for answer in answers]
 

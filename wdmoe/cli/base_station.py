@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from wdmoe.cli.bundles import alias_of, find_bundle
-from wdmoe.cli.failures import needs_extra
-from wdmoe.cli.logs import tell_events
+from wdmoe.cli.failures import check_installed, needs_extra
+from wdmoe.cli.logs import log_setup, tell_events
 from wdmoe.cli.params import (
     DIRECTORY,
     FILE,
@@ -282,9 +282,8 @@ def bs(
     if allocation and not bandwidth_hz:
         raise click.UsageError("--allocation says how --bandwidth is shared: give that too, as in --bandwidth 20MHz")
     tell_events()
+    check_installed("bs", "fastapi", "uvicorn", "torch", "transformers", "zmq")
     with needs_extra("bs"):
-        import fastapi  # noqa: F401 - what is missing is said at once, not after the seconds that torch takes
-
         folder = find_bundle(bundle)
     host, port = http
     settings = StationSettings(
@@ -325,23 +324,23 @@ def bs(
 
 
 async def _serve(settings: StationSettings, alias: str, commands: bool, print_token: bool) -> None:
-    """A base station and its HTTP face."""
+    """A base station in a process of its own, and its HTTP face in this one."""
     with needs_extra("bs"):
-        from wdmoe.nodes.base_station.base_station import BaseStation
-        from wdmoe.nodes.base_station.commands import obey
+        from wdmoe.nodes.supervised.command_lines import obey
+        from wdmoe.nodes.supervised.supervisor import Supervisor
         from wdmoe.serving.server import serve_http
         from wdmoe.tasks import run_together
     host, port = settings.http_host, settings.http_port
-    async with BaseStation(settings) as station:
+    async with Supervisor(settings, log_setup()) as station:
         if station.join_file is None:
             tell_address(station.join_text)
         else:
-            tell_token(station.join_file.renew(), station.join_file.path, print_token)
+            tell_token(station.join_text, station.join_file, print_token)
         parts = [station.run()]
         if port >= 0:
             parts.append(serve_http(station.engine, host, port, settings.api_key, aliases=[alias], ready=_tell_url))
         if commands:
-            parts.append(obey(station, settings, click.echo))
+            parts.append(obey(station.engine.command, click.echo))
         await run_together(*parts)
 
 

@@ -90,7 +90,9 @@ class GuardedConnection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """uvicorn's, and the place is free."""
         self.crowd.leave(self)
-        self._slow, self._stalled = _stopped(self._slow), _stopped(self._stalled)
+        _stop(self._slow)
+        _stop(self._stalled)
+        self._slow = self._stalled = None
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -104,12 +106,14 @@ class GuardedConnection(H11Protocol):
         """uvicorn's. If the head is complete now, its time has ended."""
         super().handle_events()
         if not self._idle:
-            self._slow = _stopped(self._slow)
+            _stop(self._slow)
+            self._slow = None
 
     def on_response_complete(self) -> None:
         """uvicorn's, which begins the time of an idle connection."""
         self._spoke = False
-        self._slow = _stopped(self._slow)
+        _stop(self._slow)
+        self._slow = None
         super().on_response_complete()
 
     def pause_writing(self) -> None:
@@ -119,7 +123,8 @@ class GuardedConnection(H11Protocol):
 
     def resume_writing(self) -> None:
         """uvicorn's: it reads again."""
-        self._stalled = _stopped(self._stalled)
+        _stop(self._stalled)
+        self._stalled = None
         super().resume_writing()
 
     @property
@@ -170,6 +175,6 @@ def guarded(limits: ServingLimits) -> type[GuardedConnection]:
     return cast("type[GuardedConnection]", type("Connection", (GuardedConnection,), {"crowd": Crowd(limits)}))
 
 
-def _stopped(timer: asyncio.TimerHandle | None) -> None:
+def _stop(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from wdmoe.errors import ExpertsUnavailableError, NotFiniteError, OverloadedError, RequestError
+from wdmoe.errors import EngineLostError, ExpertsUnavailableError, NotFiniteError, OverloadedError, RequestError
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +58,8 @@ def problem_from(error: BaseException, request_id: str) -> Problem:
         return Problem(400, str(error))
     if isinstance(error, OverloadedError):
         return Problem(429, str(error), kind="rate_limit_error", code="rate_limit_exceeded", headers=_WAIT)
+    if isinstance(error, EngineLostError):
+        return Problem(503, str(error), kind="server_error", code="engine_lost", headers=_WAIT)
     if isinstance(error, ExpertsUnavailableError):
         return Problem(503, str(error), kind="server_error", code="experts_unavailable", headers=_WAIT)
     if isinstance(error, NotFiniteError):

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from wdmoe.records import Finished, GenerationRequest, TextDelta, TextEngine, Waiting
+from wdmoe.records import AnswerEvent, GenerationRequest, TextEngine
 from wdmoe.tasks import end_tasks, run_together
 
 
@@ -16,7 +16,7 @@ class Step:
     """An event of one of the generations."""
 
     index: int
-    event: TextDelta | Waiting | Finished
+    event: AnswerEvent
 
 
 async def run(
@@ -63,8 +63,8 @@ async def _run_all(
 
 @asynccontextmanager
 async def _closing(
-    events: AsyncIterator[TextDelta | Waiting | Finished],
-) -> AsyncIterator[AsyncIterator[TextDelta | Waiting | Finished]]:
+    events: AsyncIterator[AnswerEvent],
+) -> AsyncIterator[AsyncIterator[AnswerEvent]]:
     """Close the engine's iterator at the end: only that frees its place when a client goes in mid-answer."""
     try:
         yield events

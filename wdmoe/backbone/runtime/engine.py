@@ -15,7 +15,7 @@ from wdmoe.backbone.runtime.prompt import encode_prompt
 from wdmoe.backbone.runtime.station import Station
 from wdmoe.errors import WdmoeError
 from wdmoe.receipt import Ledger
-from wdmoe.records import Finished, GenerationRequest, TextDelta, Waiting
+from wdmoe.records import AnswerEvent, Finished, GenerationRequest
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Engine:
         # A long text takes a while: not on the loop.
         return await asyncio.to_thread(encode_prompt, self._station.tokenizer, request, self.context_tokens)
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[TextDelta | Waiting | Finished]:
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[AnswerEvent]:
         """See `TextEngine.stream`."""
         prompt_ids = await self.prepare(request)
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -69,8 +69,14 @@ class Engine:
             if not loop.is_closed():  # a client's loop may end before its request does
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        ledger = Ledger(policy=self.policy, request_id=request.request_id, prompt_tokens=len(prompt_ids))
-        job = Job(prompt_ids=prompt_ids, sampling=request.sampling, ledger=ledger, emit=emit)
+        begun = request.begun
+        ledger = Ledger(
+            policy=self.policy,
+            request_id=request.request_id,
+            prompt_tokens=len(prompt_ids),
+            completion_tokens=len(begun),
+        )
+        job = Job(prompt_ids=prompt_ids, begun=begun, sampling=request.sampling, ledger=ledger, emit=emit)
         self._thread.submit(Task(run=lambda: self._serve(job), fail=emit, cancel=job.cancel))
         try:
             while True:

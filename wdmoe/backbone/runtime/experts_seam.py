@@ -18,6 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from wdmoe.arrays import Float32Array
 from wdmoe.backbone.runtime.shared_expert import SharedExpert, wrap_shared_expert
+from wdmoe.errors import CancelledRequestError
 from wdmoe.layer_call import Client, Demand, LayerCall
 from wdmoe.receipt import Ledger
 
@@ -86,6 +87,8 @@ def _experts_forward(
     """The registry's signature: (tokens, hidden), (tokens, top_k), (tokens, top_k) -> (tokens, hidden)."""
     seat: _Seat = module._wdmoe_seat  # type: ignore[assignment]
     ledger = CURRENT_LEDGER.get()
+    if ledger.cancelled:  # here too: the layers of a pass may each wait for a deadline
+        raise CancelledRequestError("the client went away")
     if seat.first:
         ledger.open_pass()
     gate, seat.gate = seat.gate, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -15,9 +15,9 @@ from wdmoe.backbone.runtime.experts_seam import CURRENT_CLIENT, CURRENT_LEDGER
 from wdmoe.backbone.runtime.sampling import processors
 from wdmoe.errors import CancelledRequestError
 from wdmoe.receipt import Ledger
-from wdmoe.records import Finished, Sampling, TextDelta, Waiting
+from wdmoe.records import AnswerEvent, Finished, Sampling, TextDelta, Waiting
 
-Event: TypeAlias = TextDelta | Waiting | Finished | Exception
+Event: TypeAlias = AnswerEvent | Exception
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -25,14 +25,19 @@ class Job:
     """A request that was admitted. `emit` is thread-safe; the last event is a `Finished` or the exception why not."""
 
     prompt_ids: tuple[int, ...]
+    begun: tuple[int, ...] = ()  # the answer so far
     sampling: Sampling
     ledger: Ledger
     emit: Callable[[Event], None]
-    cancelled: bool = field(default=False)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.ledger.cancelled
 
     def cancel(self) -> None:
-        """Ask it to end after the current forward pass. Thread-safe."""
-        self.cancelled = True
+        """Ask it to end after the layer that is computed now. Thread-safe."""
+        self.ledger.cancelled = True
 
     def tell_waiting(self, longest_s: float) -> None:
         """See `wdmoe.layer_call.Client`."""
@@ -43,35 +48,45 @@ def generate(model: Any, tokenizer: Any, job: Job, prefill_chunk: int) -> Finish
     """Run a job to its end, in the greenlet of the request.
 
     Raises:
-        CancelledRequestError: `job.cancelled` was set; noticed after the current forward pass, or while it waits.
+        CancelledRequestError: `job.cancel` was called; noticed at the next layer, or while it waits.
         ExpertsUnavailableError: from a layer that has no expert left.
     """
     CURRENT_LEDGER.set(job.ledger)
     CURRENT_CLIENT.set(job)
-    device = model.get_input_embeddings().weight.device
-    ids = torch.tensor([job.prompt_ids], dtype=torch.long, device=device)
-    tell = _TellEachToken(job, TextStream(tokenizer, job.sampling.stop))
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=_config(model, job, prefill_chunk),
-        logits_processor=processors(job.sampling, device),
-        stopping_criteria=StoppingCriteriaList([tell]),
-    )
-    if job.cancelled:
-        raise CancelledRequestError("the client went away")
-    ended = tell.text.stopped or int(output[0, -1]) in _eos_ids(model, job.sampling)
-    rest = tell.text.flush()
+    text = TextStream(tokenizer, job.sampling.stop)
+    for token_id in job.begun:  # told already, but for what was held back
+        text.feed(token_id)
+    eos = _eos_ids(model, job.sampling)
+    last = job.begun[-1] if job.begun else -1
+    if not text.stopped and last not in eos and len(job.begun) < job.sampling.max_tokens:
+        last = _generate(model, job, _config(job, eos, prefill_chunk), text)
+    ended = text.stopped or last in eos
+    rest = text.flush()
     if rest:
         job.emit(TextDelta(text=rest, token_id=-1))
     return Finished(reason="stop" if ended else "length", receipt=job.ledger.close())
 
 
-def _config(model: Any, job: Job, prefill_chunk: int) -> GenerationConfig:
-    eos = _eos_ids(model, job.sampling)
-    long = len(job.prompt_ids) > prefill_chunk
+def _generate(model: Any, job: Job, config: GenerationConfig, text: TextStream) -> int:
+    """Make and tell all tokens that are left, at least one. Returns the last one."""
+    device = model.get_input_embeddings().weight.device
+    ids = torch.tensor([job.prompt_ids + job.begun], dtype=torch.long, device=device)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=config,
+        logits_processor=processors(job.sampling, device, drawn=len(job.begun)),
+        stopping_criteria=StoppingCriteriaList([_TellEachToken(job, text)]),
+    )
+    if job.cancelled:
+        raise CancelledRequestError("the client went away")
+    return int(output[0, -1])
+
+
+def _config(job: Job, eos: list[int], prefill_chunk: int) -> GenerationConfig:
+    long = len(job.prompt_ids) + len(job.begun) > prefill_chunk
     return GenerationConfig(
-        max_new_tokens=job.sampling.max_tokens,
+        max_new_tokens=job.sampling.max_tokens - len(job.begun),
         do_sample=False,  # sampling is a logits processor here, see sampling.py
         eos_token_id=eos or None,
         pad_token_id=eos[0] if eos else 0,
@@ -106,8 +121,14 @@ class _TellEachToken(StoppingCriteria):  # type: ignore[misc]
         token_id = int(input_ids[0, -1])
         text = self.text.feed(token_id)
         devices, layers = ledger.close_step()
-        self._job.emit(
-            TextDelta(text=text, token_id=token_id, devices=devices, layers=layers, dropped_weight=ledger.mean_dropped)
+        delta = TextDelta(
+            text=text,
+            token_id=token_id,
+            devices=devices,
+            layers=layers,
+            dropped_weight=ledger.mean_dropped,
+            lost_weight=ledger.mean_lost,
         )
+        self._job.emit(delta)
         done = self._job.cancelled or self.text.stopped
         return torch.full((input_ids.shape[0],), done, device=input_ids.device)

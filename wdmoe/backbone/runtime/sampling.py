@@ -26,26 +26,33 @@ class GumbelMax(LogitsProcessor):  # type: ignore[misc]
     Source: Maddison, Tarlow, Minka, "A* Sampling", NeurIPS 2014, section 2.
     """
 
-    def __init__(self, seed: int | None, device: torch.device) -> None:
+    def __init__(self, seed: int | None, device: torch.device, drawn: int = 0) -> None:
+        """`drawn`: tokens that were drawn with this seed before; this one draws what comes after them."""
         self._generator = torch.Generator(device=device)
         if seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(seed)
+        self._drawn = drawn
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """(batch, vocabulary) -> (batch, vocabulary)."""
-        uniform = torch.rand(scores.shape, generator=self._generator, device=scores.device, dtype=torch.float64)
-        noise = -torch.log(-torch.log(uniform.clamp_(1e-300, 1 - 1e-16)))
+        while self._drawn:
+            self._drawn -= 1
+            self._uniform(scores)
+        noise = -torch.log(-torch.log(self._uniform(scores).clamp_(1e-300, 1 - 1e-16)))
         return scores + noise.to(scores.dtype)  # type: ignore[return-value]
 
+    def _uniform(self, scores: torch.FloatTensor) -> torch.Tensor:
+        return torch.rand(scores.shape, generator=self._generator, device=scores.device, dtype=torch.float64)
 
-def processors(sampling: Sampling, device: torch.device) -> LogitsProcessorList:
-    """What turns greedy decoding into the sampling asked for."""
+
+def processors(sampling: Sampling, device: torch.device, drawn: int = 0) -> LogitsProcessorList:
+    """What turns greedy decoding into the sampling asked for, after so many tokens that were drawn before."""
     steps = LogitsProcessorList([OnlyFinite()])
     if sampling.temperature > 0:
         steps.append(TemperatureLogitsWarper(sampling.temperature))
         if sampling.top_p < 1:
             steps.append(TopPLogitsWarper(sampling.top_p))
-        steps.append(GumbelMax(sampling.seed, device))
+        steps.append(GumbelMax(sampling.seed, device, drawn))
     return steps

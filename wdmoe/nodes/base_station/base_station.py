@@ -97,6 +97,20 @@ class BaseStation(OpenedInSteps):
                 )
             await asyncio.sleep(0.02)
 
+    async def leave(self) -> None:
+        """Say goodbye to the devices and talk to them no more. They look for another base station then."""
+        await self._end_control()
+
+    @property
+    def control_port(self) -> int:
+        """Where devices dial first."""
+        return _port(self._control_channel.endpoint)
+
+    @property
+    def data_port(self) -> int:
+        """Where expert traffic goes."""
+        return _port(self._data.endpoint)
+
     @property
     def join_text(self) -> str:
         """What a device needs to join: a fresh token, or the plain address of an insecure station."""
@@ -155,7 +169,7 @@ class BaseStation(OpenedInSteps):
             self.bundle,
             self._authentication,
             self,
-            data_port=int(self._data.endpoint.rsplit(":", 1)[1]),
+            data_port=self.data_port,
             lease_s=settings.lease_s,
             max_message_bytes=self._options.max_message_bytes,
             wishes=Wishes(pinned=pinned, copies=settings.copies, choosy=choosy),
@@ -270,6 +284,10 @@ class BaseStation(OpenedInSteps):
             self._exchange.counters,
             self.placement_text(),
         )
+
+
+def _port(endpoint: str) -> int:
+    return int(endpoint.rsplit(":", 1)[1])
 
 
 def _save_trace(recorder: TraceRecorder, file: Path) -> None:

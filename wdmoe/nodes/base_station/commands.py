@@ -1,15 +1,13 @@
 """Commands to a base station from the program that started it: other rules, and held-out text to read.
 
-Each is a JSON object on one line of its standard input, which nobody but the parent can write to; each is answered by
-one line. `wdmoe-node demo` compares rules on the same devices this way.
+Each is a JSON object on one line. `wdmoe-node demo` compares rules on the same devices this way.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from wdmoe.config import ServingRules, StationSettings
@@ -17,28 +15,9 @@ from wdmoe.errors import ConfigError, WdmoeError
 from wdmoe.nodes.base_station.base_station import BaseStation
 from wdmoe.nodes.base_station.reading import read_window
 
-MARK = "Done: "  # before each answer on standard output
 
-
-async def obey(station: BaseStation, settings: StationSettings, answer: Callable[[str], None]) -> None:
-    """Do what standard input says until it ends.
-
-    Args:
-        settings: those of the station.
-        answer: called with one line for each command.
-    """
-    lines = asyncio.StreamReader()
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(lines), sys.stdin
-    )
-    try:
-        while line := await lines.readline():
-            answer(MARK + json.dumps(await _done(station, settings, line)))
-    finally:
-        transport.close()
-
-
-async def _done(station: BaseStation, settings: StationSettings, line: bytes) -> Mapping[str, object]:
+async def do_command(station: BaseStation, settings: StationSettings, line: bytes) -> Mapping[str, object]:
+    """Do what one line says; `settings` are those of the station. What cannot be done is answered with `error`."""
     try:
         command = json.loads(line)
         if command["command"] == "serve":
