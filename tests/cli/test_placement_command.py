@@ -11,7 +11,7 @@ from tests.lab.command import fails, run, run_here
 from wdmoe.cli.main import cli
 from wdmoe.errors import WdmoeError
 from wdmoe.records import ExpertId
-from wdmoe.simulation.scenario import shipped_trace
+from wdmoe.simulation.scenario_file import shipped_trace
 from wdmoe.solver.placement.file import check_placement, read_placement
 
 TRACE = str(shipped_trace())

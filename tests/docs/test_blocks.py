@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.docs.pages import LANGUAGES, Block, blocks
-from wdmoe.simulation.scenario import load_scenario
+from wdmoe.simulation.scenario_file import load_scenario
 
 ALONE = "127.0.0.1:8080"  # a block that asks a base station runs in test_station_blocks.py
 

@@ -16,7 +16,7 @@ from wdmoe.backbone.evaluation.trace_recorder import TraceRecorder
 from wdmoe.backbone.record_trace import record_trace
 from wdmoe.errors import BundleError, ConfigError
 from wdmoe.results.gate_trace import GateTrace
-from wdmoe.simulation.scenario import shipped_trace
+from wdmoe.simulation.scenario_file import shipped_trace
 
 
 def a_trace(**changes: object) -> GateTrace:

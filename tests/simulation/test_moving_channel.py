@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from wdmoe.errors import ConfigError
 from wdmoe.simulation.channel_draw import make_draw
 from wdmoe.simulation.results import draws_text
-from wdmoe.simulation.scenario import Scenario, parse_scenario
+from wdmoe.simulation.scenario import Scenario
+from wdmoe.simulation.scenario_file import parse_scenario
 from wdmoe.simulation.study import Study, run_study
 from wdmoe.solver.layer.latency import MULTICASTS, Levers
 from wdmoe.solver.layer.plan import Policy, carried_out, plan_layer
@@ -158,7 +159,7 @@ def test_a_plan_takes_its_own_time_and_more_where_it_is_worse(seed: int, cast: s
         ('"doppler"\n', '"layer"\n', "and nothing else does"),
         ('block_time = "1ms"', 'block_time = "0ms"', "block_time must be above 0"),
         ('block_time = "1ms"', 'fading = "none"', 'needs fading = "rayleigh" or "rician"'),
-        ('"doppler"\ndoppler = "30Hz"', '"pass"', "'equal, late': csi_layers and csi_delay need"),
+        ('"doppler"\ndoppler = "30Hz"\nblock_time = "1ms"', '"pass"', "'equal, late': csi_layers and csi_delay need"),
         ("csi_delay = 1", "csi_delay = -1", "csi_delay must be an integer"),
     ],
 )

@@ -25,7 +25,8 @@ from wdmoe.backbone.record_trace import record_trace
 from wdmoe.errors import ConfigError, MissingExtraError
 from wdmoe.simulation.quality import measure, qualities, with_baseline
 from wdmoe.simulation.results import verify_results
-from wdmoe.simulation.scenario import Scenario, parse_scenario
+from wdmoe.simulation.scenario import Scenario
+from wdmoe.simulation.scenario_file import parse_scenario
 from wdmoe.simulation.study import run_study
 from wdmoe.solver.layer.latency import Levers
 

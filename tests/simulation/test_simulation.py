@@ -15,7 +15,8 @@ from wdmoe.cli.main import cli
 from wdmoe.errors import ConfigError
 from wdmoe.results.gate_trace import GateTrace
 from wdmoe.simulation.results import draws_text, save_results, verify_results
-from wdmoe.simulation.scenario import SHIPPED, Scenario, find_trace, load_scenario, parse_scenario
+from wdmoe.simulation.scenario import Scenario
+from wdmoe.simulation.scenario_file import SHIPPED, find_trace, load_scenario, parse_scenario
 from wdmoe.simulation.statistics import mean_and_interval, summarise
 from wdmoe.simulation.study import run_study
 from wdmoe.wireless.compute import expert_flop

@@ -16,7 +16,7 @@ from wdmoe.backbone.record_trace import record_trace
 from wdmoe.errors import ConfigError
 from wdmoe.simulation.reports.snr_sweep import at_mean_snr, hears_no_noise, mean_snr_db
 from wdmoe.simulation.results import verify_results
-from wdmoe.simulation.scenario import load_scenario, parse_scenario
+from wdmoe.simulation.scenario_file import load_scenario, parse_scenario
 
 WINDOW = 32
 TEXT = "".join(chr(97 + i * i % 23) for i in range(200))

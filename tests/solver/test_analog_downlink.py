@@ -14,7 +14,8 @@ from wdmoe.backbone.evaluation.analog_downlink import Broadcast, Codes, fit_spec
 from wdmoe.backbone.evaluation.simulated_experts import EXACT, Order, PlannedExperts
 from wdmoe.errors import ConfigError
 from wdmoe.simulation.quality import measure
-from wdmoe.simulation.scenario import Scenario, parse_scenario
+from wdmoe.simulation.scenario import Scenario
+from wdmoe.simulation.scenario_file import parse_scenario
 from wdmoe.simulation.study import run_study
 from wdmoe.solver.layer.analog_downlink import Analog, block_symbols, cast
 from wdmoe.solver.layer.latency import MULTICASTS, Levers, broadcast_s

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wdmoe.simulation.scenario import load_scenario
+from wdmoe.simulation.scenario_file import load_scenario
 from wdmoe.simulation.study import run_study
 from wdmoe.solver.layer.latency import Levers
 from wdmoe.solver.layer.plan import Policy, plan_layer

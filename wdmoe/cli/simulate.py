@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,7 @@ def simulate(
     """
     with needs_extra("sim"):
         from wdmoe.simulation.results import save_results
-        from wdmoe.simulation.scenario import load_scenario, with_changes
+        from wdmoe.simulation.scenario_file import load_scenario, with_changes
         from wdmoe.simulation.study import run_study
     from wdmoe.cli.progress import CountProgress
 
@@ -67,9 +68,9 @@ def _print(summaries: list[Summary]) -> None:
     rows = [
         (
             each.variant,
-            f"{1e3 * each.latency_s:.4g} ± {1e3 * each.latency_ci_s:.2g}",
-            f"{1e3 * each.median_s:.4g}",
-            "baseline" if number == 0 else f"{100 * each.saving:.1f} ± {100 * each.saving_ci:.1f}",
+            None if math.isnan(each.latency_s) else f"{1e3 * each.latency_s:.4g} ± {1e3 * each.latency_ci_s:.2g}",
+            None if math.isnan(each.median_s) else f"{1e3 * each.median_s:.4g}",
+            "baseline" if number == 0 else _saved(each),
             f"{100 * each.dropped_weight:.1f}",
             f"{each.experts_per_token:.2f}",
             f"{each.link_bits / 8e6:.3g}",
@@ -88,3 +89,10 @@ def _print(summaries: list[Summary]) -> None:
         "outage, %",
     )
     print_table(columns, rows, right=1)
+    for each in summaries:
+        if each.outage == 1:
+            click.echo(f"{each.variant}: a device with work was out of reach on every draw, so there is no latency")
+
+
+def _saved(each: Summary) -> str | None:
+    return None if math.isnan(each.saving) else f"{100 * each.saving:.1f} ± {100 * each.saving_ci:.1f}"

@@ -24,12 +24,17 @@ def holders_of(variant: Variant, devices: DeviceSetup, mean: RadioState, frequen
         mean: the channel without fading.
         frequency: (layers, experts) uses by a token.
     Raises:
-        ConfigError: the devices have no room for all experts.
+        ConfigError: the devices have no room for all experts, or for no copy where copies are asked for.
     """
     layers, experts = frequency.shape
     room = np.array(devices.experts)
     if room.sum() < experts:
         raise ConfigError(f"[devices] experts: room for {room.sum()} of a layer's {experts} experts")
+    if variant.replicas > 1 and room.sum() == experts:
+        raise ConfigError(
+            f"[[variant]] {variant.name!r}: replicas does nothing here: [devices] experts has room for {room.sum()} "
+            f"experts of a layer, and it has as many"
+        )
     if variant.placement == "spread":
         return np.broadcast_to(_spread(experts, room, variant.replicas), (layers, experts, devices.count))
     problem = PlacementProblem(

@@ -24,7 +24,8 @@ from wdmoe.results.gate_trace import GateTrace
 from wdmoe.simulation.channel_draw import Draw, make_draw
 from wdmoe.simulation.placement import Holders, holders_of
 from wdmoe.simulation.replay import Replay
-from wdmoe.simulation.scenario import Scenario, Variant, find_trace
+from wdmoe.simulation.scenario import Scenario, Variant
+from wdmoe.simulation.scenario_file import find_trace
 from wdmoe.simulation.statistics import mean_and_interval
 from wdmoe.solver.layer.plan import LayerPlan, carried_out, plan_layer
 from wdmoe.wireless.analog_code import Spectrum

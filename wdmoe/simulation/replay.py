@@ -39,7 +39,7 @@ class Replay:
 class Outcome:
     """One variant on one draw: means over its passes."""
 
-    latency_s: float  # of a pass through all layers
+    latency_s: float  # of a pass through all layers; infinite where a device cannot be reached
     dropped_weight: float  # share of what the policy ranks by
     replaced_weight: float
     experts_per_token: float  # computed, mean over layers
@@ -47,13 +47,18 @@ class Outcome:
     multicast_share: float  # of the layers that used it, or the analog downlink
 
 
+# Some 30 years. A Gaussian code gets something through any channel, so in words such a device cannot be reached.
+UNREACHED_S = 1e9
 OUTCOMES = tuple(field.name for field in fields(Outcome))
 
 
 def outcome(scenario: Scenario, variant: Variant, draw: Draw, replay: Replay, held: Holders) -> Outcome:
     """Run one variant on one draw, experts being held by `held`."""
     passes = [_one_pass(scenario, variant, draw, replay, held, number) for number in range(scenario.model.passes)]
-    return Outcome(**{name: float(np.mean([each[name] for each in passes])) for name in OUTCOMES})
+    means = {name: float(np.mean([each[name] for each in passes])) for name in OUTCOMES}
+    if means["latency_s"] > UNREACHED_S:
+        means["latency_s"] = np.inf
+    return Outcome(**means)
 
 
 def _one_pass(

@@ -33,7 +33,8 @@ from wdmoe.results.folder import (
 )
 from wdmoe.simulation.figures import draw_figures
 from wdmoe.simulation.replay import OUTCOMES
-from wdmoe.simulation.scenario import Scenario, find_trace, parse_scenario
+from wdmoe.simulation.scenario import Scenario
+from wdmoe.simulation.scenario_file import find_trace, parse_scenario
 from wdmoe.simulation.statistics import Summary, records_text, summarise
 from wdmoe.simulation.study import Progress, Study, run_study
 

@@ -17,7 +17,8 @@ from wdmoe.results.gate_trace import GateTrace
 from wdmoe.simulation.channel_draw import make_draw
 from wdmoe.simulation.placement import Holders, holders_of
 from wdmoe.simulation.replay import OUTCOMES, Replay, outcome
-from wdmoe.simulation.scenario import Scenario, find_trace
+from wdmoe.simulation.scenario import Scenario
+from wdmoe.simulation.scenario_file import find_trace
 
 Progress = Callable[[int, int], None]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wdmoe.errors import ConfigError
@@ -20,6 +20,11 @@ class Table:
         self._values = values
         self._path = path
         self._known: list[str] = []
+
+    @property
+    def stated(self) -> Mapping[str, Any]:
+        """What stands in the file, unread."""
+        return self._values
 
     def table(self, key: str) -> Table:
         """A table inside; empty where it is not there."""

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from wdmoe.errors import ConfigError
 from wdmoe.simulation.channel_draw import make_draw
 from wdmoe.simulation.figures import STYLE, save_figure
-from wdmoe.simulation.scenario import Scenario, Variant, parse_scenario
+from wdmoe.simulation.scenario import Scenario, Variant
+from wdmoe.simulation.scenario_file import parse_scenario
 from wdmoe.simulation.statistics import Summary, records_text
 
 if TYPE_CHECKING:
