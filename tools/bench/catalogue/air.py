@@ -85,9 +85,9 @@ def why_no_tap() -> str:
     return ""
 
 
-def open_air(devices: int, port: int, seed: int) -> Air:
+def open_air(devices: int, port: int, seed: int, *, relay: bool = False) -> Air:
     """The best back end that works here; which one, and why, goes to stderr."""
-    missing = why_no_tap()
+    missing = "asked for" if relay else why_no_tap()
     print(f"links: {'relay (' + missing + ')' if missing else 'tap'}", file=sys.stderr)
     return RelayAir(devices, port) if missing else TapAir(devices, seed)
 
@@ -145,8 +145,8 @@ class TapAir:
         before = self._address(number)
         self._moves[number] += 1
         after = self._address(number)
+        _ip("-n", self._space(number), "addr", "del", f"{before}/24", "dev", "eth0")  # it would take the new one along
         _ip("-n", self._space(number), "addr", "add", f"{after}/24", "dev", "eth0")
-        _ip("-n", self._space(number), "addr", "del", f"{before}/24", "dev", "eth0")
         return after
 
     def close(self) -> None:
@@ -207,6 +207,10 @@ class RelayAir:
             relay.set(replace(down, cut=not up), replace(back, cut=not up))
             if up:
                 relay.reset()
+
+    def flip(self, number: int, pieces: int) -> None:
+        """Flip one bit in each of the next pieces on the device's data connection."""
+        self._relays[number][1].flip = pieces
 
     def move(self, number: int) -> str:
         for relay in self._relays[number]:

@@ -95,6 +95,7 @@ class Client(threading.Thread):
         elif about is not None:
             with self._news:
                 self.answer.ids.append(int(about["token_id"]))
+                self.answer.devices |= set(about["devices"])
                 self.answer.dropped.append(float(about["dropped_weight"]))
                 self.answer.times_s.append(time.monotonic())
                 self._news.notify_all()

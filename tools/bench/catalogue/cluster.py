@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tools.bench.catalogue.model import Model, Question
 from tools.bench.catalogue.processes import LAUNCH, ROOT, Footprint, Node, footprint
 from tools.bench.catalogue.records import Answer, Bounds, ClusterSpec
 
+SITE = Path(__file__).with_name("site")  # what every process of the base station imports first
 START_S = 120.0
 LEASE = "2s"
 PREFILL_CHUNK = 16  # so that a prompt takes as many passes as an answer of ten tokens
@@ -43,13 +44,16 @@ class Cluster:
         folder.mkdir(parents=True)
         self.port = free_ports(3)  # control, data, HTTP
         self.http = self.port + 2
-        self.air: Air | None = open_air(spec.devices, self.port, seed) if spec.air else None
+        self.air: Air | None = open_air(spec.devices, self.port, seed, relay=spec.relay) if spec.air else None
         self.host = self.air.station_host if self.air else "127.0.0.1"
         self.notes = self._unknown_flags()
         self.station = Node("bs", self._station_words(), folder, self._station_environment())
         self.devices: list[Node] = []
         self.texts: dict[tuple[Question, int], str] = {}
         self.prefill_s = 1.0
+        self.token_s = 0.1
+        self.start_s = 0.0
+        self.busy: set[str] = set()  # devices that worked on the last whole answer
         self.base = Footprint()
         self.station_base = Footprint()
 
@@ -57,12 +61,14 @@ class Cluster:
 
     def start(self) -> Cluster:
         """Start all, wait until everything is served, learn how long things take, and measure the base line."""
+        begun_s, patience_s = time.monotonic(), START_S + 5 * self.spec.devices
         self.station.start()
         self.wait_for(lambda: self.status() is not None, START_S, "the base station does not answer")
         for number in range(self.spec.devices):
             self.devices.append(self.device(f"device{number}", number).start())
-        if self.settle(START_S) is None:
-            raise ClusterError(f"not every expert is served after {START_S:.0f} s: {self.trouble()}")
+        if self.settle(patience_s) is None:
+            raise ClusterError(f"not every expert is served after {patience_s:.0f} s: {self.trouble()}")
+        self.start_s = time.monotonic() - begun_s
         self._warm_up()
         return self
 
@@ -184,6 +190,16 @@ class Cluster:
         """A client that has begun."""
         return Client(self.http, question, tokens, streamed=streamed).go()
 
+    def heard(self, answer: Answer) -> None:
+        """Remember who worked on it."""
+        if answer.complete and answer.devices:
+            self.busy = set(answer.devices)
+
+    def victim(self, rng: random.Random) -> Node:
+        """A device that works: one that only stands by would not be missed."""
+        alive = [node for node in self.devices if node.alive]
+        return rng.choice([node for node in alive if node.name in self.busy] or alive)
+
     def truth(self, question: Question, tokens: int) -> Truth:
         """What the right answer is."""
         return Truth(ids=question.answer[:tokens], text=self.texts.get((question, tokens), ""))
@@ -215,6 +231,8 @@ class Cluster:
             answer = self._calm(question, WHOLE_TOKENS)
             self.texts[question, WHOLE_TOKENS] = answer.text
             self.prefill_s = answer.times_s[0] - answer.asked_s
+            self.token_s = (answer.times_s[-1] - answer.times_s[0]) / (len(answer.times_s) - 1)
+            self.heard(answer)
         several = [self.ask(q, 8, streamed=s) for q in self.model.questions for s in (True, False)]
         for client in several:
             client.join(self.bounds.patience_s)
@@ -246,7 +264,8 @@ class Cluster:
 
     def _station_environment(self) -> dict[str, str]:
         limit = {"CATALOGUE_DESCRIPTORS": str(self.spec.descriptors)} if self.spec.descriptors else {}
-        return {**limit, **self._clock("bs")}
+        stall = {"CATALOGUE_STALL_S": "1.0", "PYTHONPATH": f"{ROOT}{os.pathsep}{SITE}"}
+        return {**limit, **stall, **self._clock("bs")}
 
     def clock_file(self, name: str) -> Path:
         """What `faketime` reads for this process."""
@@ -282,8 +301,3 @@ def faketime_library() -> Path | None:
             if found:
                 return found[0]
     return None
-
-
-def pick(rng: random.Random, nodes: Sequence[Node]) -> Node:
-    """One that lives."""
-    return rng.choice([node for node in nodes if node.alive])

@@ -66,7 +66,7 @@ class Fault:
     phases: tuple[str, ...] = PHASES
     spec = ClusterSpec()
     tokens = 60
-    stays_healthy = False  # what it does may leave the cluster in no state for the next fault
+    alone = False  # one client only, so that its time can be compared
 
     def spec_for(self, copies: int) -> ClusterSpec:
         """What it needs, with so many copies."""
@@ -105,8 +105,9 @@ class Fault:
     def play(self, scene: Scene) -> list[Verdict]:
         """Two clients, one of them streamed, and the fault in the middle of it."""
         cluster = scene.cluster
-        questions = [scene.rng.choice(cluster.model.questions) for _ in range(2)]
-        clients = [cluster.ask(questions[0], self.tokens), cluster.ask(questions[1], WHOLE_TOKENS, streamed=False)]
+        questions = [scene.rng.choice(cluster.model.questions) for _ in range(1 if self.alone else 2)]
+        clients = [cluster.ask(questions[0], self.tokens)]
+        clients += [cluster.ask(each, WHOLE_TOKENS, streamed=False) for each in questions[1:]]
         try:
             reach(scene, clients[0], self.tokens)
             scene.injected_s = time.monotonic()
@@ -114,16 +115,17 @@ class Fault:
             for client in clients:
                 client.join(max(0.0, scene.injected_s + cluster.bounds.patience_s - time.monotonic()))
             scene.answers = [client.answer for client in clients]
+            cluster.heard(clients[0].answer)
             self.judge(scene)
         finally:
             self.heal(scene)
-        return self._verdicts(scene, questions, (self.tokens, WHOLE_TOKENS))
+        return self._verdicts(scene, questions)
 
-    def _verdicts(self, scene: Scene, questions: list[Question], lengths: tuple[int, ...]) -> list[Verdict]:
+    def _verdicts(self, scene: Scene, questions: list[Question]) -> list[Verdict]:
         expected = self.expected(scene)
         verdicts = []
-        for answer, question, tokens in zip(scene.answers, questions, lengths, strict=True):
-            verdict = judge(answer, scene.cluster.truth(question, tokens), expected, scene.injected_s)
+        for answer, question in zip(scene.answers, questions, strict=True):
+            verdict = judge(answer, scene.cluster.truth(question, answer.wanted), expected, scene.injected_s)
             verdicts.append(verdict)
             scene.violations += verdict.violations
         return verdicts
@@ -131,24 +133,37 @@ class Fault:
     def recover(self, scene: Scene) -> float:
         """Everything is back, and an answer is whole and exact again. Seconds that it took."""
         cluster = scene.cluster
+        for node in (each for each in cluster.devices if not each.alive):
+            scene.violations.append(f"{node.name} ended by itself: {node.said()[-160:].strip()}")
+            node.start()
         settled_s = cluster.settle(scene.bounds.settle_s)
         if settled_s is None:
             scene.violations.append(f"S5: not as before after {scene.bounds.settle_s:g} s: {cluster.trouble()}")
             settled_s = scene.bounds.settle_s
+        begun_s = time.monotonic()
+        while again := self._not_whole(scene):
+            if time.monotonic() - begun_s > scene.bounds.settle_s:
+                scene.violations.append(f"after healing: {again[0]}")
+                break
         self.after(scene)
-        question = scene.rng.choice(cluster.model.questions)
-        client = cluster.ask(question, CHECK_TOKENS)
+        return settled_s + time.monotonic() - begun_s
+
+    def _not_whole(self, scene: Scene) -> tuple[str, ...]:
+        """What an answer lacks. An answer that was called right and was not is a violation at any time."""
+        question = scene.rng.choice(scene.cluster.model.questions)
+        client = scene.cluster.ask(question, CHECK_TOKENS)
         client.join(scene.bounds.patience_s)
+        scene.cluster.heard(client.answer)
         expected = Expected(exact=True, stall_s=float("inf"))
-        again = judge(client.answer, cluster.truth(question, CHECK_TOKENS), expected, float("inf"))
-        scene.violations += [f"after healing: {each}" for each in again.violations]
-        return settled_s
+        again = judge(client.answer, scene.cluster.truth(question, CHECK_TOKENS), expected, float("inf"))
+        if again.wrong:
+            scene.violations.append(f"after healing: {again.violations[0]}")
+        return again.violations if not again.wrong else ()
 
 
 def reach(scene: Scene, client: Client, tokens: int) -> None:
     """Wait for the moment of the fault: somewhere in the prompt, or at some token of the answer."""
     if scene.phase == "prefill":
-        scene.rng.random()
         time.sleep(scene.cluster.prefill_s * scene.rng.uniform(0.15, 0.7))
     else:
         at = scene.rng.randrange(3, max(4, tokens // 2))
@@ -234,7 +249,7 @@ def record(
         seconds=round(seconds, 2),
         leftovers=tuple(leftovers),
         violations=tuple(each[:MOST_WORDS] for each in scene.violations),
-        notes=tuple([*cluster.notes, *scene.notes]),
+        notes=(*cluster.notes, *scene.notes),
     )
 
 

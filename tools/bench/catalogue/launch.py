@@ -18,6 +18,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -31,7 +32,14 @@ class Orders:
     def __init__(self, path: str) -> None:
         self._path, self._seen_ns = path, -1
         self._orders: dict[str, Any] = {}
-        self.hoard: list[bytearray] = []
+        self._hoard: list[bytearray] = []
+
+    def hoard(self) -> None:
+        """Take memory when told to, and keep it; on a thread of its own."""
+        while True:
+            time.sleep(0.05)
+            if size := int(self.now().get("hog_bytes", 0)):
+                self._hoard.append(bytearray(b"\1") * size)
 
     def now(self) -> dict[str, Any]:
         try:
@@ -84,8 +92,6 @@ def _obey(orders: Orders) -> None:
 
     def run(self: Any, run: Any) -> Any:
         now = orders.now()
-        if hog := int(now.get("hog_bytes", 0)):
-            orders.hoard.append(bytearray(b"\1") * hog)
         kind = now.get("lie", "")
         partial = honest(self, _of_others(run, self) if kind == "foreign" else run)
         if delay_s := float(now.get("delay_s", 0.0)):
@@ -95,6 +101,7 @@ def _obey(orders: Orders) -> None:
         return _spoilt(kind, partial, before)
 
     setattr(ExpertRunner, "run", run)
+    threading.Thread(target=orders.hoard, daemon=True, name="hoard").start()
 
 
 def _of_others(run: Any, runner: Any) -> Any:

@@ -11,13 +11,16 @@ PHASES = ("prefill", "decode")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """How long things may take: the X of S4, in seconds, and how much may be left over. For a LAN and two busy cores."""
+    """How long things may take (the X of S4, in seconds) and how much may be left over. For a LAN and two cores."""
 
     stall_copy_s: float = 2.0  # next token or a clear error, where each expert has a copy
     stall_s: float = 4.0  # the same without copies: a deadline, and what comes with it
     error_s: float = 30.0  # a clear error where nobody can serve; a bounded wait for experts counts
     settle_s: float = 30.0  # all devices back and every expert served, from the healing on
-    exit_s: float = 3.0  # a process that was told to end, from its last answer on
+    exit_s: float = 2.0  # a base station that was told to end, from its last answer on
+    end_s: float = 10.0  # a device that was told to end, many at once
+    slow_ratio: float = 1.3  # time of an answer beside a slow device over the usual time ...
+    slow_slack_s: float = 0.4  # ... and this more, for tokens of a few milliseconds on two busy cores
     patience_s: float = 120.0  # a try that goes on for longer hangs
     descriptors: int = 4  # more than before
     threads: int = 8  # more than before: pools of event loops grow when they are first needed
@@ -42,6 +45,7 @@ class ClusterSpec:
     copies: int = 2
     devices: int = 4
     air: bool = False  # each device behind a link of its own that can be spoilt
+    relay: bool = False  # by a TCP relay, whatever else works here
     insecure: bool = False
     model: str = "small"
     flags: tuple[str, ...] = ()  # further words for `bs`
@@ -60,6 +64,7 @@ class Answer:
     ids: list[int] = field(default_factory=list)
     dropped: list[float] = field(default_factory=list)  # gate weight lost so far, at each token
     times_s: list[float] = field(default_factory=list)
+    devices: set[str] = field(default_factory=set)
     comments: list[str] = field(default_factory=list)
     text: str = ""
     receipt: Mapping[str, Any] | None = None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 from tools.bench.catalogue.fault import Fault
-from tools.bench.catalogue.faults import lies, processes
+from tools.bench.catalogue.faults import capacity, commands, files, lies, network, outsiders, processes, versions
 
-_MODULES = (processes, lies)
+_MODULES = (processes, network, files, lies, versions, outsiders, capacity, commands)
 
 
 def all_faults() -> dict[str, type[Fault]]:
@@ -21,11 +21,11 @@ def chosen(words: str) -> list[type[Fault]]:
     known = all_faults()
     if not words:
         return list(known.values())
-    ids = [word.strip().upper() for word in words.split(",") if word.strip()]
+    ids = [word.strip().capitalize() for word in words.split(",") if word.strip()]
     if unknown := [each for each in ids if each not in known]:
         raise ValueError(f"{', '.join(unknown)}: faults are {', '.join(known)}")
     return [known[each] for each in ids]
 
 
-def _rank(name: str) -> tuple[str, int]:
-    return (name[0], int(re.sub(r"\D", "", name)))
+def _rank(name: str) -> tuple[str, int, str]:
+    return (name[0], int(re.sub(r"\D", "", name)), name)

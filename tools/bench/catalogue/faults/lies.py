@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 from tools.bench.catalogue.checker import Expected
-from tools.bench.catalogue.cluster import pick
 from tools.bench.catalogue.fault import Fault, Scene
 from tools.bench.catalogue.processes import Node
 from tools.bench.catalogue.records import ClusterSpec
@@ -22,7 +21,7 @@ class Liar(Fault):
         self.victim: Node | None = None
 
     def inject(self, scene: Scene) -> None:
-        self.victim = pick(scene.rng, scene.cluster.devices)
+        self.victim = scene.cluster.victim(scene.rng)
         scene.cluster.order(self.victim.name, lie=scene.choose(self.kinds))
 
     def heal(self, scene: Scene) -> None:

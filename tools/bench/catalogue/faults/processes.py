@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
-from pathlib import Path
 
 from tools.bench.catalogue.checker import Expected
-from tools.bench.catalogue.cluster import pick
 from tools.bench.catalogue.fault import Fault, Scene
+from tools.bench.catalogue.limits import confine, release
 from tools.bench.catalogue.processes import Node
 
-CGROUP = Path("/sys/fs/cgroup/memory")
 FREEZES_S = (0.5, 5.0, 0.0)  # 0: until the answers have ended
 
 
@@ -25,7 +22,7 @@ class _OfOneDevice(Fault):
 
     def choose(self, scene: Scene) -> Node:
         """The device of this try."""
-        self.victim = pick(scene.rng, scene.cluster.devices)
+        self.victim = scene.cluster.victim(scene.rng)
         return self.victim
 
     def heal(self, scene: Scene) -> None:
@@ -102,14 +99,14 @@ class StationKilled(Fault):
 
 class FastRestart(_OfOneDevice):
     id = "F11"
-    title = "a device restarts while the base station hears nothing for 1 s"
-    passes = "the newer session wins, nobody is deaf"
-    cost_s = 6.0
+    title = "a device restarts while the base station's loop is blocked, or all of it stopped, for 1 s"
+    passes = "the newer session wins, nobody is deaf; a base station that was stopped may end answers with an error"
+    kinds = ("loop blocked", "all stopped")
 
     def inject(self, scene: Scene) -> None:
-        worker = scene.cluster.station.worker()
-        victim = self.choose(scene)
-        os.kill(worker, signal.SIGSTOP)
+        worker, victim = scene.cluster.station.worker(), self.choose(scene)
+        stopped = scene.choose(self.kinds) == "all stopped"
+        os.kill(worker, signal.SIGSTOP if stopped else signal.SIGUSR2)
         try:
             victim.kill()
             victim.start()
@@ -118,8 +115,8 @@ class FastRestart(_OfOneDevice):
             os.kill(worker, signal.SIGCONT)
 
     def expected(self, scene: Scene) -> Expected:
-        usual = super().expected(scene)
-        return Expected(exact=usual.exact, stall_s=usual.stall_s + 1.0)
+        usual, stopped = super().expected(scene), scene.notes[-1] == "all stopped"
+        return Expected(completes=not stopped, exact=usual.exact and not stopped, stall_s=usual.stall_s + 1.0)
 
 
 class OutOfMemory(_OfOneDevice):
@@ -129,17 +126,12 @@ class OutOfMemory(_OfOneDevice):
 
     def inject(self, scene: Scene) -> None:
         victim = self.choose(scene)
-        room = CGROUP / f"catalogue{os.getpid()}"
-        if not (CGROUP / "memory.limit_in_bytes").exists() or os.geteuid() != 0:
+        if not confine("memory", "memory.limit_in_bytes", 64 << 20, victim.pid):
             scene.notes.append("no memory cgroup for us: killed in place of it")
             victim.kill()
             return
-        room.mkdir(exist_ok=True)
-        (room / "memory.limit_in_bytes").write_text(str(64 << 20))
-        (room / "cgroup.procs").write_text(str(victim.pid))
         scene.notes.append("memory cgroup of 64 MiB")
-        file = scene.cluster.orders_file(victim.name)
-        file.write_text(json.dumps({"hog_bytes": 256 << 20}))
+        scene.cluster.order(victim.name, hog_bytes=256 << 20)
         until_s = time.monotonic() + 5.0
         while victim.alive and time.monotonic() < until_s:
             time.sleep(0.02)
@@ -149,6 +141,7 @@ class OutOfMemory(_OfOneDevice):
         if self.victim is not None:
             scene.cluster.order(self.victim.name)
             self.victim.kill()
+        release("memory")
         super().heal(scene)
 
 
