@@ -79,7 +79,7 @@ def _speak(version: int) -> None:
 
     for module in (messages, wire, framing):
         if hasattr(module, "PROTOCOL_VERSION"):
-            setattr(module, "PROTOCOL_VERSION", version)
+            vars(module)["PROTOCOL_VERSION"] = version
     wire._START.update({number: bytes((version, number)) for number in wire._START})
 
 
@@ -100,7 +100,7 @@ def _obey(orders: Orders) -> None:
         last[run.layer, partial.shape] = partial
         return _spoilt(kind, partial, before)
 
-    setattr(ExpertRunner, "run", run)
+    setattr(ExpertRunner, "run", run)  # noqa: B010 - mypy takes an assignment for a mistake
     threading.Thread(target=orders.hoard, daemon=True, name="hoard").start()
 
 
