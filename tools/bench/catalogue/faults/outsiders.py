@@ -11,10 +11,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tools.bench.catalogue.checker import Expected
 from tools.bench.catalogue.client import fetch
+from tools.bench.catalogue.cluster import Cluster
 from tools.bench.catalogue.fault import Fault, Scene
 from tools.bench.catalogue.processes import ROOT
 from tools.bench.catalogue.records import ClusterSpec
@@ -38,7 +40,7 @@ class Flood(Fault):
         before = cluster.station.worker()
         endpoint = f"tcp://{cluster.host}:{cluster.port + (plane == 'data')}"
         words = [sys.executable, str(Path(__file__).parents[1] / "flood.py"), endpoint, plane, str(FLOOD_S)]
-        words.append("-" if cluster.spec.insecure else str(stolen_keys(scene)))
+        words.append("-" if cluster.spec.insecure else str(stolen_keys(cluster)))
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
         scene.require(done.returncode == 0, f"the flood itself failed: {done.stderr[-200:]}")
@@ -149,7 +151,7 @@ class Shutdown(Fault):
 
 
 @contextlib.contextmanager
-def raw_connections(host: str, port: int, count: int, begin: bytes = b"") -> contextlib.AbstractContextManager[None]:  # type: ignore[misc]
+def raw_connections(host: str, port: int, count: int, begin: bytes = b"") -> Iterator[None]:
     """So many TCP connections from a stranger's address, as many as the other side lets in."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, count + 512)), hard))
@@ -166,12 +168,11 @@ def raw_connections(host: str, port: int, count: int, begin: bytes = b"") -> con
             each.close()
 
 
-def stolen_keys(scene: Scene) -> Path:
+def stolen_keys(cluster: Cluster) -> Path:
     """The keys of an admitted device, as a file that the flood reads."""
     from wdmoe.transport.security.join_tokens import parse_token
     from wdmoe.transport.security.keys import device_keys
 
-    cluster = scene.cluster
     token = parse_token(cluster.token(f"tcp://{cluster.host}:{cluster.port}").read_text())
     pair = device_keys(cluster.folder / cluster.devices[0].name)
     file = cluster.folder / "stolen"
