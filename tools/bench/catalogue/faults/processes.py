@@ -97,6 +97,36 @@ class StationKilled(Fault):
         return Expected(completes=False, stall_s=scene.bounds.error_s)
 
 
+class NewKey(StationKilled):
+    id = "F10b"
+    title = "the base station comes back with another key, then with its own"
+    passes = "devices refuse it loudly, and come back to the right one"
+    tries = 4
+    cost_s = 25.0
+
+    def inject(self, scene: Scene) -> None:
+        cluster = scene.cluster
+        before = {node.name: node.said().count("WARNING") for node in cluster.devices}
+        cluster.station.kill()
+        key, kept = cluster.state / "station.key", cluster.state / "station.key.kept"
+        scene.require(key.exists(), "no station.key in the state folder")
+        key.rename(kept)
+        cluster.station.start()
+        time.sleep(14.0)
+        quiet = [node.name for node in cluster.devices if node.said().count("WARNING") == before[node.name]]
+        joined = (cluster.status() or {"devices": []})["devices"]
+        scene.require(not quiet, f"{', '.join(quiet)}: no word about a base station with another key")
+        scene.require(not joined, "a device joined a base station with another key")
+        cluster.station.kill()
+        kept.replace(key)
+
+    def heal(self, scene: Scene) -> None:
+        kept = scene.cluster.state / "station.key.kept"
+        if kept.exists():
+            kept.replace(kept.with_name("station.key"))
+        super().heal(scene)
+
+
 class FastRestart(_OfOneDevice):
     id = "F11"
     title = "a device restarts while the base station's loop is blocked, or all of it stopped, for 1 s"
@@ -175,6 +205,7 @@ FAULTS: tuple[type[Fault], ...] = (
     DeviceKilled,
     DeviceFrozen,
     StationKilled,
+    NewKey,
     FastRestart,
     OutOfMemory,
     BothHoldersKilled,
