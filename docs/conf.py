@@ -23,7 +23,7 @@ exclude_patterns = ["docs/theme", "docs/results/bridge/*.md", "docs/results/jour
 NAVIGATION = {
     "Guides": ["guide_demo", "guide_device", "guide_http", "guide_split", "guide_radio", "guide_quality"],
     "Simulate and embed": ["simulation", "guide_embedding", "broadcast", "results/README"],
-    "How it works": ["design", "solver", "wireless", "default_model", "performance"],
+    "How it works": ["design", "solver", "wireless", "default_model", "performance", "faults"],
     "Reference": ["api/index", "wire", "bundle", "families"],
     "Project": ["/CONTRIBUTING", "/SECURITY", "/CHANGELOG", "dependencies"],
 }
