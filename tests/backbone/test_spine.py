@@ -56,7 +56,7 @@ async def answer(lab: Lab, prompt: Any = PROMPT, **sampling: Any) -> tuple[list[
         if isinstance(event, TextDelta):
             text += event.text
             ids += [event.token_id] if event.token_id >= 0 else []
-        else:
+        elif isinstance(event, Finished):
             receipt = event.receipt
     assert receipt is not None
     return ids, text, receipt
