@@ -46,9 +46,12 @@ def relayed(lab: Lab) -> Iterator[tuple[ZmqDataStation, Relay]]:
         yield station, relay
 
 
-def raw_dealer(lab: Lab, security: LinkSecurity | None, endpoint: str, routing_id: bytes = b"") -> zmq.Socket[bytes]:
+def raw_dealer(
+    lab: Lab, security: LinkSecurity | None, endpoint: str, routing_id: bytes = b"", queue: int = 1000
+) -> zmq.Socket[bytes]:
     """A peer that does not use our code, nor an I/O thread of ours."""
     dealer = lab.strangers.socket(zmq.DEALER)
+    dealer.rcvhwm = queue
     dealer.linger = 0
     if security is not None:
         dealer.curve_serverkey = security.server_key.encode()
@@ -152,16 +155,17 @@ def test_z6_nowhere_and_full_are_errors_of_their_own(lab: Lab) -> None:
     station = lab.station()
     with pytest.raises(PeerGoneError):
         station.send(b"\x00\x01\x02\x03\x04", Attached(session=1))
-    link = lab.link(station.endpoint)
-    asked = ask(link, station)
-    run = a_run(hidden=1 << 20)
+    with raw_dealer(lab, lab.admitted("full"), station.endpoint, queue=1) as dealer:
+        dealer.send(join(encode(Attach(session=1))))
+        asked = hear(station)
+        run = a_run(hidden=1 << 20)
 
-    def flood() -> None:  # the device reads nothing: queues and TCP buffers fill up
-        for _ in range(1000):
-            station.send(asked.route, run)
+        def flood() -> None:  # the peer reads nothing: queues and TCP buffers fill up
+            for _ in range(1000):
+                station.send(asked.route, run)
 
-    with pytest.raises(PeerBusyError):
-        flood()
+        with pytest.raises(PeerBusyError):
+            flood()
 
 
 def test_z7_a_stopped_process_is_noticed(lab: Lab) -> None:

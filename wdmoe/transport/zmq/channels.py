@@ -14,54 +14,53 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import zmq
 
+from wdmoe.errors import TransportError
 from wdmoe.transport.channel import Envelope
 from wdmoe.transport.codec.messages import Message
 from wdmoe.transport.security.zap import CONTROL_DOMAIN, DATA_DOMAIN
 from wdmoe.transport.zmq.messaging import AsyncEnd, SocketMessages, open_link
-from wdmoe.transport.zmq.monitor import EndWatch, HandshakeWatch
 from wdmoe.transport.zmq.sockets import (
     Context,
     LinkSecurity,
-    Socket,
     SocketOptions,
     StationSecurity,
-    bind_router,
     endpoint_of,
+    listen,
+    new_router,
 )
 
 _DEFAULTS = SocketOptions()
-Watch: TypeAlias = HandshakeWatch | EndWatch
 
 
 class _Blocking:
-    """The waiting of a data plane end: a message, a wake, or what the monitor says."""
+    """The waiting of a data plane end: a message, a wake, or what its gate says."""
 
-    def __init__(self, messages: SocketMessages, options: SocketOptions, watch: Watch | None = None) -> None:
+    def __init__(self, messages: SocketMessages, options: SocketOptions) -> None:
         self._messages = messages
         self._spin_s = options.spin_s
-        self._watch = watch
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # half the cost of an inproc socket
         self._sources: list[tuple[Any, int]] = [
             (messages.socket, zmq.POLLIN),
             (self._wake_fd, zmq.POLLIN),
         ]
-        if watch is not None:
-            self._sources.append((watch.socket, zmq.POLLIN))
         self._closed = False
+        messages.gate.on_news = self.wake
 
     @property
     def counters(self) -> Mapping[str, int]:
-        """Refused messages by kind: `invalid_message`, `wrong_version`, `revoked_key`."""
+        """Refused messages by kind: `invalid_message`, `wrong_version`, `revoked_key`; and connections that were cut:
+        `too_many_connections`, `flood`."""
         return self._messages.refusals.counters
 
     def receive(self, timeout_s: float) -> Envelope | None:
         """See `DataStation.receive`."""
-        if self._watch is not None:
-            self._watch.raise_verdict()
+        watch = self._messages.watch
+        if watch is not None:
+            watch.raise_verdict()
         until = time.monotonic() + timeout_s
         left_s = timeout_s
         while True:
@@ -71,13 +70,14 @@ class _Blocking:
                 if source is self._messages.socket:
                     if (envelope := self._messages.take()) is not None:
                         return envelope
-                elif source == self._wake_fd:
+                else:
                     os.eventfd_read(self._wake_fd)
-                    return None
-                elif self._watch is not None and self._watch.check():
+                    if watch is not None:
+                        watch.raise_verdict()
                     return None
             left_s = until - time.monotonic()
             if left_s <= 0:
+                self._messages.gate.drained = not ready
                 return None
 
     def wake(self) -> None:
@@ -89,10 +89,8 @@ class _Blocking:
         """See `DataStation.close`."""
         if self._closed:
             return
+        self._messages.close()
         self._closed = True
-        if self._watch is not None:
-            self._watch.close()
-        self._messages.socket.close(0)
         os.close(self._wake_fd)
 
     def _poll(self, left_s: float) -> Sequence[tuple[Any, int]]:
@@ -109,14 +107,10 @@ class _Blocking:
 class ZmqDataStation(_Blocking):
     """See `DataStation`. Made by `open_data_station`."""
 
-    def __init__(self, messages: SocketMessages, options: SocketOptions) -> None:
-        self._ends = EndWatch(messages.socket)
-        super().__init__(messages, options, self._ends)
-
     @property
     def ended(self) -> int:
         """See `DataStation.ended`."""
-        return self._ends.ended
+        return self._messages.gate.ended
 
     @property
     def endpoint(self) -> str:
@@ -157,8 +151,7 @@ class ZmqControlLink(AsyncEnd):
 
     async def send(self, message: Message) -> None:
         """See `ControlLink.send`. Also raises RefusedError, as `receive`."""
-        if self._watch is not None:
-            self._watch.check()
+        self._check()
         try:
             self._messages.send(message)
         finally:
@@ -173,8 +166,7 @@ def open_data_station(
     Raises:
         TransportError: the address cannot be bound, or the door is not open.
     """
-    socket = bind_router(context, bind, DATA_DOMAIN, security, options)
-    return ZmqDataStation(_station_messages(socket, security, options, ("device",)), options)
+    return ZmqDataStation(_listening(context, bind, DATA_DOMAIN, ("device",), security, options), options)
 
 
 def open_control_station(
@@ -185,8 +177,7 @@ def open_control_station(
     Raises:
         TransportError: the address cannot be bound, or the door is not open.
     """
-    socket = bind_router(context, bind, CONTROL_DOMAIN, security, options)
-    return ZmqControlStation(_station_messages(socket, security, options, ("device", "enrolment")))
+    return ZmqControlStation(_listening(context, bind, CONTROL_DOMAIN, ("device", "enrolment"), security, options))
 
 
 def open_data_link(
@@ -197,8 +188,7 @@ def open_data_link(
     Raises:
         TransportError: the address or a key is malformed.
     """
-    messages, watch = open_link(context, zmq.DEALER, endpoint, security, options)
-    return ZmqDataLink(messages, options, watch)
+    return ZmqDataLink(open_link(context, zmq.DEALER, endpoint, security, options), options)
 
 
 def open_control_link(
@@ -209,14 +199,26 @@ def open_control_link(
     Raises:
         TransportError: the address or a key is malformed.
     """
-    messages, watch = open_link(context, zmq.DEALER, endpoint, security, options)
-    return ZmqControlLink(messages, watch)
+    return ZmqControlLink(open_link(context, zmq.DEALER, endpoint, security, options))
 
 
-def _station_messages(
-    socket: Socket, security: StationSecurity | None, options: SocketOptions, kinds: tuple[str, ...]
+def _listening(
+    context: Context,
+    bind: str,
+    domain: bytes,
+    kinds: tuple[str, ...],
+    security: StationSecurity | None,
+    options: SocketOptions,
 ) -> SocketMessages:
-    if security is None:
-        return SocketMessages(socket, options, routed=True, secure=False)
-    kind_of = security.door.admission.kind_of
-    return SocketMessages(socket, options, routed=True, secure=True, admits=lambda key: kind_of(key) in kinds)
+    socket = new_router(context, domain, security, options)
+    admits = None
+    if security is not None:
+        kind_of = security.door.admission.kind_of
+        admits = lambda key: kind_of(key) in kinds  # noqa: E731 - asked for each message: no more than this
+    messages = SocketMessages(socket, options, routed=True, secure=security is not None, admits=admits)
+    try:
+        listen(socket, bind)
+    except TransportError:
+        messages.close()
+        raise
+    return messages

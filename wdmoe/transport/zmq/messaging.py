@@ -16,6 +16,7 @@ from wdmoe.transport.codec.messages import Failure, Message
 from wdmoe.transport.codec.wire import Limits
 from wdmoe.transport.refusals import Refusals
 from wdmoe.transport.security.keys import fingerprint
+from wdmoe.transport.zmq.gate import Gate
 from wdmoe.transport.zmq.monitor import HandshakeWatch
 from wdmoe.transport.zmq.sockets import Context, LinkSecurity, Socket, SocketOptions, connect, new_client
 
@@ -34,13 +35,27 @@ class SocketMessages:
         routed: bool,
         secure: bool,
         admits: Callable[[str], bool] | None = None,
+        watch: HandshakeWatch | None = None,
     ) -> None:
+        """Owns the socket, which is not bound or connected yet. `watch`: see `Gate`."""
         self.socket = socket
         self.refusals = Refusals(_LOG)
+        self.watch = watch
+        self.gate = Gate(socket, options.bounds(trusting=watch is not None), self.refusals, watch)
         self._limits = Limits(max_message_bytes=options.max_message_bytes, checksum=not secure)
         self._routed = routed
         self._secure = secure
         self._admits = admits
+        self._closed = False
+        # What a frame takes on the wire beside its content: ZMTP's head, and CURVE's nonce and seal.
+        self._overhead_bytes = 9 + (33 if secure else 0)
+
+    def close(self) -> None:
+        """Without lingering. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self.gate.close()
+            self.socket.close(0)
 
     def send(self, message: Message, route: bytes | None = None) -> int:
         """Hand over a message. Returns bytes; raises as `DataStation.send`."""
@@ -72,10 +87,17 @@ class SocketMessages:
             zmq.Again: nothing waits.
         """
         receive = self.socket.recv
-        route = receive(zmq.NOBLOCK) if self._routed else b""
-        frame = rest = receive(zmq.NOBLOCK, copy=False)
+        try:
+            route = receive(zmq.NOBLOCK) if self._routed else b""
+            frame = rest = receive(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            self.gate.drained = True
+            raise
+        size_bytes = len(frame) + self._overhead_bytes
         while rest.more:
             rest = receive(zmq.NOBLOCK, copy=False)
+            size_bytes += len(rest) + self._overhead_bytes
+        self.gate.took(int(frame.get(zmq.SRCFD)), route, size_bytes)
         # What the door said at the handshake, so it is proven; asking each time costs half a microsecond.
         key = str(frame.get("User-Id")) if self._secure and self._routed else ""
         if self._admits is not None and not self._admits(key):
@@ -104,50 +126,56 @@ class SocketMessages:
 
 
 class _Waiting:
-    """The waiting of a control plane end: tells the event loop's owner when to look at its sockets.
+    """The waiting of a control plane end: tells the event loop's owner when to look at its socket.
 
     ZeroMQ's descriptor only says that something changed, and any call on the socket may swallow the news. So
-    the state is asked for after every call, and whoever waits is told.
+    the state is asked for after every call, and whoever waits is told. The gate's thread tells its news by `wake`.
     """
 
-    def __init__(self, *sockets: Socket) -> None:
-        self._sockets = sockets
+    def __init__(self, socket: Socket) -> None:
+        self._socket = socket
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
-        self._descriptors = [int(socket.get(zmq.FD)) for socket in sockets]
-        for descriptor in self._descriptors:
-            self._loop.add_reader(descriptor, self.look)
+        self._descriptor = int(socket.get(zmq.FD))
+        self._loop.add_reader(self._descriptor, self.look)
 
     def look(self) -> None:
-        """Ask all sockets. Call after every send."""
-        if any(int(socket.get(zmq.EVENTS)) & zmq.POLLIN for socket in self._sockets):
+        """Ask the socket. Call after every send."""
+        if int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
             self._news.set()
 
+    def wake(self) -> None:
+        """Let whoever waits look. Thread-safe."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._news.set)
+
     async def news(self) -> None:
-        """Wait until a socket may have something to read."""
-        self._news.clear()
+        """Wait until there may be something to read, or a verdict. Check the verdict after `clear`."""
         self.look()
         await self._news.wait()
 
+    def clear(self) -> None:
+        """From here on news count."""
+        self._news.clear()
+
     def close(self) -> None:
-        """Stop watching; call before the sockets are closed."""
-        for descriptor in self._descriptors:
-            self._loop.remove_reader(descriptor)
+        """Stop watching; call before the socket is closed."""
+        self._loop.remove_reader(self._descriptor)
 
 
 class AsyncEnd:
     """What both ends of the control plane have in common."""
 
-    def __init__(self, messages: SocketMessages, watch: HandshakeWatch | None = None) -> None:
+    def __init__(self, messages: SocketMessages) -> None:
         self._messages = messages
-        self._watch = watch
-        sockets = [messages.socket] if watch is None else [messages.socket, watch.socket]
-        self._waiting = _Waiting(*sockets)
+        self._waiting = _Waiting(messages.socket)
+        messages.gate.on_news = self._waiting.wake
         self._closed = False
 
     @property
     def counters(self) -> Mapping[str, int]:
-        """Refused messages by kind: `invalid_message`, `wrong_version`, `revoked_key`."""
+        """Refused messages by kind: `invalid_message`, `wrong_version`, `revoked_key`; and connections that were cut:
+        `too_many_connections`, `flood`."""
         return self._messages.refusals.counters
 
     async def receive(self) -> Envelope:
@@ -156,13 +184,17 @@ class AsyncEnd:
             try:
                 envelope = self._messages.take()
             except zmq.Again:
-                if self._watch is not None:
-                    self._watch.check()
+                self._waiting.clear()
+                self._check()
                 await self._waiting.news()
             else:
                 if envelope is not None:  # nothing is awaited after the take: cancelling loses no message
                     return envelope
                 await asyncio.sleep(0)  # a flood of refused messages must not hold the loop
+
+    def _check(self) -> None:
+        if self._messages.watch is not None:
+            self._messages.watch.raise_verdict()
 
     def close(self) -> None:
         """See `ControlStation.close`."""
@@ -170,26 +202,25 @@ class AsyncEnd:
             return
         self._closed = True
         self._waiting.close()
-        if self._watch is not None:
-            self._watch.close()
-        self._messages.socket.close(0)
+        self._messages.close()
 
 
 def open_link(
     context: Context, kind: int, endpoint: str, security: LinkSecurity | None, options: SocketOptions
-) -> tuple[SocketMessages, HandshakeWatch]:
-    """A socket of this kind (`zmq.DEALER`, `zmq.SUB`) that connects in the background, and what watches it.
+) -> SocketMessages:
+    """A socket of this kind (`zmq.DEALER`, `zmq.SUB`) that connects in the background.
 
     Raises:
         TransportError: the address or a key is malformed.
     """
     socket = new_client(context, kind, security, options)
     name = "(none)" if security is None else security.keys.fingerprint
-    watch = HandshakeWatch(socket, endpoint, name)
+    messages = SocketMessages(
+        socket, options, routed=False, secure=security is not None, watch=HandshakeWatch(endpoint, name)
+    )
     try:
         connect(socket, endpoint)
     except TransportError:
-        watch.close()
-        socket.close(0)
+        messages.close()
         raise
-    return SocketMessages(socket, options, routed=False, secure=security is not None), watch
+    return messages

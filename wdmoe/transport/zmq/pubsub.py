@@ -6,10 +6,12 @@ radio; messages are numbered so that it knows. Both ends belong to one event loo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import zmq
 
+from wdmoe.errors import TransportError
 from wdmoe.transport.codec.messages import Message
 from wdmoe.transport.security.zap import BROADCAST_DOMAIN
 from wdmoe.transport.zmq.messaging import AsyncEnd, SocketMessages, open_link
@@ -18,13 +20,16 @@ from wdmoe.transport.zmq.sockets import (
     LinkSecurity,
     SocketOptions,
     StationSecurity,
-    bind_publisher,
     endpoint_of,
+    listen,
+    new_publisher,
 )
 
 # A queue holds what is said while a listener's machine is busy elsewhere: 64 KiB each as pictures are sent here.
 OPTIONS = SocketOptions(queue_messages=256)
 _MOST_HEARD_BYTES = 4096  # of what listeners send: subscriptions, and the handshake
+_ALL = b"\x01"  # a subscription to everything, as a Tuner sends it
+_MOST_READ = 1000  # subscriptions before each message
 
 
 class Transmitter:
@@ -38,17 +43,33 @@ class Transmitter:
         """Where it listens, with the port that was chosen for `:*`."""
         return endpoint_of(self._messages.socket)
 
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """Connections that were cut: `too_many_connections`, `flood`."""
+        return self._messages.refusals.counters
+
     def send(self, message: Message) -> int:
         """Say something to whoever listens, without waiting. Returns its bytes.
 
         Raises:
             ProtocolError: the message breaks a rule or is larger than a listener accepts.
         """
+        self._admit_listeners()
         return self._messages.send(message)
 
     def close(self) -> None:
         """Close without lingering. Idempotent."""
-        self._messages.socket.close(0)
+        self._messages.close()
+
+    def _admit_listeners(self) -> None:
+        """Who asks for everything gets it. What else they ask for is read and forgotten."""
+        socket = self._messages.socket
+        for _ in range(_MOST_READ):
+            try:
+                if socket.recv(zmq.NOBLOCK) == _ALL:
+                    socket.set(zmq.SUBSCRIBE, b"")
+            except zmq.Again:
+                return
 
 
 class Tuner(AsyncEnd):
@@ -64,8 +85,14 @@ def open_transmitter(
         TransportError: the address cannot be bound, or the door is not open.
     """
     heard = replace(options, max_message_bytes=_MOST_HEARD_BYTES)
-    socket = bind_publisher(context, bind, BROADCAST_DOMAIN, security, heard)
-    return Transmitter(SocketMessages(socket, options, routed=False, secure=security is not None))
+    socket = new_publisher(context, BROADCAST_DOMAIN, security, heard)
+    messages = SocketMessages(socket, options, routed=False, secure=security is not None)
+    try:
+        listen(socket, bind)
+    except TransportError:
+        messages.close()
+        raise
+    return Transmitter(messages)
 
 
 def open_tuner(
@@ -76,5 +103,4 @@ def open_tuner(
     Raises:
         TransportError: the address or a key is malformed.
     """
-    messages, watch = open_link(context, zmq.SUB, endpoint, security, options)
-    return Tuner(messages, watch)
+    return Tuner(open_link(context, zmq.SUB, endpoint, security, options))

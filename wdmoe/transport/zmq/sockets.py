@@ -15,11 +15,13 @@ from wdmoe.errors import TransportError
 from wdmoe.transport.codec.wire import MAX_MESSAGE_BYTES
 from wdmoe.transport.security.keys import KeyPair
 from wdmoe.transport.security.zap import Door
+from wdmoe.transport.zmq.crowd import Bounds
 
 Context: TypeAlias = zmq.Context[zmq.Socket[bytes]]
 Socket: TypeAlias = zmq.Socket[bytes]
 
 _TCP = re.compile(r"tcp://[^\s/]+:(?P<port>\*|[0-9]{1,5})")
+_SLACK_BYTES = 1 << 20
 _LOOKS_LIKE = "an address looks like tcp://192.168.1.2:5555"
 
 
@@ -28,13 +30,29 @@ class SocketOptions:
     """Tunable per network. The defaults suit a LAN; scale the times with the round trip."""
 
     max_message_bytes: int = MAX_MESSAGE_BYTES
-    queue_messages: int = 16  # each way, per peer (half of it for sure): work waits where it can be sent elsewhere
+    queue_messages: int = 16  # to each peer (half of it for sure): work waits where it can be sent elsewhere
     heartbeat_ms: int = 200  # a silent peer is given up after three, a stopped one after five
     handshake_ms: int = 3000
     reconnect_ms: int = 100
     reconnect_most_ms: int = 2000
     connect_timeout_ms: int = 1000
+    connections: int = 1024  # that a station bears on one socket, and of one address: a laboratory may be behind it
+    connections_per_address: int = 256
+    messages_per_s: float = 20_000.0  # of one connection, for long; two seconds' worth at once
     spin_s: float = 0.0  # data plane: look this long before sleeping; costs a core, saves a wake-up
+
+    def bounds(self, *, trusting: bool = False) -> Bounds:
+        """What a socket bears of its peers. `trusting`: of one that it has chosen itself, from the first message on."""
+        unread_bytes = 4 * self.max_message_bytes + _SLACK_BYTES
+        return Bounds(
+            connections=self.connections,
+            per_address=self.connections_per_address,
+            unread_bytes=unread_bytes,
+            first_bytes=unread_bytes if trusting else self.max_message_bytes + _SLACK_BYTES,
+            messages_per_s=self.messages_per_s,
+            burst=2 * self.messages_per_s,
+            handshake_s=1.5 * self.handshake_ms / 1000,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,54 +76,67 @@ def new_context(io_threads: int = 1) -> Context:
     return zmq.Context(io_threads)
 
 
-def bind_router(
-    context: Context, bind: str, domain: bytes, security: StationSecurity | None, options: SocketOptions
-) -> Socket:
-    """An open ROUTER. Never with ROUTER_HANDOVER: an admitted peer could take over another's connection.
+def new_router(context: Context, domain: bytes, security: StationSecurity | None, options: SocketOptions) -> Socket:
+    """A ROUTER for `listen`. Never with ROUTER_HANDOVER: an admitted peer could take over another's connection.
 
     Raises:
-        TransportError: the address cannot be bound, or the door is not open.
+        TransportError: the door is not open.
     """
-    _require_tcp(bind)
     _hide_routing_ids()
-    socket: Socket = context.socket(zmq.ROUTER)
+    socket = _new_station(context, zmq.ROUTER, domain, security, options)
     socket.set(zmq.ROUTER_MANDATORY, 1)
-    return _bound(socket, bind, domain, security, options)
+    return socket
 
 
-def bind_publisher(
-    context: Context, bind: str, domain: bytes, security: StationSecurity | None, options: SocketOptions
-) -> Socket:
-    """An open PUB. What peers may send, subscriptions, is bounded; it never waits for them: a full queue drops.
+def new_publisher(context: Context, domain: bytes, security: StationSecurity | None, options: SocketOptions) -> Socket:
+    """An XPUB for `listen`. It never waits for its listeners: a full queue drops.
+
+    What it is told to send to whom is its owner's word, not the listeners': each would be remembered.
 
     Raises:
-        TransportError: the address cannot be bound, or the door is not open.
+        TransportError: the door is not open.
+    """
+    socket = _new_station(context, zmq.XPUB, domain, security, options)
+    socket.set(zmq.XPUB_MANUAL, 1)
+    return socket
+
+
+def listen(socket: Socket, bind: str) -> None:
+    """Accept connections.
+
+    Raises:
+        TransportError: the address cannot be bound.
     """
     _require_tcp(bind)
-    return _bound(context.socket(zmq.PUB), bind, domain, security, options)
-
-
-def _bound(
-    socket: Socket, bind: str, domain: bytes, security: StationSecurity | None, options: SocketOptions
-) -> Socket:
     try:
-        _common(socket, options)
-        socket.set(zmq.BACKLOG, 128)
         socket.set(zmq.IPV6, int("[" in bind))
-        if security is not None:
-            _require_open(security.door)
-            socket.set(zmq.CURVE_SERVER, 1)
-            socket.set(zmq.CURVE_SECRETKEY, security.keys.secret.encode())
-            socket.set(zmq.ZAP_DOMAIN, domain)
-            socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
         socket.bind(bind)
     except zmq.ZMQError as error:
-        socket.close(0)
         raise TransportError(f"cannot listen at {bind}: {_advice(error)}") from error
+
+
+def _new_station(
+    context: Context, kind: int, domain: bytes, security: StationSecurity | None, options: SocketOptions
+) -> Socket:
+    if security is not None:
+        _require_open(security.door)
+    socket: Socket = context.socket(kind)
+    try:
+        _set_station(socket, domain, security, options)
     except BaseException:
         socket.close(0)
         raise
     return socket
+
+
+def _set_station(socket: Socket, domain: bytes, security: StationSecurity | None, options: SocketOptions) -> None:
+    _common(socket, options)
+    socket.set(zmq.BACKLOG, 128)
+    if security is not None:
+        socket.set(zmq.CURVE_SERVER, 1)
+        socket.set(zmq.CURVE_SECRETKEY, security.keys.secret.encode())
+        socket.set(zmq.ZAP_DOMAIN, domain)
+        socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
 
 
 def new_client(context: Context, kind: int, security: LinkSecurity | None, options: SocketOptions) -> Socket:
@@ -159,7 +190,7 @@ def _common(socket: Socket, options: SocketOptions) -> None:
     socket.set(zmq.LINGER, 0)
     socket.set(zmq.MAXMSGSIZE, options.max_message_bytes)
     socket.set(zmq.SNDHWM, options.queue_messages)
-    socket.set(zmq.RCVHWM, options.queue_messages)
+    socket.set(zmq.RCVHWM, 0)  # a full queue of a peer that vanishes could abort the process (docs/wire.md, Z22)
     socket.set(zmq.HEARTBEAT_IVL, options.heartbeat_ms)
     socket.set(zmq.HEARTBEAT_TIMEOUT, 3 * options.heartbeat_ms)
     socket.set(zmq.HEARTBEAT_TTL, 5 * options.heartbeat_ms)
