@@ -149,7 +149,9 @@ class StationSettings:
     dtype: str = "auto"
     threads: int = 0  # torch threads; 0: torch's own default
     placement: Path | None = None
-    copies: int = 2  # devices that hold each expert, memory allowing: with 2, a lost one costs time but no quality
+    # Devices that hold each expert, memory allowing: with 2, a lost one costs time but no quality. 0: 2, and further
+    # copies on devices that would else hold nothing.
+    copies: int = 0
     record_trace: Path | None = None  # where to leave a gate trace of what was served
     state: Path = field(default_factory=lambda: state_home() / "bs")
     insecure: bool = False
@@ -163,8 +165,8 @@ class StationSettings:
         check_ranking(self.policy, self.rank, self.whole_layers)
         for name in ("deadline_s", "prefill_chunk", "max_active", "lease_s"):
             _positive(name, getattr(self, name))
-        if self.copies not in (1, 2):
-            raise ConfigError(f"copies must be 1 or 2, got {self.copies}")
+        if self.copies not in range(4):
+            raise ConfigError(f"copies must be 1, 2 or 3, or 0 to let the base station decide, got {self.copies}")
         if self.max_queued < 0 or self.deadline_per_token_s < 0 or self.threads < 0:
             raise ConfigError("max_queued, deadline_per_token_s and threads must not be negative")
 

@@ -25,6 +25,7 @@ from wdmoe.moe.dispatch import Part, Work, dispatch
 from wdmoe.moe.drop_price import DropPrice
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.moe.select import Bound, Chosen, Costs, choose, joined, substitute
+from wdmoe.moe.serving_speed import ServingSpeed
 from wdmoe.receipt import Ledger
 from wdmoe.solver.combining import is_finite
 from wdmoe.transport.codec.messages import Activations
@@ -67,6 +68,7 @@ class ExpertLayers:
         self._routing = routing
         self.rules = rules
         self.health = DeviceHealth()
+        self.speed = ServingSpeed()
         self._price = DropPrice()
         self._seen = Routing()
         self._last_air: SharedBand | None = None
@@ -82,9 +84,12 @@ class ExpertLayers:
         routing = self._newest_routing()
         chosen = self._choose(routing, call)
         parts = self._ask(routing, call, chosen)
-        failed = [part for part in parts if part.reply.result is None]
-        if failed:
-            parts += self._ask_standbys(routing, call, chosen, failed)
+        failed = again = [part for part in parts if part.reply.result is None]
+        for _ in range(1 + len(routing.further_of.get(call.layer, ()))):  # as many copies as there are
+            if not again:
+                break
+            parts += (others := self._ask_standbys(routing, call, chosen, again))
+            again = [part for part in others if part.reply.result is None]
         owed = _owed(chosen, parts) if failed else None
         if owed is not None or not parts:
             parts += self._rescue(routing, call, chosen, owed)
@@ -172,7 +177,11 @@ class ExpertLayers:
         standby_of = routing.standby_of.get(layer)
         if self.health.all_well or standby_of is None:
             return device_of
-        return self.health.around(routing.devices, device_of, standby_of)
+        for other_of in (standby_of, *routing.further_of.get(layer, ())):
+            device_of = self.health.around(routing.devices, device_of, other_of)
+            if self.health.available(routing.devices, device_of).all():
+                break
+        return device_of
 
     def _ask(self, routing: Routing, call: LayerCall, chosen: Chosen) -> list[Part]:
         """Dispatch, and book what it took."""
@@ -200,6 +209,8 @@ class ExpertLayers:
         if reply.result is not None:
             link_s = reply.result.link_down_s + reply.result.link_up_s
             self.health.answered(device.route, reply.answered_s - reply.sent_s, len(part.token_rows), link_s)
+            if len(part.token_rows) == 1:
+                self.speed.saw(device.device_id, len(part.order.experts), reply.result.compute_s)
         else:
             log.warning("device %s, layer %d: %s", device.name, part.order.layer, reply.reason)
             self.health.failed(device.route)

@@ -23,10 +23,12 @@ class DeviceRoute:
 class Routing:
     """`device_of[layer]` is (experts,) int32: an index into `devices`, or -1 where no device serves the expert.
 
-    `standby_of[layer]` alike: a further device that could serve it at once.
+    `standby_of[layer]` alike: a second device that could serve it at once, the best of those. `further_of[layer]` has
+    rows alike: the third one, the fourth, ...
     """
 
     devices: tuple[DeviceRoute, ...] = ()
     device_of: Mapping[int, Int32Array] = field(default_factory=dict)
     complete: frozenset[int] = frozenset()  # layers with every expert served
     standby_of: Mapping[int, Int32Array] = field(default_factory=dict)
+    further_of: Mapping[int, tuple[Int32Array, ...]] = field(default_factory=dict)
