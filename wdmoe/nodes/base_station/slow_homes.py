@@ -18,7 +18,8 @@ LOOK_EVERY_S = 1.0
 TOO_SLOW = 4.0  # times the pace of the others
 GOOD = 2.0  # times the pace of the others, at most: who is between the two stays where it is
 LEAST_S = 0.01  # of a token: a pace below this is never slow, whatever the others do
-SLOW_LOOKS = 2  # in a row, each with new answers, before its homes move
+SLOW_LOOKS = 2.0  # in a row, before its homes move
+STALE_LOOK = 0.5  # counts for so much: the same pace again, since nobody asks a device that is slow
 TRIAL_LOOKS = 10  # with new answers, before a trial has failed: the pace is a running mean, which takes its time
 FIRST_TERM_S = 15.0
 LONGEST_TERM_S = 600.0
@@ -36,7 +37,7 @@ class Standing:
     since_s: float = -math.inf
     term_s: float = FIRST_TERM_S
     pace_s: float | None = None  # at the last look: the same pace again says that no answer came meanwhile
-    looks: int = 0  # that said "slow" (at home), or that said anything (on trial)
+    looks: float = 0.0  # that said "slow" (at home), or that said anything (on trial)
 
 
 def next_standings(
@@ -82,15 +83,18 @@ def _lags(paces: Mapping[str, float | None]) -> dict[str, float | None]:
 def _next(now: Standing, pace: float | None, lag: float | None, now_s: float) -> Standing:
     if now.state == AWAY:
         return now if now_s - now.since_s < now.term_s else Standing(TRIAL, now_s, now.term_s)
-    if pace == now.pace_s or lag is None:
+    stale = pace == now.pace_s
+    if lag is None or (stale and not now.looks):
         return now
     longer_s = min(2 * now.term_s, LONGEST_TERM_S)
     if now.state == TRIAL:
+        if stale:
+            return now
         if lag <= GOOD:
             return Standing(HOME, now_s, longer_s)
         looks = now.looks + 1
         return replace(now, looks=looks) if looks < TRIAL_LOOKS else Standing(AWAY, now_s, longer_s)
     if lag < TOO_SLOW:
-        return replace(now, looks=0, term_s=FIRST_TERM_S if now_s - now.since_s > STEADY_S else now.term_s)
-    looks = now.looks + 1
+        return replace(now, looks=0.0, term_s=FIRST_TERM_S if now_s - now.since_s > STEADY_S else now.term_s)
+    looks = now.looks + (STALE_LOOK if stale else 1)
     return replace(now, looks=looks) if looks < SLOW_LOOKS else Standing(AWAY, now_s, now.term_s)
