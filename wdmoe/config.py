@@ -152,7 +152,9 @@ class StationSettings:
     threads: int = 0  # torch threads; 0: torch's own default
     verify: float = 0.05  # share of a trusted device's answers that is computed again; 0: odd answers only
     placement: Path | None = None
-    copies: int = 2  # devices that hold each expert, memory allowing: with 2, a lost one costs time but no quality
+    # Devices that hold each expert, memory allowing: with 2, a lost one costs time but no quality. 0: 2, and further
+    # copies on devices that would else hold nothing.
+    copies: int = 0
     record_trace: Path | None = None  # where to leave a gate trace of what was served
     state: Path = field(default_factory=lambda: state_home() / "bs")
     join_uses: int | None = JOIN_USES  # devices that may join by one of its tokens; None: as many as come
@@ -171,10 +173,10 @@ class StationSettings:
             _positive("join_uses", self.join_uses)
         if not 0 <= self.verify <= 1:  # also refuses NaN
             raise ConfigError(f"verify must be from 0 to 1, got {self.verify}")
-        if self.copies not in (1, 2):
-            raise ConfigError(f"copies must be 1 or 2, got {self.copies}")
         if not 0 <= self.wait_for_experts_s < math.inf:
             raise ConfigError(f"wait_for_experts must be zero or positive, got {self.wait_for_experts_s}")
+        if self.copies not in range(4):
+            raise ConfigError(f"copies must be 1, 2 or 3, or 0 to let the base station decide, got {self.copies}")
         if self.max_queued < 0 or self.deadline_per_token_s < 0 or self.threads < 0:
             raise ConfigError("max_queued, deadline_per_token_s and threads must not be negative")
 

@@ -161,6 +161,17 @@ def test_status_shows_a_running_base_station():
     assert json.loads(placement.stdout)["format"] == 1
 
 
+def test_status_names_devices_in_the_order_that_people_count():
+    engine = EchoEngine()
+    engine.devices = ["device10", "Device2", "kitchen", "device1"]
+    with serving(engine) as server:
+        shown = run_here("status", "--url", server.url).stdout
+        machine = json.loads(run_here("status", "--url", server.url, "--json").stdout)
+    rows = [line.split()[0] for line in shown.splitlines() if line.split() and line.split()[0] in engine.devices]
+    assert rows == ["device1", "Device2", "device10", "kitchen"]
+    assert [device["name"] for device in machine["devices"]] == engine.devices
+
+
 def test_status_of_nothing(free_port):
     assert f"127.0.0.1:{free_port}" in fails(run("status", "--url", f"http://127.0.0.1:{free_port}"))
 

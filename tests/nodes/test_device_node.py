@@ -23,7 +23,7 @@ from wdmoe.config import DeviceSettings, LinkEmulation
 from wdmoe.errors import ConfigError
 from wdmoe.nodes.device.device import run_device
 from wdmoe.records import ExpertId
-from wdmoe.transport.codec.messages import Chunk, Failure, Goodbye, Hello, Ping, Result
+from wdmoe.transport.codec.messages import Chunk, Failure, Goodbye, Hello, Ping, Ready, Result
 
 HIDDEN = 16
 BIG_INNER = 6000  # a file of several chunks
@@ -454,6 +454,25 @@ def test_a_killed_device_comes_back_as_itself_with_its_cache(tmp_path, experts, 
             assert again.returncode == 0, said
             assert "3 from cache, 0 fetched" in said
             assert "Traceback" not in said
+
+    run_async(work)
+
+
+def test_an_idle_device_measures_itself_again_and_says_so(tmp_path, experts, settings, monkeypatch):
+    for name in ("FIRST_MEASURE_S", "IDLE_S"):
+        monkeypatch.setattr(f"wdmoe.nodes.device.device.{name}", 0.02)
+    monkeypatch.setattr("wdmoe.nodes.device.device.SAME_SPEED", 1.0)
+
+    async def work() -> None:
+        async with station(tmp_path / "bs", experts) as bs, running(run_device(settings(bs.token()))):
+            await bs.place_on(ALL[0])
+            await bs.ready(ALL[0])
+            said = [hello for hello in bs.of(Hello) if not hello.enrol_key]
+            await bs.until(lambda: bs.of(Hello)[-1].report.flops != said[0].report.flops)
+            assert bs.of(Hello)[-1].session == said[0].session
+            count = len(bs.seen)
+            await bs.until(lambda: any(isinstance(m, Ready) for m in bs.seen[count:]))  # the session goes on
+            assert not bs.of(Goodbye)
 
     run_async(work)
 

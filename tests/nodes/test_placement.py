@@ -7,21 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from wdmoe.nodes.base_station.placement import (
-    Arrangement,
-    Catalogue,
-    Holder,
-    Wishes,
-    arrange,
-    choose_standbys,
-    choose_targets,
-    has_room_for_copies,
-    holdings,
-    pinned_copies,
-    routing,
-    span,
-    wanted,
-)
+from wdmoe.nodes.base_station.catalogue import Arrangement, Catalogue, Holder, Wishes, pinned_copies
+from wdmoe.nodes.base_station.copies import choose_standbys, has_room_for_copies
+from wdmoe.nodes.base_station.placement import arrange, choose_targets, holdings, routing, span, wanted
 from wdmoe.records import DeviceReport, ExpertId
 
 LAYERS, EXPERTS = 6, 8

@@ -10,6 +10,7 @@ from wdmoe.cli.bundles import alias_of, find_bundle
 from wdmoe.cli.failures import check_installed, needs_extra
 from wdmoe.cli.logs import log_setup, tell_events
 from wdmoe.cli.params import (
+    COPIES,
     DIRECTORY,
     FILE,
     FREQUENCY,
@@ -123,10 +124,11 @@ from wdmoe.config import (
 )
 @click.option(
     "--copies",
-    type=click.IntRange(1, 2),
-    default=2,
+    type=COPIES,
+    default="auto",
     show_default=True,
-    help="Devices that hold each expert, where memory allows. With 2 copies a lost device costs time, not quality.",
+    help="Devices that hold each expert, where memory allows. With 2 copies a lost device costs time, not quality. "
+    "auto: 2, and further copies on devices that would otherwise hold nothing.",
 )
 @click.option(
     "--verify",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import math
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -89,11 +90,18 @@ def _show(state: Mapping[str, Any]) -> None:
     facts = [str(state[name]) for name in ("model", "state", "policy") if name in state]
     click.echo(printable(", ".join(facts)))
     devices = state.get("devices")
-    rows = [_row(each) for each in devices if isinstance(each, dict)] if isinstance(devices, list) else []
+    shown = [each for each in devices if isinstance(each, dict)] if isinstance(devices, list) else []
+    rows = [_row(each) for each in sorted(shown, key=_natural)]
     print_table(_COLUMNS, rows, right=3)
     if {"experts", "unserved"} <= state.keys():
         served = (_number(state, "experts") or 0) - (_number(state, "unserved") or 0)
         click.echo(printable(f"{served:.0f} of {state['experts']} experts are served"))
+
+
+def _natural(device: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """By name, and the numbers in it as numbers: device2 comes before device10."""
+    pieces = re.findall(r"\d+|\D+", str(device.get("name")))
+    return [(int(piece), "") if piece.isdecimal() else (-1, piece.casefold()) for piece in pieces]
 
 
 def _row(device: Mapping[str, Any]) -> list[object]:

@@ -29,6 +29,7 @@ from wdmoe.moe.health import DeviceHealth
 from wdmoe.moe.hedge_budget import HedgeBudget
 from wdmoe.moe.lateness import Lateness
 from wdmoe.moe.select import Bound, Chosen, Costs, choose, joined, substitute
+from wdmoe.moe.serving_speed import ServingSpeed
 from wdmoe.moe.verification.inspector import Inspector
 from wdmoe.moe.waiting import WaitForExperts
 from wdmoe.receipt import Ledger
@@ -86,6 +87,7 @@ class ExpertLayers:
         self.inspector = inspector or Inspector()
         self.health = DeviceHealth()
         self.lateness = Lateness()
+        self.speed = ServingSpeed()
         self._budget = HedgeBudget()
         self._waiting = WaitForExperts(self._serve, self._whole, routing, exchange.pause)
         exchange.on_aside = self._learn_aside
@@ -108,9 +110,12 @@ class ExpertLayers:
         routing = self._newest_routing()
         chosen = self._choose(routing, call)
         parts = self._ask(routing, call, chosen)
-        failed = [part for part in parts if part.reply.result is None]
-        if failed:
-            parts += self._ask_standbys(routing, call, chosen, failed)
+        failed = again = [part for part in parts if part.reply.result is None]
+        for _ in range(1 + len(routing.further_of.get(call.layer, ()))):  # as many copies as there are
+            if not again:
+                break
+            parts += (others := self._ask_standbys(routing, call, chosen, again))
+            again = [part for part in others if part.reply.result is None]
         owed = _owed(chosen, parts) if failed else None
         if owed is not None or not parts:
             parts += self._rescue(routing, call, chosen, owed)
@@ -206,7 +211,9 @@ class ExpertLayers:
         standby_of = routing.standby_of.get(layer)
         if standby_of is None or (self.health.all_well and not self.lateness.slow):
             return device_of
-        return self.health.around(routing.devices, device_of, standby_of, self._is_slow(prompt))
+        for other_of in (standby_of, *routing.further_of.get(layer, ())):
+            device_of = self.health.around(routing.devices, device_of, other_of, self._is_slow(prompt))
+        return device_of
 
     def _is_slow(self, prompt: bool) -> Callable[[DeviceRoute], bool]:
         slow = self.lateness.slow
@@ -322,6 +329,8 @@ class ExpertLayers:
         if reply.result is not None:
             link_s = reply.result.link_down_s + reply.result.link_up_s
             self.health.answered(device.route, reply.answered_s - reply.sent_s, len(part.token_rows), link_s)
+            if len(part.token_rows) == 1:
+                self.speed.saw(device.device_id, len(part.order.experts), reply.result.compute_s)
         else:
             log.warning("device %s, layer %d: %s", device.name, part.order.layer, reply.reason)
             self.health.failed(device.route)

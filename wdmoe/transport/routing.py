@@ -23,7 +23,8 @@ class DeviceRoute:
 class Routing:
     """`device_of[layer]` is (experts,) int32: an index into `devices`, or -1 where no device serves the expert.
 
-    `standby_of[layer]` alike: a further device that could serve it at once.
+    `standby_of[layer]` alike: a second device that could serve it at once, the best of those. `further_of[layer]` has
+    rows alike: the third one, the fourth, ...
     """
 
     devices: tuple[DeviceRoute, ...] = ()
@@ -31,3 +32,4 @@ class Routing:
     complete: frozenset[int] = frozenset()  # layers with every expert served
     standby_of: Mapping[int, Int32Array] = field(default_factory=dict)
     was_served: bool = False  # every expert of the model was served at some time, so what is missing was lost
+    further_of: Mapping[int, tuple[Int32Array, ...]] = field(default_factory=dict)

@@ -29,9 +29,9 @@ from wdmoe.moe.layer import ExpertLayers
 from wdmoe.moe.verification.inspector import Inspector
 from wdmoe.nodes.addresses import data_bind, dial_endpoints, remember_endpoints
 from wdmoe.nodes.authentication import Authentication, CurveAuthentication, NoAuthentication
+from wdmoe.nodes.base_station.catalogue import Wishes
 from wdmoe.nodes.base_station.control_plane import ControlPlane
 from wdmoe.nodes.base_station.layer_rules import layer_rules
-from wdmoe.nodes.base_station.placement import Wishes
 from wdmoe.nodes.base_station.status import describe
 from wdmoe.nodes.base_station.verification import norm_band, open_verifier
 from wdmoe.nodes.join_token_file import JoinTokenFile
@@ -262,6 +262,14 @@ class BaseStation(OpenedInSteps):
     def send(self, route: bytes, message: Message) -> None:
         """`DataPlane.send`."""
         self._exchange.post(lambda: self._exchange.send(route, message))
+
+    def pace_s(self, route: bytes) -> float | None:
+        """`DataPlane.pace_s`."""
+        return self.layers.health.seen_s(route)
+
+    def speeds(self) -> Mapping[str, float]:
+        """`DataPlane.speeds`."""
+        return self.layers.speed.against_usual()
 
     def _data_news(self, envelope: Envelope) -> None:
         self._loop.call_soon_threadsafe(self.control.attached, envelope)

@@ -8,25 +8,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
 from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.nodes.authentication import Authentication
-from wdmoe.nodes.base_station.placement import (
-    Arrangement,
-    Catalogue,
-    Holder,
-    Wishes,
-    arrange,
-    holdings,
-    knows_link,
-    routing,
-    wanted,
-)
+from wdmoe.nodes.base_station.catalogue import Arrangement, Catalogue, Holder, Wishes
+from wdmoe.nodes.base_station.copies import to_fill
+from wdmoe.nodes.base_station.device_speeds import speeds_now
+from wdmoe.nodes.base_station.placement import arrange, holdings, knows_link, routing, wanted
+from wdmoe.nodes.base_station.slow_homes import HOME, LOOK_EVERY_S, Standing, away_from, next_standings
 from wdmoe.nodes.sessions import Host, ServedFile, Sessions, Terms
 from wdmoe.records import ExpertId
+from wdmoe.tasks import run_together
 from wdmoe.transport.channel import ControlStation, Envelope
 from wdmoe.transport.codec.messages import Attach, Failure, Fetch, Hello, Message, Place, Ready
 from wdmoe.transport.membership import Device, Roster
@@ -35,6 +32,8 @@ from wdmoe.transport.routing import Routing
 log = logging.getLogger(__name__)
 
 SETTLE_S = 0.4  # devices that join within this time are placed together, so that little is fetched in vain
+TOGETHER_S = 0.05  # changes within this time are taken in together: a large fleet that loads has hundreds a second
+LOADING_S = 30.0  # who takes longer to load what it was told holds up nobody else
 NEEDS_SNR = "this base station shares a band (--bandwidth), so a device must say how strong its link is: --link-snr"
 
 
@@ -47,6 +46,14 @@ class DataPlane(Protocol):
 
     def send(self, route: bytes, message: Message) -> None:
         """Send on a data connection, if it is still there."""
+        ...
+
+    def pace_s(self, route: bytes) -> float | None:
+        """What a token took on a data connection lately, in seconds; None where nothing was measured."""
+        ...
+
+    def speeds(self) -> Mapping[str, float]:
+        """device_id -> how fast it computed while it served, against the median device."""
         ...
 
 
@@ -85,6 +92,11 @@ class ControlPlane(Host):
         self.routing = Routing()
         self._generation = 0
         self._placing: asyncio.TimerHandle | None = None
+        self._rearranging: asyncio.TimerHandle | None = None
+        self._rearranged_s = 0.0
+        self._told_s: dict[str, float] = {}  # device_id -> when its last Place went out
+        self._speeds: dict[str, float] = {}
+        self._standings: dict[str, Standing] = {}
         self.lost_devices = 0
         self.barred: frozenset[str] = frozenset()  # device ids
 
@@ -96,10 +108,11 @@ class ControlPlane(Host):
     async def run(self) -> None:
         """Serve until cancelled; then say goodbye."""
         try:
-            await self._sessions.run()
+            await run_together(self._sessions.run(), self._look())
         finally:
-            if self._placing is not None:
-                self._placing.cancel()
+            for timer in (self._placing, self._rearranging):
+                if timer is not None:
+                    timer.cancel()
             await self._sessions.say_goodbye("the base station stops")
 
     def wanted(self) -> dict[str, set[ExpertId]]:
@@ -166,7 +179,9 @@ class ControlPlane(Host):
 
     def changed(self) -> None:
         """Others serve what this device served, or it serves more."""
-        self._rearrange()
+        if self._rearranging is None:
+            wait_s = max(0.0, self._rearranged_s + TOGETHER_S - time.monotonic())
+            self._rearranging = asyncio.get_running_loop().call_later(wait_s, self._rearrange)
 
     def other(self, envelope: Envelope, device: Device | None) -> None:
         """Ready, and what is only worth a line in the log."""
@@ -201,7 +216,7 @@ class ControlPlane(Host):
     def _place(self) -> None:
         """Choose homes for all experts, now that the devices have changed."""
         self._placing = None
-        hosts, before = self._holders(), self.arrangement
+        hosts, before = self._measured(self._holders()), self.arrangement
         self.arrangement = arrange(self._catalogue, hosts, before, self._wishes)
         unplaced = self.arrangement.unplaced
         if unplaced and hosts and unplaced != before.unplaced:
@@ -212,26 +227,66 @@ class ControlPlane(Host):
 
     def _rearrange(self) -> None:
         """Tell devices what to hold where that changed, and publish who serves what."""
-        for device_id, experts in holdings(self._holders(), self.arrangement).items():
-            device = next(d for d in self.roster.live() if d.device_id == device_id)
+        if self._rearranging is not None:
+            self._rearranging.cancel()
+            self._rearranging = None
+        self._rearranged_s = time.monotonic()
+        hosts, live = self._holders(), {device.device_id: device for device in self.roster.live()}
+        filled = to_fill(hosts, self.arrangement.further, self._loading())
+        for device_id, experts in holdings(hosts, self.arrangement, filled).items():
+            device = live[device_id]
             if device.generation < 0 or device.placed != frozenset(experts):
                 self._tell(device, experts)
-        self.routing = routing(self._catalogue, self._holders(), self.arrangement.targets)
+        self._publish()
+
+    def _loading(self) -> int:
+        """How many devices have not loaded yet what they were told lately."""
+        long_ago_s = time.monotonic() - LOADING_S
+        return sum(d.ready != d.placed and self._told_s.get(d.device_id, 0) > long_ago_s for d in self.roster.live())
+
+    def _publish(self) -> None:
+        away = away_from(self._standings, self.arrangement.targets)
+        targets, copies = self.arrangement.targets, self.arrangement.copies
+        self.routing = routing(self._catalogue, self._holders(), targets, copies, away)
         self._data.publish(self.routing)
+
+    async def _look(self) -> None:
+        """See now and then who is slow, and whether another device may load its further copies."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            self._see_paces()
+            if to_fill(self._holders(), self.arrangement.further, self._loading()):
+                self._rearrange()
+
+    def _see_paces(self) -> None:
+        """Homes move away from slow devices, and back. Where a policy chooses by device, it does that itself."""
+        if self._wishes.choosy or not self._wishes.standbys:
+            return
+        routes = {device.device_id: device.data_route for device in self.roster.live()}
+        paces = {name: None if route is None else self._data.pace_s(route) for name, route in routes.items()}
+        before, self._standings = self._standings, next_standings(self._standings, paces, time.monotonic())
+        moved = [name for name, each in self._standings.items() if each.state != before.get(name, Standing()).state]
+        for name in moved:
+            state = self._standings[name].state
+            where = "serves from its place again" if state == HOME else f"is slow: its work is {state}"
+            log.info("%s %s", next(d.report.name for d in self.roster.live() if d.device_id == name), where)
+        if moved:
+            self._publish()
 
     def _tell(self, device: Device, experts: tuple[ExpertId, ...]) -> None:
         if not experts and device.generation < 0:
             return  # nothing has been decided for a newcomer yet
         self._generation += 1
+        self._told_s[device.device_id] = time.monotonic()
         # The roster's news of this is of our own making: `_rearrange` publishes it.
         self._sessions.adopt(self.roster.place(key=device.key, generation=self._generation, experts=experts))
         self._send_place(self.roster.devices[device.key])
 
     def _send_place(self, device: Device) -> None:
-        # What it is home to comes first: answers need not wait for copies.
-        experts = sorted(
-            device.placed, key=lambda expert: (self.arrangement.targets.get(expert) != device.device_id, expert)
-        )
+        # What it is home to comes first: answers need not wait for copies, and further ones wait for standbys.
+        standby = self.arrangement.copies.get(device.device_id, frozenset())
+        targets = self.arrangement.targets
+        experts = sorted(device.placed, key=lambda e: (targets.get(e) != device.device_id, e not in standby, e))
         files = [self._bundle.expert_file(expert) for expert in experts]
         place = Place(
             generation=device.generation,
@@ -244,10 +299,16 @@ class ControlPlane(Host):
 
     def _holders(self) -> list[Holder]:
         return [
-            Holder(device_id=d.device_id, report=d.report, ready=d.ready, route=d.data_route)
+            Holder(device_id=d.device_id, report=d.report, ready=d.ready, placed=d.placed, route=d.data_route)
             for d in self.roster.live()
             if d.device_id not in self.barred
         ]
+
+    def _measured(self, hosts: list[Holder]) -> list[Holder]:
+        """With the speeds that devices showed in place of those that they say."""
+        reported = {host.device_id: host.report.flops for host in hosts}
+        self._speeds = speeds_now(reported, self._data.speeds(), self._speeds)
+        return [replace(h, report=replace(h.report, flops=self._speeds[h.device_id])) for h in hosts]
 
 
 def _catalogue(bundle: Bundle) -> Catalogue:

@@ -4,75 +4,49 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
 from wdmoe.config import is_hertz
+from wdmoe.nodes.base_station.catalogue import (
+    Arrangement,
+    Catalogue,
+    Copies,
+    Holder,
+    Targets,
+    Wishes,
+    pinned_copies,
+)
+from wdmoe.nodes.base_station.copies import choose_standbys, choose_thirds, fill_idle, has_room_for_copies
 from wdmoe.records import DeviceReport, ExpertId
 from wdmoe.solver.placement.live import place_experts
 from wdmoe.transport.routing import DeviceRoute, Routing
 
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Catalogue:
-    """The experts of a model, as placement sees them."""
-
-    experts: tuple[ExpertId, ...]
-    weight_bytes: Mapping[ExpertId, int]  # in a device's memory
-    load: Mapping[ExpertId, float]  # FLOP per token
-    experts_per_layer: Mapping[int, int]
-    top_k: int  # experts that a token uses in a layer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Holder:
-    """A live device, as placement sees it."""
-
-    device_id: str
-    report: DeviceReport
-    ready: frozenset[ExpertId] = field(default_factory=frozenset)
-    route: bytes | None = None  # its data connection, None while not attached
-
-
 MESSAGE_S = 0.3e-3  # what one more device costs a layer, measured with tools/bench/decode
 LEAST_SPAN = 2
-
-Targets = dict[ExpertId, str]  # expert -> device_id that shall hold it
-Copies = dict[str, frozenset[ExpertId]]  # device_id -> experts it holds besides those it is home to
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes:
-    """What the user wants of the placement."""
-
-    pinned: Mapping[str, frozenset[ExpertId]] = field(default_factory=dict)  # device name -> experts, as in the file
-    copies: int = 1  # devices that hold each expert, memory allowing: 1 or 2
-    choosy: bool = False  # which experts serve depends on their devices, so a layer must have several
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arrangement:
-    """Who shall hold what."""
-
-    targets: Targets = field(default_factory=dict)
-    copies: Copies = field(default_factory=dict)
-    unplaced: tuple[ExpertId, ...] = ()  # fit nowhere
 
 
 def arrange(catalogue: Catalogue, hosts: Sequence[Holder], before: Arrangement, wishes: Wishes) -> Arrangement:
     """Homes and copies for all experts on the live devices; little is moved, and the copies of a lost home move up."""
     live = {host.device_id for host in hosts}
-    homes = {expert: device_id for device_id, experts in before.copies.items() for expert in experts}
+    homes = Targets()
+    for held in (before.further, before.copies):
+        homes |= {expert: device_id for device_id in sorted(held.keys() & live) for expert in held[device_id]}
     homes |= {expert: home for expert, home in before.targets.items() if home in live}
     # With a copy of each expert elsewhere, a layer may stand on one device: its loss takes nothing with it.
-    alone = wishes.copies > 1 and not wishes.choosy and has_room_for_copies(catalogue, hosts, wishes.copies)
+    alone = wishes.standbys and not wishes.choosy and has_room_for_copies(catalogue, hosts, 2)
     targets, unplaced = choose_targets(catalogue, hosts, homes, wishes.pinned, 1 if alone else LEAST_SPAN)
-    copies = pinned_copies(hosts, wishes.pinned)
-    if wishes.copies > 1:
-        copies = choose_standbys(catalogue, hosts, targets, copies, before.copies)
-    return Arrangement(targets=targets, copies=copies, unplaced=unplaced)
+    copies, further = pinned_copies(hosts, wishes.pinned), Copies()
+    if wishes.standbys:
+        per_layer = span(catalogue, hosts, 1)
+        fast_first = sorted(hosts, key=lambda host: -layers_per_s(catalogue, host.report, per_layer))
+        copies = choose_standbys(catalogue, fast_first, targets, copies, before.copies)
+        if wishes.copies != 2:
+            choose = choose_thirds if wishes.copies == 3 else fill_idle
+            further = choose(catalogue, fast_first, targets, copies, before.further)
+    return Arrangement(targets=targets, copies=copies, further=further, unplaced=unplaced)
 
 
 def choose_targets(
@@ -145,69 +119,6 @@ def _mean_load(catalogue: Catalogue) -> float:
     return sum(catalogue.load.values()) / max(len(catalogue.load), 1)
 
 
-def has_room_for_copies(catalogue: Catalogue, hosts: Sequence[Holder], copies: int) -> bool:
-    """Whether every expert fits on so many devices, as far as the sum of their memory tells."""
-    largest = max(catalogue.weight_bytes.values(), default=0)
-    room = sum(max(host.report.memory_bytes - largest, 0) for host in hosts)
-    return len(hosts) >= copies and room >= copies * sum(catalogue.weight_bytes.values())
-
-
-def choose_standbys(
-    catalogue: Catalogue,
-    hosts: Sequence[Holder],
-    targets: Mapping[ExpertId, str],
-    held: Mapping[str, frozenset[ExpertId]],
-    before: Mapping[str, frozenset[ExpertId]],
-) -> Copies:
-    """A second device for each expert that the user's placement file does not place, as far as memory goes.
-
-    Experts of a layer with one home go to one standby together, so that its loss costs one message elsewhere, not
-    several. A device that would hold nothing takes the first of these that there is room for: nobody who joined idles.
-
-    Args:
-        targets: expert -> home.
-        held: device_id -> what the user's placement file puts there.
-        before: what this returned last; little is moved.
-    Returns:
-        `held` with the standbys.
-    """
-    order = [host.device_id for host in hosts]
-    hold = {device_id: set(held.get(device_id, ())) for device_id in order}
-    room = {host.device_id: host.report.memory_bytes for host in hosts}
-    for device_id in order:
-        mine = {e for e, home in targets.items() if home == device_id} | hold[device_id]
-        room[device_id] -= sum(catalogue.weight_bytes[e] for e in mine)
-    last = {expert: device_id for device_id, experts in before.items() for expert in experts}
-    busy = set(targets.values())
-    for home, experts in _unpinned(targets, held, order):
-        idle = [d for d in order if d not in busy and not hold[d]]
-        others = _rotated([d for d in order if d != home], experts[0].layer)
-        for expert in experts:
-            size = catalogue.weight_bytes[expert]
-            choice = (d for d in (*idle, last.get(expert, home), *others) if d != home and room.get(d, -1) >= size)
-            if standby := next(choice, None):
-                hold[standby].add(expert)
-                room[standby] -= size
-    return {device_id: frozenset(experts) for device_id, experts in hold.items() if experts}
-
-
-def _unpinned(
-    targets: Mapping[ExpertId, str], held: Mapping[str, frozenset[ExpertId]], live: Sequence[str]
-) -> list[tuple[str, list[ExpertId]]]:
-    """Home and experts of each layer's part on one device, without those that the user placed, by layer."""
-    pinned = frozenset[ExpertId]().union(*held.values())
-    groups: dict[tuple[int, str], list[ExpertId]] = {}
-    for expert in sorted(targets):
-        if expert not in pinned and targets[expert] in live:
-            groups.setdefault((expert.layer, targets[expert]), []).append(expert)
-    return [(home, experts) for (_, home), experts in groups.items()]
-
-
-def _rotated(devices: list[str], by: int) -> list[str]:
-    first = by % max(len(devices), 1)
-    return devices[first:] + devices[:first]
-
-
 def _parcels(catalogue: Catalogue, experts: Sequence[ExpertId], per_layer: int) -> tuple[tuple[ExpertId, ...], ...]:
     """Neighbouring experts of a layer, tied together so that the layer falls into about `per_layer` parcels."""
     parcels: dict[tuple[int, int], list[ExpertId]] = {}
@@ -226,12 +137,6 @@ def _home(parcel: Sequence[ExpertId], before: Mapping[ExpertId, str], index: Map
 def _speed(report: DeviceReport) -> float:
     """What a device says of itself, as far as it can be true; else the slowest."""
     return report.flops if 1.0 <= report.flops < 1e18 else 1.0
-
-
-def pinned_copies(hosts: Sequence[Holder], pinned: Mapping[str, frozenset[ExpertId]]) -> dict[str, frozenset[ExpertId]]:
-    """device_id of a live device -> experts that the user's placement file puts there."""
-    by_name = {host.report.name: host.device_id for host in hosts}
-    return {by_name[name]: experts for name, experts in pinned.items() if name in by_name}
 
 
 def _pinned_homes(copies: Mapping[str, frozenset[ExpertId]], before: Mapping[ExpertId, str]) -> Targets:
@@ -259,17 +164,26 @@ def wanted(hosts: Sequence[Holder], arrangement: Arrangement) -> dict[str, set[E
     for expert, device_id in arrangement.targets.items():
         if device_id in hold:
             hold[device_id].add(expert)
-    for device_id, experts in arrangement.copies.items():
-        if device_id in hold:
-            hold[device_id] |= experts
+    for copies in (arrangement.copies, arrangement.further):
+        for device_id, experts in copies.items():
+            if device_id in hold:
+                hold[device_id] |= experts
     return hold
 
 
-def holdings(hosts: Sequence[Holder], arrangement: Arrangement) -> dict[str, tuple[ExpertId, ...]]:
-    """device_id -> experts to hold now: what it shall, and what it still serves until the new home is ready."""
+def holdings(
+    hosts: Sequence[Holder], arrangement: Arrangement, filled: Collection[str] = ()
+) -> dict[str, tuple[ExpertId, ...]]:
+    """device_id -> experts to hold now: what it shall, and what it still serves until the new home is ready.
+
+    Args:
+        filled: devices that may load their further copies now; the others keep what they have of them.
+    """
     ready = {host.device_id: host.ready for host in hosts}
     hold = wanted(hosts, arrangement)
     for host in hosts:
+        if host.device_id not in filled:
+            hold[host.device_id] -= arrangement.further.get(host.device_id, frozenset()) - host.placed
         for expert in host.ready:
             target = arrangement.targets.get(expert)
             if target is not None and expert not in ready.get(target, frozenset()):
@@ -287,19 +201,38 @@ def _device_route(host: Holder) -> DeviceRoute:
     return DeviceRoute(host.device_id, report.name, host.route or b"", report.downlink_snr_hz, report.uplink_snr_hz)
 
 
-def routing(catalogue: Catalogue, hosts: Sequence[Holder], targets: Mapping[ExpertId, str]) -> Routing:
-    """Who serves what: an expert's home where it is ready, else any device that holds it; and who else could."""
+def routing(
+    catalogue: Catalogue,
+    hosts: Sequence[Holder],
+    targets: Mapping[ExpertId, str],
+    copies: Mapping[str, frozenset[ExpertId]] = MappingProxyType({}),
+    away: Mapping[str, int] = MappingProxyType({}),
+) -> Routing:
+    """Who serves what: an expert's home where it is ready, else any device that holds it; and who else could.
+
+    Args:
+        targets: expert -> home.
+        copies: device_id -> experts that it is standby for; these come next.
+        away: device_id of each that comes last, since it is slow -> the one layer where it does not.
+    """
     attached = [host for host in hosts if host.route is not None]
-    devices = tuple(_device_route(h) for h in attached)
-    counts = {layer: count for layer, count in catalogue.experts_per_layer.items() if count}
-    device_of = {layer: np.full(count, -1, np.int32) for layer, count in counts.items()}
-    standby_of = {layer: np.full(count, -1, np.int32) for layer, count in counts.items()}
+    holders: dict[ExpertId, list[tuple[bool, int, int]]] = {expert: [] for expert in catalogue.experts}
     for index, host in enumerate(attached):
-        for layer, expert in host.ready:
-            first = device_of[layer][expert]
-            if targets.get(ExpertId(layer, expert)) == host.device_id or first < 0:
-                device_of[layer][expert], standby_of[layer][expert] = index, first
-            else:
-                standby_of[layer][expert] = index
-    complete = frozenset(layer for layer, row in device_of.items() if (row >= 0).all())
-    return Routing(devices, device_of, complete, standby_of)
+        standby, tried = copies.get(host.device_id, frozenset()), away.get(host.device_id)
+        for expert in host.ready:
+            slow = tried is not None and tried != expert.layer
+            rank = 0 if targets.get(expert) == host.device_id else 1 if expert in standby else 2
+            holders[expert].append((slow, rank, index))
+    most = max((len(each) for each in holders.values()), default=0)
+    counts = {layer: count for layer, count in catalogue.experts_per_layer.items() if count}
+    tables = {layer: np.full((max(most, 2), count), -1, np.int32) for layer, count in counts.items()}
+    for expert, each in holders.items():
+        for place, (_, _, index) in enumerate(sorted(each)):
+            tables[expert.layer][place, expert.expert] = index
+    return Routing(
+        devices=tuple(_device_route(host) for host in attached),
+        device_of={layer: table[0] for layer, table in tables.items()},
+        complete=frozenset(layer for layer, table in tables.items() if (table[0] >= 0).all()),
+        standby_of={layer: table[1] for layer, table in tables.items()},
+        further_of={layer: tuple(table[2:]) for layer, table in tables.items()},
+    )

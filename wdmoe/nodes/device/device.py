@@ -13,6 +13,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from wdmoe.config import DeviceSettings
 from wdmoe.errors import ProtocolError, RefusedError, TransportError
@@ -34,6 +35,10 @@ from wdmoe.transport.codec.messages import Goodbye, Hello, Place, Welcome
 log = logging.getLogger(__name__)
 
 FAREWELL_S = 0.05  # for the last message to get out
+FIRST_MEASURE_S = 20.0  # after the start, about; and then in between
+NEXT_MEASURE_S = 600.0
+IDLE_S = 1.0  # without work before the speed is measured
+SAME_SPEED = 1.25  # speeds that differ by less are one
 
 
 async def run_device(settings: DeviceSettings) -> None:
@@ -65,7 +70,7 @@ async def _run(settings: DeviceSettings, dialer: Dialer, opener: ExpertOpener) -
     member = _Member(dialer, report, ExpertStore(runner, cache, report.memory_bytes), compute, radio)
     compute.start()
     try:
-        await run_together(member.stay_joined(), _watch(crash))
+        await run_together(member.stay_joined(), member.measure_again(opener.measure), _watch(crash))
     finally:
         await in_thread(compute.stop)
 
@@ -114,8 +119,10 @@ class _Member:
         self._store = store
         self._compute = compute
         self._session = secrets.randbits(64)
-        self._retries = Retries(random.Random(self._session))  # noqa: S311  # jitter, no secret
+        self._chance = random.Random(self._session)  # noqa: S311  # jitter, no secret
+        self._retries = Retries(self._chance)
         self._enrol_next = dialer.must_enrol
+        self._live: DeviceSession | None = None
         self._place: Place | None = None  # last one followed, of the bundle below
         self._manifest_sha256 = ""
 
@@ -135,6 +142,26 @@ class _Member:
             delay_s, tell = self._retries.failed(reason, refused, time.monotonic())
             log.log(logging.WARNING if tell else logging.DEBUG, "%s; trying again in %.1f s", reason, delay_s)
             await asyncio.sleep(delay_s)
+
+    async def measure_again(self, measure: Callable[[], float]) -> None:
+        """Now and then measure the speed while nothing is computed, and say so where it is another one.
+
+        The first measurement is made while everything starts, maybe many devices on one machine.
+        """
+        wait_s = FIRST_MEASURE_S
+        while True:
+            await asyncio.sleep(self._chance.uniform(0.5, 1.5) * wait_s)
+            done = self._compute.done
+            await asyncio.sleep(IDLE_S)
+            if self._compute.done > done or self._compute.queued:
+                continue
+            wait_s = NEXT_MEASURE_S
+            flops = await in_thread(measure)
+            if not self._report.flops / SAME_SPEED < flops < self._report.flops * SAME_SPEED:
+                log.info("measured %.1f GFLOP/s, before %.1f", flops / 1e9, self._report.flops / 1e9)
+                self._report = replace(self._report, flops=flops)
+                if self._live is not None:
+                    self._live.introduce_again(Hello(session=self._session, report=self._report))
 
     async def _join_and_serve(self) -> None:
         self._dialer.turn_to(self._retries.failures)
@@ -170,7 +197,11 @@ class _Member:
         if welcome.data_port:  # a broadcast has no work for experts
             self._compute.connect(self._dialer.data_opener(welcome.data_port), self._session)
         session = DeviceSession(link, welcome, self._store, self._compute, self._place, self._keep, self._radio)
-        await session.run()
+        self._live = session
+        try:
+            await session.run()
+        finally:
+            self._live = None
 
     def _keep(self, place: Place) -> None:
         self._place = place

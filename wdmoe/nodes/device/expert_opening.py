@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from wdmoe.moe.providers import (
 )
 from wdmoe.nodes.device import hardware
 
+MEASURE_AGAIN_S = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertOpener:
@@ -30,12 +33,13 @@ class ExpertOpener:
 
     provider: str  # the one that is, or will be, in use
     flops: float  # measured with what serves at first
+    measure: Callable[[], float]  # the same once more, for longer; from a worker thread
     open: OpenExpert
     close: Callable[[], None]
 
 
 def expert_opener(settings: DeviceSettings) -> ExpertOpener:
-    """Choose the provider, measure it. Takes about a second; call it from a worker thread.
+    """Choose the provider, measure it. May take a second; call it from a worker thread.
 
     Raises:
         ConfigError: the provider asked for can't be used here.
@@ -44,15 +48,22 @@ def expert_opener(settings: DeviceSettings) -> ExpertOpener:
     provider = choose_provider(settings.provider, probe)
     threads = settings.threads
     first_chain = cuda_chain() if provider == CUDA else cpu_chain()
-    flops = hardware.measure_flops(OnnxExpert(probe, threads, first_chain))
+    clock = time.thread_time if provider != CUDA and threads == 1 else time.perf_counter
+
+    def measure(longest_s: float | None = MEASURE_AGAIN_S) -> float:
+        return hardware.measure_flops(OnnxExpert(probe, threads, first_chain), clock, longest_s)
+
+    flops = measure(None)
     if provider == TENSORRT:
         site = TensorRtSite(folder=settings.cache / "engines", fingerprint=_site_fingerprint())
         build = BackgroundBuild(
             lambda file: OnnxExpert(file, threads, cpu_chain()),
             lambda file, sha256, hidden: OnnxExpert(file, threads, tensorrt_chain(site, sha256, hidden)),
         )
-        return ExpertOpener(provider, flops, build.open, build.close)
-    return ExpertOpener(provider, flops, lambda file, _sha256: OnnxExpert(file, threads, first_chain), _nothing)
+        return ExpertOpener(provider, flops, measure, build.open, build.close)
+    return ExpertOpener(
+        provider, flops, measure, lambda file, _sha256: OnnxExpert(file, threads, first_chain), _nothing
+    )
 
 
 def _site_fingerprint() -> str:

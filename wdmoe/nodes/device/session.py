@@ -24,6 +24,7 @@ from wdmoe.transport.codec.messages import (
     Failure,
     Fetch,
     Goodbye,
+    Hello,
     Message,
     Ping,
     Place,
@@ -81,6 +82,7 @@ class DeviceSession:
         self._news = asyncio.Event()
         self._heard_s = time.monotonic()
         self._complaints: list[str] = []
+        self._hello: Hello | None = None  # to be sent in this session, which lives already
 
     async def run(self) -> None:
         """Serve until the session ends; never returns normally.
@@ -92,6 +94,11 @@ class DeviceSession:
         if self._place is not None:
             self._placed.set()
         await run_together(self._listen(), self._beat(), self._follow(), self._radio.run())
+
+    def introduce_again(self, hello: Hello) -> None:
+        """Tell the base station what has changed in this device's report. Soon, and of this session."""
+        self._hello = hello
+        self._news.set()
 
     async def _listen(self) -> None:
         while True:
@@ -164,6 +171,9 @@ class DeviceSession:
 
     async def _tell_news(self) -> None:
         self._news.clear()
+        if self._hello is not None:
+            hello, self._hello = self._hello, None
+            await self._tell(hello)
         if self._place is not None:
             experts = np.array(self._store.ready(self._place), np.int32).reshape(-1, 2)
             await self._tell(Ready(generation=self._place.generation, experts=experts))
