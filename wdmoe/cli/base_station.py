@@ -21,6 +21,7 @@ from wdmoe.cli.params import (
     USES,
     check_rank_flags,
     chosen_policy,
+    refuse_idle,
 )
 from wdmoe.cli.running import run_until_stopped
 from wdmoe.cli.tokens import tell_address, tell_token
@@ -281,6 +282,9 @@ def bs(
     """
     policy = chosen_policy(policy, budget_s, budget_per_token_s, "topk", max_dropped)
     check_rank_flags(policy, rank, whole_layers)
+    for bound in ("budget_s", "budget_per_token_s", "max_dropped"):
+        refuse_idle(bound, policy == "budget", "--policy budget")
+    refuse_idle("api_key", http[1] >= 0, "a station with --http")
     if allocation and not bandwidth_hz:
         raise click.UsageError("--allocation says how --bandwidth is shared: give that too, as in --bandwidth 20MHz")
     tell_events()

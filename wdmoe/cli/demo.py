@@ -14,7 +14,17 @@ import click
 
 from wdmoe.cli.bundles import find_bundle
 from wdmoe.cli.failures import needs_extra
-from wdmoe.cli.params import DIRECTORY, FILE, FREQUENCY, RATES, SHARE, TIME, check_rank_flags, chosen_policy
+from wdmoe.cli.params import (
+    DIRECTORY,
+    FILE,
+    FREQUENCY,
+    RATES,
+    SHARE,
+    TIME,
+    check_rank_flags,
+    chosen_policy,
+    refuse_idle,
+)
 from wdmoe.config import POLICIES, RANKS, cache_home
 
 if TYPE_CHECKING:
@@ -135,6 +145,9 @@ def demo(
         max_dropped = _MAX_DROPPED if policy == "budget" and not (budget_s or budget_per_token_s) else 0.0
     policy = chosen_policy(policy, budget_s, budget_per_token_s, policy, max_dropped)
     check_rank_flags(policy, rank, whole_layers or 0)
+    for bound in ("budget_s", "budget_per_token_s", "max_dropped"):
+        refuse_idle(bound, policy == "budget", "--policy budget")
+    refuse_idle("seed", not rates_bps or len(rates_bps) not in (1, devices), "links that are dealt out, not stated")
     if bandwidth_hz and rates_bps:
         raise click.UsageError("--links states rates, --bandwidth lets devices share a band: give only one of them")
     if bandwidth_hz is None:

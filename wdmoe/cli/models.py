@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from wdmoe.cli.failures import needs_extra
-from wdmoe.cli.params import DIRECTORY, FILE
+from wdmoe.cli.params import DIRECTORY, FILE, refuse_idle
 from wdmoe.config import PRECISIONS
 from wdmoe.results.folder import BROADCAST_KIND, LOSSES_KIND, SIMULATION_KIND, kind_of
 from wdmoe.units import format_quantity
@@ -191,6 +191,7 @@ def verify(folder: Path, draws: int | None) -> None:
     elif kind == LOSSES_KIND:
         _verify_losses(folder, draws)
     else:
+        refuse_idle("draws", False, "results of draws; this is a bundle, and all of it is checked")
         _verify_bundle(folder)
 
 

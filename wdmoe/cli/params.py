@@ -91,6 +91,21 @@ def chosen_policy(
     return chosen
 
 
+def refuse_idle(name: str, used: bool, by: str) -> None:
+    """Raises click.UsageError where the running command was given an option that nothing would look at.
+
+    Args:
+        name: of the command's parameter; what its default says, or the environment, is not refused.
+        used: whether something looks at it.
+        by: what would, as the user would say it.
+    """
+    context = click.get_current_context()
+    if used or context.get_parameter_source(name) is not click.core.ParameterSource.COMMANDLINE:
+        return
+    flag = next(each.opts[0] for each in context.command.params if each.name == name)
+    raise click.UsageError(f"{flag} does nothing here: it is for {by}")
+
+
 def check_rank_flags(policy: str, rank: str, whole_layers: int) -> None:
     """Raises click.UsageError where `--rank` or `--whole-layers` would not be looked at."""
     try:

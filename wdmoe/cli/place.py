@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from wdmoe.cli.failures import needs_extra
-from wdmoe.cli.params import FILE, SIZE, TIME
+from wdmoe.cli.params import FILE, SIZE, TIME, refuse_idle
 from wdmoe.errors import ConfigError
 from wdmoe.units import format_quantity, parse_quantity
 
@@ -98,6 +98,7 @@ def place(
     from wdmoe.results.gate_trace import GateTrace
     from wdmoe.solver.placement.file import placement_of, write_placement
 
+    refuse_idle("time_limit", exact, "--exact")
     devices = _devices(flags, file)
     recorded = GateTrace.load(trace)
     problem = _problem(recorded, devices, expert_size, replicas)
@@ -123,7 +124,7 @@ def _devices(flags: tuple[Place, ...], file: Path | None) -> tuple[Place, ...]:
 
 def _read_devices(file: Path) -> tuple[Place, ...]:
     try:
-        stated = json.loads(file.read_text(encoding="utf-8"))
+        stated = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"devices file {file} cannot be read: {error}") from error
     if not isinstance(stated, dict) or not stated:
@@ -135,6 +136,14 @@ def _read_devices(file: Path) -> tuple[Place, ...]:
         return tuple(_place(name, str(values["memory"]), str(values["token"])) for name, values in stated.items())
     except ConfigError as error:
         raise ConfigError(f"devices file {file}: {error}") from error
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object whose keys are all different: of two alike the first would do nothing."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]!r} stands twice in one object")
+    return dict(pairs)
 
 
 def _place(name: str, memory: str, time: str) -> Place:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from wdmoe.cli.failures import needs_extra
+from wdmoe.cli.params import refuse_idle
 
 if TYPE_CHECKING:
     from wdmoe.simulation.statistics import Summary
@@ -53,6 +54,7 @@ def simulate(
     from wdmoe.cli.progress import CountProgress
 
     setup = with_changes(load_scenario(scenario), draws=draws, seed=seed, backend=backend)
+    refuse_idle("workers", not setup.backend.startswith("dask"), "other backends than dask: a cluster has its own")
     folder = out or Path(f"{setup.name}-results")
     with CountProgress(f"simulate {setup.name}", "draws") as progress:
         study = run_study(setup, workers or -1, progress.reach)

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wdmoe.arrays import FloatArray
+from wdmoe.solver import _native
 
 
 def rank_weights(
@@ -29,11 +30,12 @@ def rank_weights(
     Returns:
         (..., tokens, top_k), 0 where there is no expert.
     """
-    given = scores.astype(np.float64)
+    given = _native.floats("scores", scores)
     if rank == "energy":
         weights = np.maximum(given, 0.0) ** 2
     else:
         weights = np.exp((given - given.max(axis=-1, keepdims=True)) / temperature)
         weights /= weights.sum(axis=-1, keepdims=True)
+    _native.regular("experts", experts)
     picked = np.take_along_axis(weights, np.maximum(experts, 0).astype(np.int64), axis=-1)
     return np.where(experts >= 0, picked, 0.0)

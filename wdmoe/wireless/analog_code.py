@@ -16,6 +16,7 @@ import numpy.typing as npt
 from wdmoe.arrays import ComplexArray, FloatArray
 from wdmoe.errors import ConfigError
 from wdmoe.wireless.analog import allocate_energy
+from wdmoe.wireless.checks import numbers_of
 
 SCALE_BITS = 16
 _STEPS = 1024  # of an octave: so fine that the power of what is sent is 1 within 0.07 %
@@ -88,7 +89,7 @@ class AnalogCode:
         for start in range(0, uses.shape[1], count):  # each component adds up where it was sent
             part = uses[:, start : start + count]
             sums[:, : part.shape[1]] += part
-        noise = np.broadcast_to(1 / np.asarray(snr, np.float64), (len(uses),))
+        noise = np.broadcast_to(1 / numbers_of("snr", snr), (len(uses),))
         gain = self.variances * self._amplitude() / (self.energy + noise[:, None])
         components = sums * gain * (scale * agreement)[:, None]
         return self.mean + (components if self.directions is None else components @ self.directions)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from wdmoe.arrays import ComplexArray, FloatArray
 from wdmoe.errors import ConfigError
-from wdmoe.wireless.checks import MOST_DB, broadcast, decibels, finite, not_negative, within
+from wdmoe.wireless.checks import MOST_DB, broadcast, decibels, finite, not_negative, unmasked, within
 from wdmoe.wireless.fading import draw_rayleigh
 
 POWER_TOLERANCE = 1e-3  # relative: what float32 arithmetic and the sum over a long block may leave
@@ -170,7 +170,7 @@ def _pair(snr_db: npt.ArrayLike) -> FloatArray:
 
 
 def _checked(symbols: npt.ArrayLike, snr_db: npt.ArrayLike) -> tuple[ComplexArray, FloatArray]:
-    sent = np.asarray(symbols, dtype=np.complex128)
+    sent = np.asarray(unmasked("symbols", symbols), dtype=np.complex128)
     powers = noise_power(snr_db)
     if sent.ndim != 2 or sent.shape[1] == 0 or powers.ndim != 1:
         raise ConfigError(f"need symbols (block, use) and snr_db (user,), got shapes {sent.shape} and {powers.shape}")

@@ -15,10 +15,17 @@ Entry = TypeVar("Entry")
 MOST_DB = 1000.0
 
 
+def unmasked(name: str, value: npt.ArrayLike) -> npt.ArrayLike:
+    """The value itself; ConfigError for a masked array, whose mask NumPy would leave out without a word."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise ConfigError(f"{name} must not be a masked array: fill in or take out what is masked")
+    return value
+
+
 def numbers_of(name: str, value: npt.ArrayLike) -> FloatArray:
     """The value as float64, perhaps NaN or infinite; ConfigError if it is not numbers."""
     try:
-        return np.asarray(value, dtype=np.float64)
+        return np.asarray(unmasked(name, value), dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name} must be a number or an array of numbers, got {value!r:.60}") from error
 
@@ -77,7 +84,7 @@ def broadcast(**arrays: npt.ArrayLike) -> tuple[int, ...]:
 
 def flags(name: str, value: npt.ArrayLike) -> BoolArray:
     """The value as booleans, else ConfigError: a number is more likely a mistake than a truth value."""
-    array = np.asarray(value)
+    array = np.asarray(unmasked(name, value))
     if array.dtype != np.bool_:
         raise ConfigError(f"{name} must be true or false, got {value!r:.60}")
     return array

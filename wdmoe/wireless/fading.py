@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from wdmoe.arrays import ComplexArray, FloatArray
 from wdmoe.errors import ConfigError
-from wdmoe.wireless.checks import broadcast, numbers_of
+from wdmoe.wireless.checks import broadcast, numbers_of, unmasked
 
 
 def draw_rayleigh(rng: np.random.Generator, shape: tuple[int, ...]) -> ComplexArray:
@@ -57,13 +57,13 @@ def with_steady_path(scattered: ComplexArray, phase_rad: npt.ArrayLike, k_factor
     ratio = k_ratio(k_factor)
     broadcast(scattered=scattered, phase_rad=phase_rad, k_factor=ratio)
     others = 1 / (1 + ratio)  # their share of the power; right at infinity too
-    steady = np.exp(1j * np.asarray(phase_rad))
+    steady = np.exp(1j * numbers_of("phase_rad", phase_rad))
     return np.asarray(np.sqrt(1 - others) * steady + np.sqrt(others) * scattered)
 
 
 def power_gain(amplitude: npt.ArrayLike) -> FloatArray:
     """Power of amplitudes, |h|^2, same shape."""
-    values = np.asarray(amplitude, dtype=np.complex128)
+    values = np.asarray(unmasked("amplitude", amplitude), dtype=np.complex128)
     return np.asarray(values.real**2 + values.imag**2)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from wdmoe.arrays import BoolArray, FloatArray, Int32Array
+from wdmoe.solver import _native
 from wdmoe.solver.bottleneck import shed_bottleneck
 from wdmoe.solver.budget import select_at_most_dropped, select_within_budget
 from wdmoe.solver.layer.latency import (
@@ -82,6 +83,7 @@ def plan_layer(
     Raises:
         ValueError: an argument is not as above; the message names it.
     """
+    weights = _native.floats("weights", weights)
     full = np.full(air.devices, float(policy.levers.bits))
     each_s = np.minimum(air.assignment_s(full), _LONGEST_S)
     wanted = _replaced(experts, weights, holders, each_s, policy, similarity)
