@@ -103,7 +103,6 @@ def test_from_bundle_to_answer_and_again_after_the_base_station_was_killed(bundl
     state = ("--state", str(tmp_path / "bs"))
     words = ("bs", str(bundle), "--bind", f"tcp://127.0.0.1:{free_ports(2)}", "--http", "127.0.0.1:0", *state)
     words += (
-        "--print-token",
         "--budget",
         "1000s",
         "--whole-layers",

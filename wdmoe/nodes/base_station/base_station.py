@@ -249,7 +249,8 @@ class BaseStation(OpenedInSteps):
 
     def overview(self) -> Mapping[str, object]:
         """State for `/health` and `wdmoe-node status`: plain JSON types."""
-        return describe(
+        lists = self.admission
+        state = describe(
             self.bundle.manifest,
             self._settings,
             self.control,
@@ -257,6 +258,8 @@ class BaseStation(OpenedInSteps):
             self._exchange.counters,
             self.placement_text(),
         )
+        faults = {"allow_list_faults": lists.faults, "allow_list_unread": lists.unread} if lists is not None else {}
+        return {**state, **faults}
 
 
 def _save_trace(recorder: TraceRecorder, file: Path) -> None:
