@@ -120,6 +120,59 @@ def test_tokens_are_made_listed_and_revoked(tmp_path):
     assert "kitchen" not in run_here("token", "list", *state).stdout
 
 
+@pytest.mark.parametrize("words", [("create",), ("list",), ("list", "--json"), ("revoke", "kitchen")])
+def test_looking_into_no_state_folder_makes_none(tmp_path, words):
+    """A typo made a new identity, and a token of it that opens no door, with exit code 0."""
+    line = fails(run_here("token", *words, "--state", str(tmp_path / "typo")))
+    assert f"{tmp_path / 'typo'} is no state folder of a base station" in line
+    if words != ("create",):  # that may come before the first start, where the folder cannot be a typo
+        assert "no state folder" in fails(run("token", *words, XDG_STATE_HOME=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_tokens_as_json(tmp_path):
+    from wdmoe.transport.security.join_tokens import parse_token
+    from wdmoe.transport.security.keys import fingerprint, new_key_pair
+    from wdmoe.transport.security.station_state import open_state
+
+    folder = str(tmp_path / "bs")
+    state, endpoint = ("--state", folder), "tcp://192.0.2.7:5555"
+    made = json.loads(run_here("token", "create", *state, "--new", "--endpoint", endpoint, "--json").stdout)
+    token = parse_token(made.pop("token"))
+    marks = {"fingerprint": token.enrolment.fingerprint, "expires_unix": int(token.expires_unix)}
+    assert made == {**marks, "endpoints": [endpoint], "uses": 64, "state": folder}
+    unlimited = run_here("token", "create", *state, "--uses", "unlimited", "--ttl", "48h", "--json").stdout
+    assert json.loads(unlimited)["uses"] is None
+
+    key = new_key_pair().public
+    open_state(tmp_path / "bs").admission.admit(key, "kitchen")
+    listed = json.loads(run_here("token", "list", *state, "--json").stdout)
+    assert listed["tokens"][0] == {**marks, "uses_left": 64}
+    assert listed["tokens"][1]["uses_left"] is None
+    [device] = listed["devices"]
+    assert device.pop("admitted_unix") > 1e9
+    assert device == {"name": "kitchen", "fingerprint": fingerprint(key), "key": key}
+
+    gone = json.loads(run_here("token", "revoke", *state, "kitchen", "--json").stdout)
+    assert gone == {"revoked": [{"name": "kitchen", "fingerprint": fingerprint(key)}], "state": folder}
+    assert json.loads(run_here("token", "list", *state, "--json").stdout) == {"devices": [], "tokens": []}
+    for uses in ("0", "-1", "many", "1.5", ""):
+        assert run_here("token", "create", *state, "--uses", uses).returncode == 2
+
+
+def test_a_list_with_a_part_that_cannot_be_read_is_not_passed_off_as_whole(tmp_path):
+    state = ("--state", str(tmp_path / "bs"))
+    assert run_here("token", "create", *state, "--new").returncode == 0
+    (tmp_path / "bs" / "devices" / "0123456789abcdef.json").write_text("{")
+    listed = run_here("token", "list", *state)
+    assert listed.returncode == 1
+    assert "1 files of" in listed.stderr
+    (tmp_path / "bs" / "devices").rename(tmp_path / "aside")
+    for words in (("list",), ("create",), ("revoke", "kitchen")):
+        assert "devices: No such file or directory" in fails(run_here("token", *words, *state))
+    assert not (tmp_path / "bs" / "devices").exists()
+
+
 def test_names_and_keys_that_begin_with_a_dash(tmp_path):
     from wdmoe.transport.security.keys import new_key_pair
     from wdmoe.transport.security.station_state import make_or_open_state

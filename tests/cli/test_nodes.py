@@ -83,13 +83,19 @@ def _is_ok(url: str) -> bool:
 
 def test_a_bundle_is_verified_and_a_tampered_one_refused(bundle, tmp_path):
     assert "is sound: tiny, 24 experts (fp32)" in run_here("verify", str(bundle)).stdout
+    told = json.loads(run_here("verify", str(bundle), "--json").stdout)
+    assert (told.pop("digest"), told.pop("station_files")) > ("", 0)
+    facts = {"folder": str(bundle), "kind": "bundle", "sound": True}
+    assert told == {**facts, "model": "tiny", "precision": "fp32", "experts": 24}
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", str(bundle), str(copy)], check=True)
     victim = copy / "experts" / "001" / "003.onnx"
     data = bytearray(victim.read_bytes())
     data[-1] ^= 1
     victim.write_bytes(data)
-    assert "experts/001/003.onnx" in fails(run_here("verify", str(copy)))
+    broken = run_here("verify", str(copy), "--json")
+    assert "experts/001/003.onnx" in fails(broken)
+    assert not broken.stdout
 
 
 def test_from_bundle_to_answer_and_again_after_the_base_station_was_killed(bundle, tmp_path, nodes):
@@ -97,7 +103,6 @@ def test_from_bundle_to_answer_and_again_after_the_base_station_was_killed(bundl
     state = ("--state", str(tmp_path / "bs"))
     words = ("bs", str(bundle), "--bind", f"tcp://127.0.0.1:{free_ports(2)}", "--http", "127.0.0.1:0", *state)
     words += (
-        "--print-token",
         "--budget",
         "1000s",
         "--whole-layers",
@@ -105,11 +110,11 @@ def test_from_bundle_to_answer_and_again_after_the_base_station_was_killed(bundl
     )  # so much that nothing is dropped: answers are alike
     station = Node(tmp_path, "bs", *words)
     nodes.append(station)
-    token, url = station.wait_for(r"Join token.*: (\S+)"), station.wait_for(r"HTTP: (http://\S+)/v1")
-    (tmp_path / "token").write_text(token)
+    url = station.wait_for(r"HTTP: (http://\S+)/v1")
+    token = holds_a_token_that_no_log_has(station, tmp_path / "bs" / "join-token")
     names = ("kitchen", "attic")
     for name in names:
-        join = ("--join", f"@{tmp_path / 'token'}", "--name", name, "--state", str(tmp_path / name))
+        join = ("--join", f"@{tmp_path / 'bs' / 'join-token'}", "--name", name, "--state", str(tmp_path / name))
         nodes.append(Node(tmp_path, name, "device", *join, "--cache", str(tmp_path / "cache")))
     assert _is_ok(url)
     text = answers(url)
@@ -117,8 +122,9 @@ def test_from_bundle_to_answer_and_again_after_the_base_station_was_killed(bundl
     assert all(name in run("token", "list", *state).stdout for name in names)
 
     station.close()
-    station = Node(tmp_path, "bs again", *words)
+    station = Node(tmp_path, "bs again", *words, "--print-token")
     nodes.append(station)
+    assert station.wait_for(r"Join token \(a secret\): (\S+)") == token  # it serves on, so no new one was made
     url = station.wait_for(r"HTTP: (http://\S+)/v1")
     assert _is_ok(url)
     assert answers(url) == text
@@ -128,6 +134,17 @@ def test_from_bundle_to_answer_and_again_after_the_base_station_was_killed(bundl
     assert "ERROR" not in log
     nodes[2].stop(signal.SIGINT)
     station.stop(signal.SIGINT)
+
+
+def holds_a_token_that_no_log_has(station: Node, file: Path) -> str:
+    """Each start printed one for 24 hours and any number of devices, into whatever log there was."""
+    token = file.read_text().strip()
+    assert token.startswith("wdmoe1.")
+    assert file.stat().st_mode & 0o777 == 0o600
+    said = station.out.read_text() + station.err.read_text()
+    assert f"The join token lies in {file}." in said
+    assert "wdmoe1." not in said
+    return token
 
 
 def answers(url: str) -> str:

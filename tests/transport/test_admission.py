@@ -256,8 +256,8 @@ def test_a_full_disk_admits_nobody_by_halves(tmp_path: Path) -> None:
         admission.admit(known, "known")
         for free in (0, PAGE):  # also where there is room for the count and not for the device
             filler = fill(disk, free)
-            with pytest.raises(ConfigError, match="No space left on device"):
-                for _ in range(3):
+            for _ in range(3):
+                with pytest.raises(ConfigError, match="No space left on device"):
                     admission.enrol(token, new_key_pair().public, "kit")
             filler.unlink()
             assert not list(disk.rglob(".new-*"))

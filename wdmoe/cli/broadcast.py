@@ -155,7 +155,7 @@ def broadcast(
       wdmoe-node broadcast cat.png dog.jpg --snr 15,0 --alpha 0.3 --cbr 1/3 --fading rayleigh
       wdmoe-node broadcast cat.png dog.jpg --snr 15,0 --aim target:24dB@2
       wdmoe-node broadcast cat.png dog.jpg --bind tcp://*:5555       # then on two devices:
-      wdmoe-node device --join @broadcast-token --save-pictures pictures
+      wdmoe-node device --join @token.txt --save-pictures pictures
     """
     if not bind and (advertise or state or print_token):
         raise click.UsageError(

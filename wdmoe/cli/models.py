@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import click
 
@@ -11,6 +14,8 @@ from wdmoe.cli.params import DIRECTORY, FILE, refuse_idle
 from wdmoe.config import PRECISIONS
 from wdmoe.results.folder import BROADCAST_KIND, LOSSES_KIND, SIMULATION_KIND, kind_of
 from wdmoe.units import format_quantity
+
+Verified: TypeAlias = "tuple[str, Mapping[str, object]]"  # what is sound: as a line, and as fields
 
 
 @click.command()
@@ -169,7 +174,8 @@ def trace(
     type=click.IntRange(min=1),
     help="For results: run only this many draws again, from the first on.  [default: all]",
 )
-def verify(folder: Path, draws: int | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
+def verify(folder: Path, draws: int | None, as_json: bool) -> None:
     """Check a bundle's files and graphs, or results of a simulation or of the broadcast comparison.
 
     A bundle is sound if every file has the hash that the manifest states and every expert's graph is valid.
@@ -178,24 +184,25 @@ def verify(folder: Path, draws: int | None) -> None:
     figures. The same holds for results of tools/study/broadcast_region and tools/study/broadcast_losses; there --draws
     counts pairs of pictures.
 
+    With --json: folder, kind (bundle, simulation, broadcast or losses), sound (always true: what is not sound ends
+    with a line and exit code 1), and what was checked, by kind. bundle: model, digest, precision, experts,
+    station_files. simulation: scenario, seed, draws, draws_run_again. broadcast and losses: pairs, settings, and
+    systems for losses.
+
     \b
     Examples:
       wdmoe-node verify ./mixtral-bundle
       wdmoe-node verify ./journal-results --draws 10     # a sample; without it every draw
     """
-    kind = kind_of(folder)
-    if kind == SIMULATION_KIND:
-        _verify_results(folder, draws)
-    elif kind == BROADCAST_KIND:
-        _verify_broadcast(folder, draws)
-    elif kind == LOSSES_KIND:
-        _verify_losses(folder, draws)
+    checks = {SIMULATION_KIND: _verify_results, BROADCAST_KIND: _verify_broadcast, LOSSES_KIND: _verify_losses}
+    line, fields = checks.get(kind_of(folder), _verify_bundle)(folder, draws)
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder), "sound": True, **fields}, indent=2, ensure_ascii=False))
     else:
-        refuse_idle("draws", False, "results of draws; this is a bundle, and all of it is checked")
-        _verify_bundle(folder)
+        click.echo(f"{folder} is sound: {line}")
 
 
-def _verify_results(folder: Path, draws: int | None) -> None:
+def _verify_results(folder: Path, draws: int | None) -> Verified:
     with needs_extra("sim"):
         from wdmoe.simulation.results import verify_results
     from wdmoe.cli.progress import CountProgress
@@ -203,12 +210,12 @@ def _verify_results(folder: Path, draws: int | None) -> None:
     with CountProgress(f"verify {folder.name}", "draws") as progress:
         scenario, again = verify_results(folder, progress=progress.reach, draws=draws)
     of = "" if again == scenario.draws else f" of {scenario.draws}"
-    click.echo(
-        f"{folder} is sound: {again}{of} draws of {scenario.name}, run again with seed {scenario.seed}, are the same"
-    )
+    line = f"{again}{of} draws of {scenario.name}, run again with seed {scenario.seed}, are the same"
+    fields = {"scenario": scenario.name, "seed": scenario.seed, "draws": scenario.draws, "draws_run_again": again}
+    return line, {"kind": "simulation", **fields}
 
 
-def _verify_broadcast(folder: Path, pairs: int | None) -> None:
+def _verify_broadcast(folder: Path, pairs: int | None) -> Verified:
     with needs_extra("broadcast"):
         from wdmoe.broadcast.study.verify import verify_results
     from wdmoe.cli.progress import StageProgress
@@ -216,13 +223,11 @@ def _verify_broadcast(folder: Path, pairs: int | None) -> None:
     with StageProgress(f"verify {folder.name}") as progress:
         again = verify_results(folder, pairs, progress.reach)
     photographs = " and of the photographs" if again.photographs else ""
-    click.echo(
-        f"{folder} is sound: {again.pairs} pairs of each of {again.settings} settings{photographs}, run again, "
-        "are the same"
-    )
+    line = f"{again.pairs} pairs of each of {again.settings} settings{photographs}, run again, are the same"
+    return line, {"kind": "broadcast", "pairs": again.pairs, "settings": again.settings}
 
 
-def _verify_losses(folder: Path, pairs: int | None) -> None:
+def _verify_losses(folder: Path, pairs: int | None) -> Verified:
     with needs_extra("broadcast"):
         from wdmoe.broadcast.study.loss_results import verify_losses
     from wdmoe.cli.progress import StageProgress
@@ -235,10 +240,12 @@ def _verify_losses(folder: Path, pairs: int | None) -> None:
         )
     else:
         ran = "nothing was run again, since the folder has no weights"
-    click.echo(f"{folder} is sound: its tables follow from its figures of every pair; {ran}")
+    fields = {"pairs": again.pairs, "settings": again.settings, "systems": list(again.systems)}
+    return f"its tables follow from its figures of every pair; {ran}", {"kind": "losses", **fields}
 
 
-def _verify_bundle(folder: Path) -> None:
+def _verify_bundle(folder: Path, _: int | None) -> Verified:
+    refuse_idle("draws", False, "results of draws; this is a bundle, and all of it is checked")
     with needs_extra("bs"):
         import onnx  # noqa: F401 - the check of graphs needs it, far below
 
@@ -249,7 +256,15 @@ def _verify_bundle(folder: Path) -> None:
     with ByteProgress(f"verify {folder.name}") as progress:
         opened.verify(progress.reach)
     manifest = opened.manifest
-    click.echo(
-        f"{folder} is sound: {manifest.model}, {len(manifest.experts)} experts ({manifest.precision}), "
+    line = (
+        f"{manifest.model}, {len(manifest.experts)} experts ({manifest.precision}), "
         f"{len(manifest.station)} files of the base station, digest {manifest.digest[:16]}"
     )
+    return line, {
+        "kind": "bundle",
+        "model": manifest.model,
+        "digest": manifest.digest,
+        "precision": manifest.precision,
+        "experts": len(manifest.experts),
+        "station_files": len(manifest.station),
+    }

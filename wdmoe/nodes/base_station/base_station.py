@@ -282,7 +282,8 @@ class BaseStation(OpenedInSteps):
 
     def overview(self) -> Mapping[str, object]:
         """State for `/health` and `wdmoe-node status`: plain JSON types."""
-        return describe(
+        lists = self.admission
+        state = describe(
             self.bundle.manifest,
             self._settings,
             self.control,
@@ -292,6 +293,8 @@ class BaseStation(OpenedInSteps):
             self._exchange.counters,
             self.placement_text(),
         )
+        faults = {"allow_list_faults": lists.faults, "allow_list_unread": lists.unread} if lists is not None else {}
+        return {**state, **faults}
 
 
 def _port(endpoint: str) -> int:
