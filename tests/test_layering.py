@@ -45,7 +45,7 @@ INNER_ORDER = {
     "backbone": "format, checkpoint, cached_folder, text_windows, perplexity < families < meta_model, split < distil"
     " < evaluation < export, runtime < default < record_trace",
     "broadcast": "codec, datasets < quality < baselines, training < study",
-    "nodes": "authentication, addresses, local < sessions, device < base_station, broadcast_station, demo",
+    "nodes": "authentication, addresses, local < sessions, device < base_station, broadcast_station, demo < supervised",
     "simulation": "* < reports",
 }
 FACES = {"wdmoe.solver"}  # hand public names on to programs outside

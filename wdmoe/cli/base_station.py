@@ -231,7 +231,8 @@ def bs(
     use. Clients may ask for the model by its own name, by the word default, or by the name of the folder.
 
     The command prints a join token. Run `wdmoe-node device --join TOKEN` on each device; `wdmoe-node token` prints
-    further tokens. The base station answers as soon as every expert has a device.
+    further tokens. The base station answers as soon as every expert has a device. Stop it with Ctrl-C or SIGTERM:
+    answers in work have 5 seconds to finish.
 
     \b
     Examples:
