@@ -46,7 +46,7 @@ INNER_ORDER = {
     " < evaluation < export, runtime < default < record_trace",
     "broadcast": "codec, datasets < quality < baselines, training < study",
     "nodes": "authentication, addresses, join_token_file, local < sessions, device"
-    " < base_station, broadcast_station, demo",
+    " < base_station, broadcast_station, demo < supervised",
     "simulation": "* < reports",
 }
 FACES = {"wdmoe.solver"}  # hand public names on to programs outside

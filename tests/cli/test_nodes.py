@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import signal
 import socket
 import subprocess
@@ -18,40 +16,9 @@ import pytest
 
 from tests.lab.command import fails, run, run_here
 from tests.lab.families import save_tiny
-from tests.lab.fleet import NODE
+from tests.lab.node import Node
 from tests.lab.waiting import PATIENCE_S, free_ports
 from wdmoe.solver.placement.file import read_placement
-
-
-class Node:
-    """A `wdmoe-node` process that runs until it is stopped."""
-
-    def __init__(self, folder: Path, name: str, *words: str) -> None:
-        self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
-        with self.out.open("w") as out, self.err.open("w") as err:
-            environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-            self.process = subprocess.Popen([*NODE, *words], stdout=out, stderr=err, env=environment)
-
-    def wait_for(self, pattern: str) -> str:
-        """The first group of `pattern` once standard output has it."""
-        limit = time.monotonic() + PATIENCE_S
-        while time.monotonic() < limit and self.process.poll() is None:
-            if found := re.search(pattern, self.out.read_text()):
-                return found[1]
-            time.sleep(0.05)
-        raise TimeoutError(f"no {pattern} in {self.out.read_text()} {self.err.read_text()}")
-
-    def stop(self, number: signal.Signals) -> str:
-        """End it as a person or a service manager would; gives what it logged."""
-        self.process.send_signal(number)
-        assert self.process.wait(PATIENCE_S) == 0, self.err.read_text()
-        log = self.err.read_text()
-        assert "Traceback" not in log
-        return log
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait(PATIENCE_S)
 
 
 @pytest.fixture(scope="module")

@@ -270,7 +270,8 @@ def bs(
 
     Devices need a join token: run `wdmoe-node device --join @FILE` on each. The command keeps one in the file
     join-token of its state folder, and prints it on a terminal; `wdmoe-node token` prints further ones. The base
-    station answers as soon as every expert has a device.
+    station answers as soon as every expert has a device. Stop it with Ctrl-C or SIGTERM: answers in work have 5 seconds
+    to finish.
 
     \b
     Examples:
