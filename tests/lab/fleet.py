@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout  # its own class before Python 3.11
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +20,7 @@ from wdmoe.errors import WdmoeError
 from wdmoe.nodes.base_station.base_station import BaseStation
 
 T = TypeVar("T")
+ROOT = Path(__file__).resolve().parents[2]
 NODE = [sys.executable, "-c", "from wdmoe.cli.main import main; main()"]
 
 
@@ -48,15 +49,15 @@ class Loop:
 class Device:
     """One `wdmoe-node device` process, its output in a file."""
 
-    def __init__(self, folder: Path, name: str, token: str, *flags: str) -> None:
+    def __init__(self, folder: Path, name: str, token: str, *flags: str, node: Sequence[str] = NODE) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
-        self._command = [*NODE, "-v", "device", "--join", token, "--name", name]
+        self._command = [*node, "-v", "device", "--join", token, "--name", name]
         self._command += ["--state", str(folder / name), "--cache", str(folder / "cache"), *flags]
         self.start()
 
     def start(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(self._command, stdout=log, stderr=log, env=environment)
 
@@ -102,8 +103,9 @@ class Fleet:
         finally:
             self.loop.run(station.__aexit__(None, None, None))
 
-    def add_device(self, *flags: str) -> Device:
-        self.devices.append(Device(self.folder, f"device{len(self.devices)}", self.token, *flags))
+    def add_device(self, *flags: str, node: Sequence[str] = NODE) -> Device:
+        """`node` is the program that it runs, `wdmoe-node` or one that behaves worse."""
+        self.devices.append(Device(self.folder, f"device{len(self.devices)}", self.token, *flags, node=node))
         return self.devices[-1]
 
     def wait(self, station: BaseStation, devices: int) -> None:

@@ -30,6 +30,7 @@ from wdmoe.moe.hedge_budget import HedgeBudget
 from wdmoe.moe.lateness import Lateness
 from wdmoe.moe.select import Bound, Chosen, Costs, choose, joined, substitute
 from wdmoe.moe.waiting import WaitForExperts
+from wdmoe.receipt import Ledger
 from wdmoe.solver.combining import is_finite
 from wdmoe.transport.codec.messages import Activations
 from wdmoe.transport.exchange import Exchange, Expected, Order, Reply
@@ -229,13 +230,10 @@ class ExpertLayers:
             band = PartOfBand(band, (1 - TRIAL_BAND) * self.rules.bandwidth_hz)
         outcome = dispatch(self._exchange, work, wait_s, busy, band, hedging)
         self._budget.earn(len(outcome.parts))
-        self._learn(outcome)
+        self._learn(outcome, call.ledger)
         call.ledger.hedges += outcome.hedges
         served = [(part.device.name, part.reply) for part in outcome.parts]
         book(call.ledger, served, time.monotonic() - started_s, busy.seconds)
-        for loser in outcome.losers:
-            call.ledger.bytes_down += loser.reply.bytes_down
-            call.ledger.bytes_up += loser.reply.bytes_up
         return outcome.parts
 
     def _band(self, routing: Routing, call: LayerCall) -> Band | None:
@@ -265,8 +263,8 @@ class ExpertLayers:
                 asked |= try_out(self._exchange, its, server, wait_s, hedging, band, hz)
         return asked
 
-    def _learn(self, outcome: Outcome) -> None:
-        """Take in what each device answered and how fast it was."""
+    def _learn(self, outcome: Outcome, ledger: Ledger) -> None:
+        """Take in what each device answered and how fast it was, and what was asked in vain."""
         now_s = time.monotonic()
         for part in outcome.parts:
             self._judge(part)
@@ -274,6 +272,8 @@ class ExpertLayers:
                 self._clock(part.order, part.reply)
                 self.lateness.answered(part.order.route, part.order.expected, part.reply.least_s, now_s)
         for part in outcome.losers:
+            ledger.bytes_down += part.reply.bytes_down
+            ledger.bytes_up += part.reply.bytes_up
             if part.reply.open:  # `_learn_aside` hears of the rest
                 self.lateness.answered(part.order.route, part.order.expected, now_s - part.reply.sent_s, now_s)
             elif part.reply.result is not None:
