@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout  # its own class before Python 3.11
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +21,7 @@ from wdmoe.errors import WdmoeError
 from wdmoe.nodes.base_station.base_station import BaseStation
 
 T = TypeVar("T")
+ROOT = Path(__file__).resolve().parents[2]
 NODE = [sys.executable, "-c", "from wdmoe.cli.main import main; main()"]
 
 
@@ -49,16 +50,18 @@ class Loop:
 class Device:
     """One `wdmoe-node device` process, its output in a file."""
 
-    def __init__(self, folder: Path, name: str, token: str, *flags: str, lie: Lie | None = None) -> None:
+    def __init__(
+        self, folder: Path, name: str, token: str, *flags: str, node: Sequence[str] = NODE, lie: Lie | None = None
+    ) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
-        node = NODE if lie is None else [sys.executable, "-m", "tests.lab.liar", *lie.words()]
+        node = node if lie is None else [sys.executable, "-m", "tests.lab.liar", *lie.words()]
         self._command = [*node, "-v", "device", "--join", token, "--name", name]
         self._command += ["--state", str(folder / name), "--cache", str(folder / "cache"), *flags]
         self.start()
 
     def start(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(self._command, stdout=log, stderr=log, env=environment)
 
@@ -104,8 +107,10 @@ class Fleet:
         finally:
             self.loop.run(station.__aexit__(None, None, None))
 
-    def add_device(self, *flags: str, lie: Lie | None = None) -> Device:
-        self.devices.append(Device(self.folder, f"device{len(self.devices)}", self.token, *flags, lie=lie))
+    def add_device(self, *flags: str, node: Sequence[str] = NODE, lie: Lie | None = None) -> Device:
+        """`node` is the program that it runs, `wdmoe-node` or one that behaves worse; with `lie`, one that lies."""
+        name = f"device{len(self.devices)}"
+        self.devices.append(Device(self.folder, name, self.token, *flags, node=node, lie=lie))
         return self.devices[-1]
 
     def wait(self, station: BaseStation, devices: int) -> None:

@@ -47,7 +47,9 @@ class Served:
     def gone(self) -> None:
         self.back(but=len(self.lab.devices))
 
-    async def ask(self, told: Callable[[TextDelta | Waiting], object] = lambda event: None) -> tuple[list[int], Finished]:
+    async def ask(
+        self, told: Callable[[TextDelta | Waiting], object] = lambda event: None
+    ) -> tuple[list[int], Finished]:
         sampling = Sampling(max_tokens=12, ignore_eos=True)
         ids: list[int] = []
         async for event in self.lab.engine.stream(GenerationRequest(request_id="t", prompt=PROMPT, sampling=sampling)):

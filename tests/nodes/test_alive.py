@@ -158,7 +158,7 @@ def test_a_frozen_device_is_left_out_until_it_thaws(fleet: Fleet, bundle: Path, 
 
 
 def test_with_no_device_left_a_request_fails_with_a_clear_error(fleet: Fleet, bundle: Path) -> None:
-    with fleet.serve(bundle, devices=2, deadline_s=DEADLINE_S) as station:
+    with fleet.serve(bundle, devices=2, deadline_s=DEADLINE_S, wait_for_experts_s=1.0) as station:
         kill_all = {5: lambda: [device.kill() for device in fleet.devices]}
         with pytest.raises(ExpertsUnavailableError, match="layer"):
             ask(fleet, station, tokens=400, at_token=kill_all)

@@ -250,9 +250,6 @@ class ExpertLayers:
         call.ledger.hedges += outcome.hedges
         served = [(part.device.name, part.reply) for part in outcome.parts]
         book(call.ledger, served, time.monotonic() - started_s, busy.seconds)
-        for loser in outcome.losers:
-            call.ledger.bytes_down += loser.reply.bytes_down
-            call.ledger.bytes_up += loser.reply.bytes_up
         return outcome.parts
 
     def _band(self, routing: Routing, call: LayerCall) -> Band | None:
@@ -283,7 +280,7 @@ class ExpertLayers:
         return asked
 
     def _learn(self, outcome: Outcome, ledger: Ledger) -> None:
-        """Take in what each device answered and how fast it was."""
+        """Take in what each device answered and how fast it was, and what was asked in vain."""
         now_s = time.monotonic()
         for part in outcome.parts:
             self._judge(part, ledger)
@@ -291,6 +288,8 @@ class ExpertLayers:
                 self._clock(part.order, part.reply)
                 self.lateness.answered(part.order.route, part.order.expected, part.reply.least_s, now_s)
         for part in outcome.losers:
+            ledger.bytes_down += part.reply.bytes_down
+            ledger.bytes_up += part.reply.bytes_up
             if part.reply.open:  # `_learn_aside` hears of the rest
                 self.lateness.answered(part.order.route, part.order.expected, now_s - part.reply.sent_s, now_s)
             elif part.reply.result is not None:
