@@ -199,6 +199,40 @@ def test_tampered_file_is_found(copy):
         bundle.verify()
 
 
+def test_one_expert_is_read_whole_and_proven(copy):
+    bundle = Bundle.open(copy)
+    first, other = ExpertId(0, 0), ExpertId(1, 3)
+    assert bundle.expert_bytes(first) == (copy / "experts/000/000.onnx").read_bytes()
+    victim = copy / "experts/001/003.onnx"
+    victim.write_bytes(victim.read_bytes()[:-1] + b"!")
+    with pytest.raises(BundleError, match=r"experts/001/003\.onnx is not what the manifest says"):
+        bundle.expert_bytes(other)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [None, 3, [], [1], [1, 2, 3], [2, 1], [-1, 1], [True, 2], ["1", "2"], {"low": 1}, [1, 10**400]],
+)
+def test_bounds_of_outputs_that_make_no_sense_are_refused(copy, norm):
+    edit(copy, lambda plain: plain["experts"][0].update(output_norm=norm))
+    with pytest.raises(BundleError, match="output_norm"):
+        Bundle.open(copy)
+
+
+def test_a_number_beyond_all_floats_is_refused(copy):
+    edit(copy, lambda plain: plain.update(gate_temperature=10**400))
+    with pytest.raises(BundleError, match="gate_temperature"):
+        Bundle.open(copy)
+
+
+def test_bounds_of_outputs_are_optional(copy):
+    assert all(file.output_norm is not None for file in Bundle.open(copy).manifest.experts)
+    edit(copy, lambda plain: [file.pop("output_norm") for file in plain["experts"]])
+    bundle = Bundle.open(copy)
+    assert all(file.output_norm is None for file in bundle.manifest.experts)
+    assert b"output_norm" not in manifest_bytes(bundle.manifest)
+
+
 def replace_expert(bundle, model):
     """Put a graph in an expert's place, with a manifest that agrees with it."""
     data = model.SerializeToString()

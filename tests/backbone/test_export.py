@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,8 +23,10 @@ from wdmoe.backbone.export import export, resume
 from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.export.resume import JOURNAL_NAME, Journal
 from wdmoe.backbone.format.bundle import MANIFEST_NAME, Bundle
-from wdmoe.backbone.runtime.station import load_station
+from wdmoe.backbone.format.onnx_graph import run_graph
+from wdmoe.backbone.runtime.station import experts_modules, load_station
 from wdmoe.errors import BundleError, ConfigError
+from wdmoe.moe.verification.norm_band import ABOVE, BELOW
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,26 @@ def test_exporting_twice_gives_the_same_bytes(source, tmp_path, precision):
     assert first == second == Bundle.open(tmp_path / "a").manifest
     assert first.model == "tiny-mixtral"
     assert str(tmp_path).encode() not in b"".join(contents(tmp_path / "a").values())
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_bounds_hold_what_experts_give(family, tmp_path):
+    """Of inputs as the layer's own norm makes them; each is a power of two, whatever the machine's last digits."""
+    source = families.save_tiny(family, tmp_path / "model")
+    manifest = export_bundle(source, tmp_path / "bundle", ExportSettings())
+    model = families.reference(source)
+    seen = {}
+    for layer, module in experts_modules(model).items():
+        module.register_forward_hook(lambda module, inputs, output, at=layer: seen.setdefault(at, inputs[0]))
+    with torch.no_grad():
+        model(torch.arange(40, 60)[None])
+    for file in manifest.experts:
+        low, high = file.output_norm
+        assert {np.frexp(each)[0] for each in (low, high)} == {0.5}
+        x = seen[file.id.layer].numpy().astype(np.float32).reshape(-1, manifest.hidden)
+        norms = np.linalg.norm(run_graph((tmp_path / "bundle" / file.path).read_bytes(), x), axis=1)
+        assert BELOW * low < norms.min()
+        assert norms.max() < ABOVE * high
 
 
 def test_narrow_precision_makes_smaller_experts(source, tmp_path):

@@ -225,6 +225,15 @@ def test_status_names_devices_in_the_order_that_people_count():
     assert [device["name"] for device in machine["devices"]] == engine.devices
 
 
+def test_status_shows_who_is_in_quarantine():
+    engine = EchoEngine()
+    engine.checks = {"devices": [{"name": "attic", "lies": 2, "quarantined": True, "attached": True}]}
+    with serving(engine) as server:
+        shown = run("status", "--url", server.url, COLUMNS="200").stdout
+    assert "lies" in shown
+    assert "quarantined" in next(line for line in shown.splitlines() if "attic" in line)
+
+
 def test_status_of_nothing(free_port):
     assert f"127.0.0.1:{free_port}" in fails(run("status", "--url", f"http://127.0.0.1:{free_port}"))
 

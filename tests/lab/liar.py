@@ -1,7 +1,7 @@
 """A device that lies: `wdmoe-node device` as it is, with a key of its own, but for what its experts compute.
 
 `python -m tests.lab.liar KIND SEED AFTER SHARE MOST device --join ...`: after so many honest answers, a share are lies,
-so many at most.
+so many at most. `@FILE` in place of the five words reads them from a file, again whenever that changes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -80,23 +81,41 @@ class Liar:
         return right if experts == run.experts else np.array(self._honest(replace(run, experts=experts)))
 
 
-def lying(lie: Lie) -> Callable[[ExpertRunner, Run], Activations]:
-    """In place of `ExpertRunner.run`."""
+def lying(told: Callable[[], Lie]) -> Callable[[ExpertRunner, Run], Activations]:
+    """In place of `ExpertRunner.run`; another lie begins with no answers given."""
     honest = ExpertRunner.run
-    liars: dict[int, Liar] = {}
+    liars: dict[tuple[int, Lie], Liar] = {}
 
     def run(self: ExpertRunner, order: Run) -> Activations:
-        liar = liars.setdefault(id(self), Liar(self, lambda each: honest(self, each), lie))
+        lie = told()
+        liar = liars.setdefault((id(self), lie), Liar(self, lambda each: honest(self, each), lie))
         return liar(order)
 
     return run
 
 
+def _of_file(file: Path) -> Callable[[], Lie]:
+    seen: tuple[int, Lie] | None = None
+
+    def told() -> Lie:
+        nonlocal seen
+        at = file.stat().st_mtime_ns
+        if seen is None or seen[0] != at:
+            seen = at, Lie.of(file.read_text().split())
+        return seen[1]
+
+    return told
+
+
 def main() -> None:
     from wdmoe.cli.main import main as node
 
-    ExpertRunner.run = lying(Lie.of(sys.argv[1:6]))  # type: ignore[method-assign]
-    sys.argv[1:6] = []
+    if sys.argv[1].startswith("@"):
+        ExpertRunner.run = lying(_of_file(Path(sys.argv.pop(1)[1:])))  # type: ignore[method-assign]
+    else:
+        lie = Lie.of(sys.argv[1:6])
+        ExpertRunner.run = lying(lambda: lie)  # type: ignore[method-assign]
+        sys.argv[1:6] = []
     node()
 
 

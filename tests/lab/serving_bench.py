@@ -30,6 +30,8 @@ class EchoEngine:
         self.errors = dict(errors or {})
         self.fails_after = 0
         self.devices = ["kitchen", "attic"]
+        self.checks: dict[str, object] = {}  # what its status says of its devices' honesty
+        self.suspect = False
         self.running = 0  # generations that were started and have not ended
         self.most_running = 0
         self.seen: list[GenerationRequest] = []
@@ -71,7 +73,7 @@ class EchoEngine:
         devices = [{"name": name, "provider": "CPUExecutionProvider", "experts": 4} for name in self.devices]
         state = "ok" if devices else "waiting"
         placement = '{"format": 1, "devices": {}}\n'
-        return {"state": state, "model": MODEL, "devices": devices, "placement": placement}
+        return {"state": state, "model": MODEL, "devices": devices, "placement": placement, **self.checks}
 
     def _raise_if_told(self, tokens: tuple[int, ...], count: int) -> None:
         for word, error in self.errors.items():
@@ -88,6 +90,8 @@ class EchoEngine:
             bytes_down=100 * count,
             bytes_up=50 * count,
             retries=1,
+            suspect=self.suspect,
+            suspect_answers=5 * self.suspect,
             first_token_s=0.01,
             elapsed_s=0.01 * count,
             stages=StageSeconds(bs_compute=0.5, wait=0.25),

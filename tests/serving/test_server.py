@@ -64,6 +64,28 @@ def test_metrics_count_what_was_served():
         assert line in lines
 
 
+def test_what_is_known_of_liars_is_told():
+    engine = EchoEngine()
+    engine.checks = {"verified_answers": 70, "lies": 2, "odd_answers": 1, "skipped_verifications": 3}
+    engine.checks |= {"devices_quarantined": 1, "state": "degraded"}
+    engine.suspect = True
+    with serving(engine) as server:
+        receipt = _post(server.url).json()["wdmoe"]
+        assert (receipt["suspect"], receipt["suspect_answers"]) == (True, 5)
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        good = httpx.get(f"{server.url}/health")
+    assert (good.status_code, good.json()) == (200, {"status": "degraded", "devices": 2, "quarantined": 1})
+    for line in (
+        "wdmoe_answers_suspect_total 1.0",
+        "wdmoe_verified_answers_total 70.0",
+        "wdmoe_lies_total 2.0",
+        "wdmoe_odd_answers_total 1.0",
+        "wdmoe_skipped_verifications_total 3.0",
+        "wdmoe_devices_quarantined 1.0",
+    ):
+        assert line in lines
+
+
 def test_wants_its_key_everywhere_but_at_health():
     with serving(EchoEngine(), api_key="geheim") as server:
         assert httpx.get(f"{server.url}/health").status_code == 200

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +21,7 @@ EXPERTS_FOLDER = "experts"
 
 OnDrop = Literal["keep", "renormalise"]
 
+_LARGEST = sys.float_info.max  # JSON's whole numbers have no end, and Python's float() would raise
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _STATION_PATH = re.compile(r"station/(?:[A-Za-z0-9_][A-Za-z0-9_.+-]*/)?[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
@@ -178,7 +179,7 @@ class _Fields:
 
     def positive(self, name: str) -> float:
         value = self.take(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
             raise BundleError(f"{self._where}: {name!r} must be a positive number")
         return float(value)
 
@@ -191,10 +192,10 @@ class _Fields:
             raise BundleError(f"{self._where}: {name!r} must be a list of two numbers")
         if any(isinstance(each, bool) or not isinstance(each, int | float) for each in pair):
             raise BundleError(f"{self._where}: {name!r} must be a list of two numbers")
-        low, high = map(float, pair)
-        if not 0 <= low <= high < math.inf:
+        low, high = pair
+        if not 0 <= low <= high <= _LARGEST:
             raise BundleError(f"{self._where}: {name!r} must be two finite numbers, the smaller one first")
-        return low, high
+        return float(low), float(high)
 
     def choice(self, name: str, allowed: tuple[str, ...], absent: str | None = None) -> str:
         value = self.take(name) if absent is None else self._left.pop(name, absent)
