@@ -76,6 +76,15 @@ def test_any_eight_of_48_may_be_lost_at_once(seed: int) -> None:
     assert all(expert in kept[home] for expert, home in after.targets.items())  # nothing is fetched to serve again
 
 
+@pytest.mark.parametrize("copies", [0, 1, 2, 3])
+def test_the_last_device_may_leave(copies: int) -> None:
+    wishes, hosts = Wishes(copies=copies), fleet(3)
+    before = arrange(large(), hosts, Arrangement(), wishes)
+    nothing = arrange(large(), [], before, wishes)
+    assert nothing == Arrangement(unplaced=large().experts)
+    assert len(arrange(large(), hosts[:1], nothing, wishes).targets) == 256
+
+
 def test_fill_makes_no_one_carry_what_it_has_no_memory_for() -> None:
     model, hosts = large(), [*fleet(8), *fleet(0), host("small", memory=5_500)]
     arrangement = arrange(model, hosts, Arrangement(), AUTO)

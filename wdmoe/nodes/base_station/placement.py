@@ -98,7 +98,7 @@ def span(catalogue: Catalogue, hosts: Sequence[Holder], least: int = LEAST_SPAN)
     layer is cut as often as the arithmetic of a token outweighs a message; and into `least` parts at least, so that no
     device's loss takes a whole layer with it, and that a policy which looks at devices has a choice among some.
     """
-    if not catalogue.experts:
+    if not catalogue.experts or not hosts:
         return 1
     speed = sum(_speed(host.report) for host in hosts) / len(hosts)
     worth = math.ceil(catalogue.top_k * _mean_load(catalogue) / speed / MESSAGE_S)
