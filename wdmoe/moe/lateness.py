@@ -20,7 +20,7 @@ LATE_TO_OPEN = 3  # late answers in a row, with some in time between them a few 
 GOOD_TO_CLOSE = 3  # trials in time, in a row
 FORGIVES = 0.5  # of a late answer, by one in time
 FIRST_TRIAL_S = 0.5
-NEXT_TRIAL_S = 0.1  # after a good one
+NEXT_TRIAL_S = 0.05  # after a good one
 LONGEST_TRIAL_S = 30.0
 STEADY_S = 60.0  # who is fast for so long starts afresh
 

@@ -291,7 +291,8 @@ class ExpertLayers:
             ledger.bytes_down += part.reply.bytes_down
             ledger.bytes_up += part.reply.bytes_up
             if part.reply.open:  # `_learn_aside` hears of the rest
-                self.lateness.answered(part.order.route, part.order.expected, now_s - part.reply.sent_s, now_s)
+                if now_s - part.reply.sent_s > part.order.expected.late_s:
+                    self.lateness.answered(part.order.route, part.order.expected, math.inf, now_s)
             elif part.reply.result is not None:
                 self._clock(part.order, part.reply)
             elif not part.reply.timed_out:
