@@ -305,7 +305,7 @@ def test_a_scenario_says_it(scenario: Scenario) -> None:
         Analog(share=0.5),
         Analog(ratio=0.5, transform="klt"),
     ]
-    with pytest.raises(ConfigError, match="no key 'analog_ratio'"):
+    with pytest.raises(ConfigError, match="analog_ratio does nothing here"):
         parse_scenario(SCENARIO.replace('downlink = "analog"\nanalog_ratio', "analog_ratio"))
     with pytest.raises(ConfigError, match="'pairs': analog_share must be"):
         parse_scenario(SCENARIO.replace("analog_share = 0.5", "analog_share = 1.0"))
