@@ -82,6 +82,8 @@ inline void cholesky_solve(const double* a, std::size_t n, double* x) {
 
 class ManyBlocks {
 public:
+    static constexpr std::size_t kStart = 30;  // steps from one start
+
     explicit ManyBlocks(const BandwidthCore& core)
         : core_(core), m_(core.rows), n_(core.columns), w_(core.width()), tall_(m_ >= w_) {
         for (std::size_t c = 0; c < n_; ++c) free_ = free_ && core.low[c] <= kSmallestShare && core.high[c] > 1.0;
@@ -98,7 +100,7 @@ public:
         // A start far inside the central path takes an iteration or two more, and saves the rare case that gets stuck.
         for (double gap = 0.5; !is_closed(tolerance) && best_.iterations < limit && gap < 1e3; gap *= 4.0) {
             begin({}, {}, gap);
-            climb(tolerance, std::min(limit, best_.iterations + 30));
+            climb(tolerance, std::min(limit, best_.iterations + kStart));
         }
         if (best_.band.empty()) {
             begin({}, {}, 0.5);
@@ -640,7 +642,10 @@ inline CoreAnswer solve_core(const BandwidthCore& core, const std::vector<double
     answer.lower_bound = std::min(answer.lower_bound, answer.latency);
     if (is_closed(answer.latency, answer.lower_bound, tolerance) && !answer.weight.empty()) return answer;
     bound_alone(core, answer);
-    if (core.rows > 1 && !is_closed(answer.latency, answer.lower_bound, tolerance)) DecidedBlocks(core).better(answer);
+    const bool hurried = limit < ManyBlocks::kStart;  // it takes as long as some ten steps
+    if (core.rows > 1 && !hurried && !is_closed(answer.latency, answer.lower_bound, tolerance)) {
+        DecidedBlocks(core).better(answer);
+    }
     return answer;
 }
 

@@ -70,7 +70,7 @@ def place(given: Given) -> None:
     memory = given.one(np.full(devices, 1e3), given.values((devices,)))
     speed = np.clip(given.values((devices,)), 1e-30, 1e30)
     if given.chance(0.5):
-        rows = given.odd(frequency, shape=False), given.odd(speed), given.odd(memory)
+        rows = given.odd(frequency, shape=False), given.odd(speed), given.odd(memory, shape=False)
         plan = place_greedily(PlacementProblem(*rows, np.ones(layers), given.one(1, 2)))
         assert (plan.status == "optimal") <= (plan.latency_s <= plan.lower_bound_s * (1 + 1e-8)), plan
         assert 0 <= plan.lower_bound_s <= plan.latency_s, plan
