@@ -100,7 +100,7 @@ class UnusedKeys(Check):
     id = "I9"
     title = "a scenario with a key that its policy does not use, or a budget without a bound"
     passes = "refused, naming the key"
-    tries = 8
+    tries = 20
     cost_s = 2.0
 
     def check(self, scene: Checkup) -> None:
@@ -118,7 +118,7 @@ class TokenTypo(Check):
     id = "I12"
     title = "`token` with a state folder that is not there"
     passes = "an error, and no folder is made"
-    tries = 6
+    tries = 20
     cost_s = 1.0
 
     def check(self, scene: Checkup) -> None:
