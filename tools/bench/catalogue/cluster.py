@@ -28,7 +28,6 @@ START_S = 120.0
 LEASE = "2s"
 PREFILL_CHUNK = 16  # so that a prompt takes as many passes as an answer of ten tokens
 WHOLE_TOKENS = 24
-MOST_TOKENS = 160
 
 
 class ClusterError(Exception):

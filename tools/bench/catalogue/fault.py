@@ -31,6 +31,7 @@ class Scene:
     rng: random.Random
     number: int
     phase: str
+    cells: int = 1  # of the fault: tries in a row that meet the same kind
     notes: list[str] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
@@ -43,7 +44,7 @@ class Scene:
 
     def choose(self, kinds: Sequence[str]) -> str:
         """One kind after the other, so that few tries meet all of them. Noted."""
-        kind = kinds[self.number // 4 % len(kinds)] if len(kinds) > 1 else kinds[0]
+        kind = kinds[self.number // self.cells % len(kinds)]
         self.notes.append(kind)
         return kind
 
@@ -67,6 +68,11 @@ class Fault:
     spec = ClusterSpec()
     tokens = 60
     alone = False  # one client only, so that its time can be compared
+
+    @classmethod
+    def cells(cls) -> list[tuple[int, str]]:
+        """(copies, phase) that tries are dealt over."""
+        return [(copies, phase) for copies in cls.copies for phase in cls.phases]
 
     def spec_for(self, copies: int) -> ClusterSpec:
         """What it needs, with so many copies."""
@@ -95,7 +101,7 @@ class Fault:
 
     def attempt(self, cluster: Cluster, rng: random.Random, number: int, phase: str) -> TryRecord:
         """Try it once. Raises Impossible, and ClusterError where the cluster is gone for good."""
-        scene = Scene(cluster, rng, number, phase)
+        scene = Scene(cluster, rng, number, phase, len(self.cells()))
         begun_s = time.monotonic()
         verdicts = self.play(scene)
         healed_s = self.recover(scene)

@@ -50,15 +50,13 @@ def make_plan(
 
 
 def _tries_of(fault: type[Fault], tries: int, seed: int, copies: int, phase: str, model: str) -> Iterator[Try]:
-    cells = [
-        (c, p)
-        for c in fault.copies
-        for p in fault.phases
-        if (not copies or c in (0, copies)) and (not phase or p in ("", phase))
-    ]
+    """A try of a number is the same one whatever is left out."""
+    cells = fault.cells()
     each_copies = min(tries, fault.tries) if tries else fault.tries
-    for number in range(each_copies * len({c for c, _ in cells})):
+    for number in range(each_copies * len(fault.copies)):
         c, p = cells[number % len(cells)]
+        if (copies and c not in (0, copies)) or (phase and p not in ("", phase)):
+            continue
         spec = None if issubclass(fault, Check) else fault().spec_for(c)
         if spec is not None and model != "small" and spec.model == "small":
             spec = ClusterSpec(**{**asdict(spec), "model": model})

@@ -61,7 +61,7 @@ class Runner:
     def model(self, name: str) -> Model:
         """Made on first use."""
         if name not in self._models:
-            self._models[name] = make_model(name, self._folder, self._seed)
+            self._models[name] = make_model(name, self._folder)
         return self._models[name]
 
     def _stand_on(self, spec: ClusterSpec) -> Cluster:

@@ -20,7 +20,8 @@ class SlowDevice(Fault):
     id = "I4"
     title = "a device takes 0.5 s for each answer"
     passes = "with copies exact, and after three tokens at most 1.3 times the time without a fault"
-    cost_s = 8.0
+    cost_s = 3.0
+    copies = (2,)  # without copies there is nobody to ask in its place
     alone = True
 
     def __init__(self) -> None:

@@ -100,7 +100,7 @@ class UnusedKeys(Check):
     id = "I9"
     title = "a scenario with a key that its policy does not use, or a budget without a bound"
     passes = "refused, naming the key"
-    tries = 8
+    tries = 20
     cost_s = 2.0
 
     def check(self, scene: Checkup) -> None:
@@ -118,7 +118,7 @@ class TokenTypo(Check):
     id = "I12"
     title = "`token` with a state folder that is not there"
     passes = "an error, and no folder is made"
-    tries = 6
+    tries = 20
     cost_s = 1.0
 
     def check(self, scene: Checkup) -> None:
@@ -139,10 +139,10 @@ class TokenPrinted(Check):
     cost_s = 8.0
 
     def check(self, scene: Checkup) -> None:
-        from tools.bench.catalogue.model import make_model
+        from tools.bench.catalogue.model import made_up
 
         port, state = free_ports(3), scene.folder / "bs"
-        bundle = make_model("small", scene.folder, 1).bundle
+        _, bundle = made_up("small", scene.folder)
         words = ["bs", str(bundle), "--bind", f"tcp://127.0.0.1:{port}", "--http", f"127.0.0.1:{port + 2}"]
         node = Node("printed", [*words, "--state", str(state)], scene.folder).start()
         try:

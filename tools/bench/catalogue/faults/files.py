@@ -20,8 +20,9 @@ STEPS = ("+1h", "-1h", "@1970-01-02 00:00:00")
 class DiskFull(Fault):
     id = "F12"
     title = "a device starts with its cache on a full disk"
+    cost_s = 3.0
+    tries = 10
     passes = "it starts without cache, warns, serves; the cache is not corrupted"
-    cost_s = 4.0
 
     def __init__(self) -> None:
         self.victim: Node | None = None
@@ -60,8 +61,9 @@ class DiskFull(Fault):
 class ClockSteps(Fault):
     id = "F14"
     title = "the clock of a device or of the base station jumps by an hour, back by an hour, or to 1970"
-    passes = "nothing happens"
     cost_s = 4.0
+    tries = 10
+    passes = "nothing happens"
     spec = ClusterSpec(clocks=True)
 
     def __init__(self) -> None:
@@ -87,8 +89,8 @@ class ClockSteps(Fault):
 class PowerCut(Fault):
     id = "F15"
     title = "a new device is killed at random moments of its first starts (enrolment, fetch, cache)"
-    passes = "the next start completes; nobody else notices"
     cost_s = 6.0
+    passes = "the next start completes; nobody else notices"
     copies = (2,)
 
     def __init__(self) -> None:
@@ -143,8 +145,9 @@ class ExportCut(Check):
 class FileSwapped(Fault):
     id = "F19"
     title = "the expert files of a device are overwritten while it runs, then it restarts"
+    cost_s = 2.5
+    tries = 10
     passes = "exact; the restarted device fetches them again"
-    cost_s = 3.0
 
     def __init__(self) -> None:
         self.victim: Node | None = None

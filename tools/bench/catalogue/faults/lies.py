@@ -13,6 +13,7 @@ from tools.bench.catalogue.records import ClusterSpec
 class Liar(Fault):
     id = "F18"
     title = "a device answers NaN, Inf, zeros, a wrong shape, 1e30, another expert's output or a stale reply"
+    cost_s = 1.5
     passes = "exact, or the receipt says degraded or suspect; the device is caught; never wrong and called right"
     kinds: tuple[str, ...] = ("nan", "inf", "zeros", "shape", "huge", "foreign", "stale")
     tokens = 60
@@ -42,6 +43,7 @@ class Liar(Fault):
 class PlausibleLiar(Liar):
     id = "I3"
     title = "a device answers noise of the right size, a factor of 1.5, zeros, or another expert's output"
+    cost_s = 1.5
     kinds = ("noise", "factor", "zeros", "foreign", "huge")
     tries = 20
     spec = ClusterSpec(optional=("--verify", "5%"))

@@ -53,9 +53,10 @@ class _OnAir(Fault):
 class Partition(_OnAir):
     id = "F3"
     title = "one, half or all devices cut off for 1 s or 10 s"
+    cost_s = 5.5
+    tries = 10
     passes = "one: as F1; half: degraded and said, or an error; all: a clear error; healed without any restart"
     kinds = ("one for 1 s", "half for 1 s", "all for 1 s", "one for 10 s", "all for 10 s")
-    cost_s = 7.0
 
     def inject(self, scene: Scene) -> None:
         kind = scene.choose(self.kinds)
@@ -76,6 +77,8 @@ class Partition(_OnAir):
 class OneWay(_OnAir):
     id = "F4"
     title = "a device hears and cannot speak, or the other way round, for 2 s"
+    cost_s = 3.3
+    tries = 10
     passes = "as F1; it does not count as alive by the heartbeats of one side"
 
     def inject(self, scene: Scene) -> None:
@@ -91,11 +94,11 @@ class OneWay(_OnAir):
 class Loss(_OnAir):
     id = "F5"
     title = "1 %, 5 % or 20 % of all frames lost, or bursts"
+    cost_s = 3.0
+    tries = 10
     passes = "1 % and 5 %: exact; 20 % and bursts: exact, degraded and said, or an error; never a hang"
     kinds = ("1 %", "5 %", "20 %", "bursts")
-    tries = 16
     tokens = 24
-    cost_s = 10.0
 
     def inject(self, scene: Scene) -> None:
         kind = scene.choose(self.kinds)
@@ -118,9 +121,10 @@ class Loss(_OnAir):
 class Disorder(_OnAir):
     id = "F6"
     title = "10 % of frames out of order, 5 % twice, jitter as large as the delay"
+    cost_s = 2.0
+    tries = 10
     passes = "the same output"
     tokens = 24
-    cost_s = 4.0
 
     def inject(self, scene: Scene) -> None:
         way = Way(reorder=0.1, duplicate=0.05, delay_s=0.005, jitter_s=0.005)
@@ -133,6 +137,8 @@ class Disorder(_OnAir):
 class Corruption(_OnAir):
     id = "F7"
     title = "2 % of frames with a flipped bit, below TCP"
+    cost_s = 1.5
+    tries = 10
     passes = "never a wrong answer called right; the connection is made again"
     tokens = 40
 
@@ -149,6 +155,7 @@ class Corruption(_OnAir):
 class CorruptStream(Corruption):
     id = "F7b"
     title = "a bit flipped inside the stream (by a relay), encrypted"
+    cost_s = 2.8
     tries = 10
 
     def inject(self, scene: Scene) -> None:
@@ -163,6 +170,7 @@ class CorruptStream(Corruption):
 class CorruptPlain(CorruptStream):
     id = "F7c"
     title = "the same with --insecure"
+    cost_s = 3.0
     passes = "the checksum catches it"
 
     def spec_for(self, copies: int) -> ClusterSpec:
@@ -172,6 +180,8 @@ class CorruptPlain(CorruptStream):
 class SlowLink(_OnAir):
     id = "F8"
     title = "a link that falls to 0.5 Mbit/s, or a device that gets a tenth of its time"
+    cost_s = 2.0
+    tries = 10
     passes = "complete; exact with copies; the pause stays bounded"
     kinds = ("slow link", "slow device")
 
@@ -200,9 +210,10 @@ class SlowLink(_OnAir):
 class HalfOpen(_OnAir):
     id = "F9"
     title = "a device vanishes without a word: its process ends behind a cut link, or an idle link forgets it"
+    cost_s = 4.5
+    tries = 10
     passes = "noticed, descriptors freed, the device is back"
     kinds = ("vanishes", "idle drop")
-    cost_s = 6.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,9 +239,10 @@ class HalfOpen(_OnAir):
 class Flapping(_OnAir):
     id = "F16"
     title = "a link that goes down and up five times, or a device that moves to another address"
+    cost_s = 3.0
+    tries = 10
     passes = "no storm of sessions: one joining a second and device at most; the device is back"
     kinds = ("flapping", "another address")
-    cost_s = 6.0
 
     def inject(self, scene: Scene) -> None:
         air = self.air(scene)

@@ -35,8 +35,7 @@ class Flood(Fault):
 
     def inject(self, scene: Scene) -> None:
         cluster = scene.cluster
-        plane = self.planes[scene.number // 2 % 2]
-        scene.notes.append(f"{plane} plane")
+        plane = scene.choose(self.planes)
         before = cluster.station.worker()
         endpoint = f"tcp://{cluster.host}:{cluster.port + (plane == 'data')}"
         words = [sys.executable, str(Path(__file__).parents[1] / "flood.py"), endpoint, plane, str(FLOOD_S)]

@@ -33,6 +33,7 @@ class _OfOneDevice(Fault):
 class DeviceKilled(_OfOneDevice):
     id = "F1"
     title = "kill -9 of a device"
+    cost_s = 2.0
     passes = "with copies exact, without copies degraded and said; the device is back"
 
     def inject(self, scene: Scene) -> None:
@@ -42,11 +43,12 @@ class DeviceKilled(_OfOneDevice):
 class DeviceFrozen(_OfOneDevice):
     id = "F2"
     title = "a device stopped for 0.5 s, 5 s, or until the end"
+    cost_s = 3.0
+    tries = 10
     passes = "as F1; late replies are dropped, the device rejoins by itself"
-    cost_s = 6.0
 
     def inject(self, scene: Scene) -> None:
-        for_s = FREEZES_S[scene.number // 4 % len(FREEZES_S)]
+        for_s = FREEZES_S[scene.number // scene.cells % len(FREEZES_S)]
         scene.notes.append(f"{for_s:g} s" if for_s else "until the end")
         self.choose(scene).send_all(signal.SIGSTOP)
         if for_s:
@@ -64,8 +66,8 @@ class DeviceFrozen(_OfOneDevice):
 class StationKilled(Fault):
     id = "F10"
     title = "kill -9 of the base station, and a restart"
+    cost_s = 6.0
     passes = "streams end with an error or a broken connection, never a hang; all devices are back"
-    cost_s = 9.0
     copies = (2,)
 
     def inject(self, scene: Scene) -> None:
@@ -100,9 +102,9 @@ class StationKilled(Fault):
 class NewKey(StationKilled):
     id = "F10b"
     title = "the base station comes back with another key, then with its own"
+    cost_s = 25.0
     passes = "devices refuse it loudly, and come back to the right one"
     tries = 4
-    cost_s = 25.0
 
     def inject(self, scene: Scene) -> None:
         cluster = scene.cluster
@@ -130,6 +132,8 @@ class NewKey(StationKilled):
 class FastRestart(_OfOneDevice):
     id = "F11"
     title = "a device restarts while the base station's loop is blocked, or all of it stopped, for 1 s"
+    cost_s = 2.5
+    tries = 10
     passes = "the newer session wins, nobody is deaf; a base station that was stopped may end answers with an error"
     kinds = ("loop blocked", "all stopped")
 
@@ -152,6 +156,8 @@ class FastRestart(_OfOneDevice):
 class OutOfMemory(_OfOneDevice):
     id = "F13"
     title = "a device runs out of memory"
+    cost_s = 2.0
+    tries = 10
     passes = "as F1: the kernel ends it, it is started again"
 
     def inject(self, scene: Scene) -> None:
@@ -178,8 +184,8 @@ class OutOfMemory(_OfOneDevice):
 class BothHoldersKilled(Fault):
     id = "F17"
     title = "every device that holds an expert is lost"
+    cost_s = 2.0
     passes = "a clear error, or degraded and said; whole again once the devices are back"
-    cost_s = 6.0
 
     def __init__(self) -> None:
         self.lost: list[Node] = []

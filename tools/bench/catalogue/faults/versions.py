@@ -26,14 +26,13 @@ class VersionSkew(Fault):
     kinds = ("protocol 1", "protocol 3", "release before")
     cost_s = 8.0
     copies = (2,)
-    tries = 12
+    tries = 20
 
     def __init__(self) -> None:
         self.other: Node | None = None
 
     def inject(self, scene: Scene) -> None:
-        cluster, kind = scene.cluster, self.kinds[scene.number // 2 % len(self.kinds)]
-        scene.notes.append(kind)
+        cluster, kind = scene.cluster, scene.choose(self.kinds)
         other = self.other = cluster.device(f"other{scene.number}")
         if kind == "release before":
             other.environment["PYTHONPATH"] = str(release_before(cluster.folder.parent))
