@@ -180,6 +180,11 @@ class StationSettings:
         if self.max_queued < 0 or self.deadline_per_token_s < 0 or self.threads < 0:
             raise ConfigError("max_queued, deadline_per_token_s and threads must not be negative")
 
+    @property
+    def join_file(self) -> Path:
+        """Where the station keeps a join token ready."""
+        return self.state / "join-token"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingRules:

@@ -182,7 +182,11 @@ def test_a_file_of_another_run_is_left_alone(folder: Path, tmp_path: Path) -> No
         distil(folder / "dense", state, tiny_settings(folder, seed=1))
     assert state.read_bytes() == before
     state.write_bytes(b"\x80\x04garbage")
-    with pytest.raises(ConfigError, match=r"state cannot be read"):
+    with pytest.raises(ConfigError, match=r"state cannot be read; delete it"):
+        distil(folder / "dense", state, tiny_settings(folder))
+    state.unlink()
+    state.mkdir()  # what cannot be opened is not called damaged
+    with pytest.raises(ConfigError, match=r"state cannot be read: "):
         distil(folder / "dense", state, tiny_settings(folder))
 
 

@@ -196,6 +196,11 @@ def test_ladders_come_from_the_cache_the_second_time(pixels, tmp_path, monkeypat
     for file in tmp_path.iterdir():
         file.write_bytes(b"damaged")
     assert np.array_equal(kept_ladders(codec, wanted, BLANK, 1500, folder=tmp_path)[1].bits, again[1].bits)
+    for file in list(tmp_path.iterdir()):  # what cannot be opened is not built anew over it
+        file.unlink()
+        file.mkdir()
+    with pytest.raises(ConfigError, match="cannot read"):
+        kept_ladders(codec, wanted, BLANK, 1500, folder=tmp_path)
 
 
 def test_photographs_in_tiles_are_judged_as_a_whole(tmp_path):

@@ -70,7 +70,11 @@ def test_a_file_of_another_run_or_a_broken_one_is_refused(pixels, tmp_path):
     with pytest.raises(ConfigError, match="other settings"):
         trained(pixels, file, Training(steps=1, loss="sum"))
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="cannot be read; delete it"):
+        trained(pixels, file, Training(steps=1))
+    file.unlink()
+    file.mkdir()  # what cannot be opened is not called damaged: nobody should delete hours of training for that
+    with pytest.raises(ConfigError, match="cannot be read: "):
         trained(pixels, file, Training(steps=1))
 
 

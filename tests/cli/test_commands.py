@@ -173,6 +173,16 @@ def test_a_list_with_a_part_that_cannot_be_read_is_not_passed_off_as_whole(tmp_p
     assert not (tmp_path / "bs" / "devices").exists()
 
 
+def test_an_empty_key_is_not_the_same_as_none(tmp_path):
+    """A key file that was empty, or a variable that was not set, opened the API to everybody."""
+    (tmp_path / "key.txt").write_text("\n")
+    for key, what in ((f"@{tmp_path / 'key.txt'}", "key.txt is empty"), ("", "it is empty"), (" ", "it is empty")):
+        refused = run_here("bs", "default", "--api-key", key, "--state", str(tmp_path / "bs"))
+        assert refused.returncode == 2
+        assert what in refused.stderr
+    assert "is empty" in run_here("device", "--join", "").stderr
+
+
 def test_names_and_keys_that_begin_with_a_dash(tmp_path):
     from wdmoe.transport.security.keys import new_key_pair
     from wdmoe.transport.security.station_state import make_or_open_state

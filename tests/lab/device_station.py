@@ -171,7 +171,8 @@ class Station:
             envelope = await self._control.receive()
             self.seen.append(envelope.message)
             if not self.mute:
-                await self._answer(envelope)
+                with contextlib.suppress(PeerGoneError):  # who asked went meanwhile
+                    await self._answer(envelope)
 
     async def _answer(self, envelope: Envelope) -> None:
         message, route = envelope.message, envelope.route

@@ -33,8 +33,17 @@ def test_a_token_made_beside_a_running_station_fits_it(tmp_path: Path) -> None:
     assert last_endpoints(tmp_path) == ("tcp://192.0.2.7:6000",)
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", '{"endpoints": []}', '{"endpoints": [1]}', '{"endpoints": "x"}'])
-def test_without_a_usable_note_the_default_stands(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / LAST_ENDPOINTS).write_text(content)
+def test_without_a_note_the_default_stands(tmp_path: Path) -> None:
     assert last_endpoints(tmp_path) == dial_endpoints("tcp://*:5555", "")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"endpoints": []}', '{"endpoints": [1]}', '{"endpoints": "x"}'])
+def test_a_note_that_cannot_be_used_is_no_reason_to_guess(tmp_path: Path, content: str) -> None:
+    """It made a token for an address that was never asked for, with exit code 0."""
+    (tmp_path / LAST_ENDPOINTS).write_text(content)
+    with pytest.raises(ConfigError, match=r"endpoints\.json is damaged"):
+        last_endpoints(tmp_path)
+    (tmp_path / LAST_ENDPOINTS).unlink()
+    (tmp_path / LAST_ENDPOINTS).mkdir()
+    with pytest.raises(ConfigError, match=r"endpoints\.json cannot be read"):
+        last_endpoints(tmp_path)

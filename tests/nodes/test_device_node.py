@@ -299,6 +299,23 @@ def test_comes_back_slowly_when_sent_away(tmp_path, experts, settings, monkeypat
     assert "sent this device away: this device's key is revoked; trying again in" in caplog.text
 
 
+def test_who_was_sent_away_knocks_on_no_other_door_either(tmp_path, experts, settings, monkeypatch):
+    """Its data plane went on asking five times a second."""
+    monkeypatch.setattr("wdmoe.nodes.device.rules.FIRST_RETRY_S", 60.0)
+    monkeypatch.setattr("wdmoe.nodes.device.rules.random.Random.uniform", lambda chance, low, high: high)
+
+    async def work() -> None:
+        async with station(tmp_path / "bs", experts) as bs, running(run_device(settings(bs.token()))):
+            await bs.until(lambda: bs.data_route)
+            await bs.send(Goodbye(reason="this device's key is revoked", retry=False))
+            await asyncio.sleep(1.5)  # what was on its way has arrived
+            count = len(bs.seen)
+            await asyncio.sleep(2.5)
+            assert len(bs.seen) == count
+
+    run_async(work)
+
+
 def test_a_base_station_that_lost_its_list_admits_the_same_key_again(tmp_path, experts, settings, free_port, caplog):
     bind = f"tcp://127.0.0.1:{free_port}"
 

@@ -24,7 +24,7 @@ from wdmoe.nodes.device.compute_thread import ComputeThread
 from wdmoe.nodes.device.expert_fetch import CHUNK_BYTES, OUTSTANDING, ExpertFetcher
 from wdmoe.nodes.device.expert_opening import expert_opener
 from wdmoe.nodes.device.link_emulation import Lane
-from wdmoe.nodes.device.rules import WantedExpert, changes, retry_delay_s, wanted_experts
+from wdmoe.nodes.device.rules import Retries, WantedExpert, changes, retry_delay_s, wanted_experts
 from wdmoe.records import ExpertId
 from wdmoe.transport.codec.messages import Attach, Attached, Chunk, Failure, Fetch, Place, Result, Run
 from wdmoe.transport.memory import MemoryDataLink, MemoryDataStation
@@ -87,6 +87,25 @@ def test_retries_slow_down_to_a_limit():
         assert max(delays[0]) <= 0.2
         assert max(delays[0]) < max(delays[1]) < max(delays[2])
         assert max(delays[2]) > 0.9 * longest_s
+
+
+def test_refusals_slow_down_on_their_own_and_are_told_rarely():
+    retries = Retries(random.Random(1))
+    for second in range(40):  # a station that is away for long
+        assert retries.failed("no answer", False, float(second))[1] == (second == 0)
+    delay_s, tell = retries.failed("refused", True, 41.0)  # and comes back without its list
+    assert tell
+    assert delay_s <= 0.2
+    slow = max(retries.failed("refused", True, 42.0 + number)[0] for number in range(50))
+    assert 30 < slow <= 60
+    assert not retries.failed("refused", True, 600.0)[1]
+    assert retries.failed("refused", True, 641.0)[1]
+    retries.succeeded()
+    assert retries.failed("refused", True, 642.0) == (pytest.approx(0.1, abs=0.1), True)
+    assert retries.failures == 1
+    told = [retries.failed(f"a reason made up: {number}", True, 700.0)[1] for number in range(1000)]
+    assert all(told)
+    assert len(retries._told) <= 64
 
 
 def test_a_lane_carries_one_message_after_the_other():

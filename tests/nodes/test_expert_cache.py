@@ -110,6 +110,21 @@ def test_a_disk_without_room_is_lived_with(tmp_path, caplog):
     assert "can't be written: No space left on device; going on without it" in caplog.text
 
 
+def test_a_disk_that_has_room_again_is_used_again(tmp_path, caplog, monkeypatch):
+    """One write that failed ended the cache for as long as the process lived."""
+    monkeypatch.setattr("wdmoe.nodes.device.expert_cache.PAUSE_S", 0.0)
+    cache, (first, second) = ExpertCache(tmp_path, 64 * KIB), (blob(1, 8 * KIB), blob(2, 8 * KIB))
+    with disk_takes_only_2_kib_more():
+        cache.put(*first)
+        cache.put(*second)
+    cache.put(*first)
+    assert cache.get(first[0]) == first[1]
+    assert [r.levelno for r in caplog.records] == [logging.WARNING]
+    with disk_takes_only_2_kib_more():
+        cache.put(*second)
+    assert len(caplog.records) == 2  # other trouble, so it is said
+
+
 def test_a_folder_that_cannot_be_made_is_lived_without(tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     cache = ExpertCache(tmp_path / "file" / "cache", KIB)

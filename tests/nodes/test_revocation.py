@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -39,9 +40,10 @@ class Cell:
     def __init__(self, folder: Path, bundle: Path) -> None:
         self.state = folder / "bs"
         make_or_open_state(self.state)
-        self.control, self.http = free_ports(2), free_ports(1)
+        self.control, http = free_ports(2), free_ports(1)
+        self.url = f"http://127.0.0.1:{http}"
         words = ["-v", "bs", str(bundle), "--bind", f"tcp://127.0.0.1:{self.control}", "--state", str(self.state)]
-        words += ["--http", f"127.0.0.1:{self.http}", "--threads", "1", "--lease", "20s"]
+        words += ["--http", f"127.0.0.1:{http}", "--threads", "1", "--lease", "20s"]
         self.log = folder / "bs.log"
         with self.log.open("wb") as log:
             limit = f'ulimit -n {DESCRIPTORS}; exec "$@"'  # hard and soft, before it starts
@@ -54,8 +56,11 @@ class Cell:
     def said(self) -> str:
         return self.log.read_text(errors="replace")
 
+    def status(self) -> dict[str, Any]:
+        return dict(httpx.get(f"{self.url}/wdmoe/status", timeout=PATIENCE_S).json())
+
     def joined(self) -> int:
-        return len(httpx.get(f"http://127.0.0.1:{self.http}/wdmoe/status", timeout=PATIENCE_S).json()["devices"])
+        return len(self.status()["devices"])
 
     def close(self) -> None:
         for process in (*(device.process for device in self.devices), self.process):
@@ -83,6 +88,9 @@ def test_trouble_with_the_lists_sends_nobody_away_and_a_revocation_does(cell: Ce
     devices, state = cell.state / "devices", cell.state
     devices.rename(state / "aside")
     time.sleep(1.0)
+    assert cell.status()["allow_list_faults"] == 1
+    shown = subprocess.run([*NODE, "status", "--url", cell.url], check=True, capture_output=True, text=True)
+    assert "1 files of the allow list cannot be read" in shown.stdout
     (state / "aside").rename(devices)
 
     file = next(devices.iterdir())

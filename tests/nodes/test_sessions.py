@@ -127,6 +127,38 @@ def test_a_revoked_device_is_sent_away_and_welcome_again_with_a_new_token(tmp_pa
     assert site.host.news == ["kit joined", "kit lost: this device's key is revoked", "changed", "kit joined"]
 
 
+def test_a_device_that_cannot_be_enrolled_now_is_told_to_come_again(tmp_path: Path) -> None:
+    """It was told never to come back, for a disk of the station that was full."""
+
+    async def talk(site: Site) -> None:
+        pair, token = new_key_pair(), site.enrolment_key()
+        hello = Hello(session=1, report=REPORT, enrol_key=pair.public)
+        (tmp_path / "devices").rename(tmp_path / "aside")
+        away = await site.says(site.channel.connect(token), hello)
+        assert same(away, Goodbye(reason="it cannot enrol devices now", retry=True))
+        (tmp_path / "aside").rename(tmp_path / "devices")
+        assert isinstance(await site.says(site.channel.connect(token), hello), Welcome)
+
+    converse(tmp_path, talk)
+
+
+def test_a_list_that_cannot_be_read_ends_no_session(tmp_path: Path) -> None:
+    async def talk(site: Site) -> None:
+        pair = new_key_pair()
+        await site.enrol(pair)
+        link = site.channel.connect(pair.public)
+        await site.says(link, Hello(session=5, report=REPORT))
+        (tmp_path / "devices").rename(tmp_path / "aside")
+        for sequence in range(4):
+            await asyncio.sleep(LEASE_S / 3)
+            assert same(
+                await site.says(link, Ping(sequence=sequence, done=0, queued=0, rss_bytes=0)), Pong(sequence=sequence)
+            )
+        assert isinstance(await site.says(link, Hello(session=5, report=REPORT)), Welcome)
+
+    assert converse(tmp_path, talk).host.news == ["kit joined"]
+
+
 def test_a_ping_is_answered_and_silence_ends_a_session(tmp_path: Path) -> None:
     async def talk(site: Site) -> None:
         pair = new_key_pair()

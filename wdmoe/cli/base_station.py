@@ -339,10 +339,10 @@ async def _serve(settings: StationSettings, alias: str, commands: bool, print_to
         from wdmoe.tasks import run_together
     host, port = settings.http_host, settings.http_port
     async with Supervisor(settings, log_setup()) as station:
-        if station.join_file is None:
+        if settings.insecure:
             tell_address(station.join_text)
         else:
-            tell_token(station.join_text, station.join_file, print_token)
+            tell_token(station.join_text, settings.join_file, print_token)
         parts = [station.run()]
         if port >= 0:
             parts.append(serve_http(station.engine, host, port, settings.api_key, aliases=[alias], ready=_tell_url))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from wdmoe.config import MOST_HZ, check_budget, check_ranking, is_hertz
 from wdmoe.errors import ConfigError
@@ -67,12 +68,20 @@ class Secret(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The text itself, without blanks around it."""
         text = str(value)
-        if not text.startswith("@"):
-            return text.strip()
+        file = text[1:] if text.startswith("@") else None
         try:
-            return Path(text[1:]).read_text(encoding="utf-8").strip()
+            secret = (text if file is None else Path(file).read_text(encoding="utf-8")).strip()
         except (OSError, UnicodeDecodeError) as error:
-            self.fail(f"cannot read {text[1:]}: {error}", param, ctx)
+            self.fail(f"cannot read {file}: {error}", param, ctx)
+        if not secret and (file is not None or _was_typed(param, ctx)):  # never the same as to give none
+            self.fail(f"{file or 'it'} is empty", param, ctx)
+        return secret
+
+
+def _was_typed(param: click.Parameter | None, ctx: click.Context | None) -> bool:
+    if param is None or ctx is None or param.name is None:
+        return False
+    return ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE
 
 
 def chosen_policy(

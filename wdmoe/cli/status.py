@@ -96,6 +96,8 @@ def _show(state: Mapping[str, Any]) -> None:
     if {"experts", "unserved"} <= state.keys():
         served = (_number(state, "experts") or 0) - (_number(state, "unserved") or 0)
         click.echo(printable(f"{served:.0f} of {state['experts']} experts are served"))
+    if faults := _number(state, "allow_list_faults"):
+        click.echo(f"{faults:.0f} files of the allow list cannot be read: who was admitted stays admitted")
 
 
 def _natural(device: Mapping[str, Any]) -> list[tuple[int, str]]:

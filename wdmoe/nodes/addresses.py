@@ -58,14 +58,23 @@ def remember_endpoints(state: Path, endpoints: tuple[str, ...]) -> None:
 
 
 def last_endpoints(state: Path) -> tuple[str, ...]:
-    """Where the station of this state folder was reached last; before its first start, where it will be by default."""
+    """Where the station of this state folder was reached last; before its first start, where it will be by default.
+
+    Raises:
+        ConfigError: the note of it cannot be read. A guess would make a token that leads nowhere.
+    """
+    note = state / LAST_ENDPOINTS
     try:
-        found = json.loads((state / LAST_ENDPOINTS).read_text(encoding="utf-8"))["endpoints"]
-    except (OSError, ValueError, TypeError, KeyError):  # never started, or not ours: the default is as good
+        found = json.loads(note.read_text(encoding="utf-8"))["endpoints"]
+    except FileNotFoundError:
+        return dial_endpoints("tcp://*:5555", "")
+    except OSError as error:
+        raise ConfigError(f"{note} cannot be read ({error.strerror or error}): state the address") from error
+    except (ValueError, TypeError, KeyError, RecursionError):
         found = None
-    if isinstance(found, list) and found and all(isinstance(each, str) for each in found):
-        return tuple(found)
-    return dial_endpoints("tcp://*:5555", "")
+    if not (isinstance(found, list) and found and all(isinstance(each, str) for each in found)):
+        raise ConfigError(f"{note} is damaged: state the address, as in tcp://192.168.1.2:5555, or delete the file")
+    return tuple(found)
 
 
 def _own_addresses() -> list[str]:

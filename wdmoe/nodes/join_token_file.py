@@ -46,7 +46,7 @@ class JoinTokenFile:
         if not self._serves(self._text):
             left = self._left_behind()
             self._written = self._serves(left)
-            self._text = left if self._written else self.fresh()
+            self._text = left if self._written else self._fresh()
         if not self._written or not self.path.exists():
             try:
                 write_private_text(self.path, f"{self._text}\n")
@@ -54,10 +54,6 @@ class JoinTokenFile:
                 raise ConfigError(f"join token file {self.path}: {error.strerror or error}") from error
             self._written = True
         return self._text
-
-    def fresh(self) -> str:
-        """Another token, which the file does not hold. Raises as `renew`."""
-        return self._admission.create_token(self._keys, self._endpoints, LIFE_S, self._uses).text()
 
     async def keep(self) -> None:
         """Renew it as it becomes necessary, until cancelled. What fails is logged once, and tried again."""
@@ -71,6 +67,9 @@ class JoinTokenFile:
                     log.warning("%s: new devices need a token of `wdmoe-node token`", error)
                 failed = str(error)
             await asyncio.sleep(LOOK_S)
+
+    def _fresh(self) -> str:
+        return self._admission.create_token(self._keys, self._endpoints, LIFE_S, self._uses).text()
 
     def _left_behind(self) -> str:
         """What the file holds; "" where it cannot be read, or others may read it too."""

@@ -73,5 +73,7 @@ def load_run(file: Path, fingerprint: list[str]) -> Run | None:
         weights, first, second = kinds.values()
         trainee = Trainee(weights, first, second, marks["step"], marks["seconds"])
         return Run(cut, trainee, marks["curve"])
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:  # says nothing about the file
+        raise ConfigError(f"{file} cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} cannot be read; delete it to start anew") from error

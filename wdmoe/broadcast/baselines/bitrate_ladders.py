@@ -15,6 +15,7 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def kept_ladders(
         progress: told what and how far.
         folder: of the cache; the user's unless given.
     Raises:
-        ConfigError: the cache cannot be written.
+        ConfigError: the cache cannot be read or written.
     """
     file = (folder or cache_home() / "ladders") / f"{_name(codec, blank, most_bits)}.npz"
     keys = {number: _digest(pixels) for number, pixels in pictures.items()}
@@ -79,13 +80,19 @@ def _digest(pixels: Pixels) -> str:
 
 
 def _read(file: Path) -> dict[str, Ladder]:
-    """What is there; a file that cannot be read is built anew."""
+    """What is there; a file that is damaged is built anew.
+
+    Raises:
+        ConfigError: it cannot be read, which says nothing about what it holds.
+    """
     try:
         with np.load(file, allow_pickle=False) as arrays:
             keys, ends = arrays["keys"], arrays["ends"]
             parts = [np.split(arrays[field], ends[:-1]) for field in _FIELDS]
-    except (OSError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError, EOFError, BadZipFile):
         return {}
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror or error}") from error
     return {str(key): Ladder(*columns) for key, *columns in zip(keys, *parts, strict=True)}
 
 

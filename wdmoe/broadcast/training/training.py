@@ -128,7 +128,9 @@ class Trainer:
                     raise ConfigError(f"{file} is of a run with other settings or pictures; delete it to restart")
                 self._load(state.get_tensor)
             self.step, self.curve = int(marks["step"]), list(marks["curve"])
-        except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:  # says nothing about the file
+            raise ConfigError(f"{file} cannot be read: {error.strerror or error}") from error
+        except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{file} cannot be read; delete it to start anew") from error
 
     @torch.no_grad()

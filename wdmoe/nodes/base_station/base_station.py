@@ -50,7 +50,6 @@ from wdmoe.transport.zmq.sockets import SocketOptions, StationSecurity, new_cont
 
 log = logging.getLogger(__name__)
 
-JOIN_FILE = "join-token"  # in the state folder
 MOST_TRACED_TOKENS = 32_768  # some 35 MB with the default model, ten times that with 64 experts a layer
 SWITCH_INTERVAL_S = 0.0005  # the model thread must get the GIL back soon after the network woke it
 
@@ -76,10 +75,10 @@ class BaseStation(OpenedInSteps):
 
     async def run(self) -> None:
         """Serve until cancelled, with a join token ready; a bug in the control plane comes out here."""
-        if self.join_file is None:
+        if self._join_file is None:
             await asyncio.shield(self._control_task)
         else:
-            await run_until_first(asyncio.wait([self._control_task]), self.join_file.keep())
+            await run_until_first(asyncio.wait([self._control_task]), self._join_file.keep())
             self._control_task.result()
 
     async def wait_until_served(self, timeout_s: float) -> None:
@@ -113,8 +112,8 @@ class BaseStation(OpenedInSteps):
 
     @property
     def join_text(self) -> str:
-        """What a device needs to join: a fresh token, or the plain address of an insecure station."""
-        return self.endpoints[0] if self.join_file is None else self.join_file.fresh()
+        """What a device needs to join: a token, which is kept in a file too, or the plain address if insecure."""
+        return self.endpoints[0] if self._join_file is None else self._join_file.renew()
 
     def serve_by(self, settings: StationSettings, *, rehearsal: bool = False) -> None:
         """Serve by other rules from the next pass on; of `settings` only what `layer_rules` reads may have changed.
@@ -197,7 +196,7 @@ class BaseStation(OpenedInSteps):
         self._stack.callback(context.term)
         security: StationSecurity | None = None
         self.admission: Admission | None = None
-        self.join_file: JoinTokenFile | None = None  # kept from `run` on
+        self._join_file: JoinTokenFile | None = None
         self._authentication: Authentication = NoAuthentication()
         if settings.insecure:
             log.warning("no encryption: anyone on this network may read, inject and join")
@@ -216,8 +215,9 @@ class BaseStation(OpenedInSteps):
         self.endpoints = dial_endpoints(self._control_channel.endpoint, settings.advertise)
         if self.admission is not None:
             remember_endpoints(settings.state, self.endpoints)
-            file = settings.state / JOIN_FILE
-            self.join_file = JoinTokenFile(file, self.admission, state.keys, self.endpoints, settings.join_uses)
+            self._join_file = JoinTokenFile(
+                settings.join_file, self.admission, state.keys, self.endpoints, settings.join_uses
+            )
 
     async def _end_control(self) -> None:
         self._control_task.cancel()

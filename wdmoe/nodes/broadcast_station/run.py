@@ -110,7 +110,7 @@ async def broadcast(sending: Sending, progress: Progress, tell_token: TellToken)
         site = _elsewhere(settings) if settings.bind else _here(settings, folder)
         station = await stack.enter_async_context(BroadcastStation(sending.job, site))
         if settings.bind:
-            tell_token(station.join_file.renew(), station.join_file.path)
+            tell_token(station.join_text, station.join_file)
             await station.run(progress)
         else:
             children: list[Child] = []

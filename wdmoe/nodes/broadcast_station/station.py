@@ -101,8 +101,13 @@ class BroadcastStation(OpenedInSteps, Host):
 
     @property
     def join_text(self) -> str:
-        """A fresh join token."""
-        return self.join_file.fresh()
+        """A join token, which `join_file` holds too."""
+        return self._join_token.renew()
+
+    @property
+    def join_file(self) -> Path:
+        """Where the join token lies."""
+        return self._join_token.path
 
     async def run(self, progress: Progress, *beside: Coroutine[Any, Any, None]) -> None:
         """Do all of it; `audience` says how it went. A bug in one of the loops comes out here.
@@ -211,7 +216,7 @@ class BroadcastStation(OpenedInSteps, Host):
         self._stack.callback(self._transmitter.close)
         self._endpoints = dial_endpoints(channel.endpoint, self._site.advertise)
         file = self._site.state / JOIN_FILE
-        self.join_file = JoinTokenFile(file, state.admission, state.keys, self._endpoints, JOIN_USES)
+        self._join_token = JoinTokenFile(file, state.admission, state.keys, self._endpoints, JOIN_USES)
         terms = Terms(model=MODEL_NAME, lease_s=self._site.lease_s, max_message_bytes=SocketOptions().max_message_bytes)
         self._sessions = Sessions(channel, CurveAuthentication(state.admission), terms, self)
         self._stack.push_async_callback(self._sessions.say_goodbye, "the broadcast is over")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import tempfile
 import time
@@ -15,6 +16,7 @@ log = logging.getLogger(__name__)
 
 SUFFIX = ".onnx"
 PARTIAL = ".part"
+PAUSE_S = 60.0  # after a write that failed, before the disk is tried again
 STALE_S = 3600.0  # a half-written file this old belongs to a process that is gone
 
 
@@ -23,14 +25,15 @@ class ExpertCache:
 
     Several processes may share the folder: files appear whole (written elsewhere, then renamed), are never
     changed and are checked whenever they are read. So no write waits for the disk: what a power cut damages
-    is fetched again. Trouble with the disk is logged once and then lived without. Methods block; call them
-    from a worker thread.
+    is fetched again. Trouble with the disk is logged once and lived with until it passes. Methods block; call
+    them from a worker thread.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self._folder = folder
         self._limit_bytes = limit_bytes
-        self._writable = True
+        self._rests_until_s = -math.inf
+        self._failed = False  # the last write, and that was said
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._remove_leftovers()
@@ -58,11 +61,13 @@ class ExpertCache:
 
     def put(self, sha256: str, data: bytes, keep: Collection[str] = ()) -> None:
         """Store a verified file and evict others for it. `keep` are hashes in use, which stay."""
-        if not self._writable:
+        if time.monotonic() < self._rests_until_s:
             return
         try:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if self._make_room(len(data), {*keep, sha256}):
                 self._write(self._path(sha256), data)
+                self._failed = False
         except OSError as error:
             self._give_up(error)
 
@@ -108,7 +113,10 @@ class ExpertCache:
                     path.unlink()
 
     def _give_up(self, error: OSError) -> None:
-        self._writable = False
+        self._rests_until_s = time.monotonic() + PAUSE_S
+        if self._failed:
+            return
+        self._failed = True
         log.warning(
             "expert cache %s can't be written: %s; going on without it",
             self._folder,

@@ -74,14 +74,11 @@ class _Host:
 
     def begin(self, station: BaseStation, first: bool) -> None:
         """Tell the front what it has got."""
-        file = station.join_file if first else None
-        join_text = station.join_text if first and file is None else ""
         self._station = station
         engine = station.engine
         facts = {
             "pid": os.getpid(),
-            "join_text": join_text if file is None else file.renew(),
-            "join_file": None if file is None else file.path,
+            "join_text": station.join_text if first else "",
             "model_name": engine.model_name,
             "context_tokens": engine.context_tokens,
             "control_port": station.control_port,

@@ -14,7 +14,6 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from wdmoe.config import StationSettings
@@ -40,7 +39,6 @@ class Supervisor(OpenedInSteps):
     """
 
     join_text: str  # a join token, or the plain address of an insecure station
-    join_file: Path | None  # that holds the token
 
     def __init__(self, settings: StationSettings, logs: Mapping[str, Any]) -> None:
         """`logs`: see `run_engine`."""
@@ -69,7 +67,6 @@ class Supervisor(OpenedInSteps):
         facts = await self._start(first=True)
         self._stack.push_async_callback(self._end_engine)
         self.join_text = str(facts["join_text"])
-        self.join_file = facts["join_file"]
         # A next engine has to be found where this one was.
         bind = f"{self._settings.bind.rpartition(':')[0]}:{facts['control_port']}"
         self._settings = replace(self._settings, bind=bind, data_port=int(facts["data_port"]))
