@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.backbone.test_spine import ask, greedy
+from tests.backbone.test_spine import answer, ask, greedy
 from tests.lab.engine_lab import Lab
 from tests.lab.families import save_tiny
 from tests.transport.test_exchange import Peer, double, exchange_on, route_of
@@ -19,6 +20,7 @@ from wdmoe.arrays import FloatArray, Int32Array
 from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.moe.dispatch import Band, Outcome, Work, dispatch
+from wdmoe.receipt import Receipt
 from wdmoe.transport.codec.messages import Failure, Message, Run
 from wdmoe.transport.exchange import Exchange, Expected
 from wdmoe.transport.memory import MemoryDataStation
@@ -95,6 +97,25 @@ def test_who_has_no_copy_elsewhere_is_waited_for_however_slow(bundle: Bundle, ch
         ids, _, receipt = ask(lab, max_tokens=4)
         assert ids == greedy(checkpoint, tokens=4)
         assert (receipt.hedges, receipt.degraded, lab.layers.lateness.slow) == (0, False, frozenset())
+    finally:
+        lab.close()
+
+
+def test_requests_at_the_same_time_do_not_mix_while_a_device_is_slow(bundle: Bundle, checkpoint: Path) -> None:
+    lab = Lab(bundle, rules={"deadline_s": DEADLINE_S}, copies=2)
+    prompts = [tuple(range(at, at + 7)) for at in (40, 60, 80, 100)]
+
+    async def together() -> list[tuple[list[int], str, Receipt]]:
+        return await asyncio.gather(*(answer(lab, prompt) for prompt in prompts))
+
+    try:
+        slow_down(lab, 1)
+        hedges = 0
+        while not hedges:
+            answers = asyncio.run(together())
+            assert [ids for ids, _, _ in answers] == [greedy(checkpoint, prompt) for prompt in prompts]
+            assert not any(receipt.degraded for _, _, receipt in answers)
+            hedges += sum(receipt.hedges for _, _, receipt in answers)
     finally:
         lab.close()
 
