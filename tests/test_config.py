@@ -32,6 +32,8 @@ def test_a_device_refuses(changes, says):
         ({"deadline_s": 0}, "deadline_s"),
         ({"deadline_s": float("nan")}, "deadline_s"),
         ({"lease_s": float("inf")}, "lease_s"),
+        ({"wait_for_experts_s": -1}, "wait_for_experts"),
+        ({"wait_for_experts_s": float("nan")}, "wait_for_experts"),
         ({"prefill_chunk": 0}, "prefill_chunk"),
         ({"max_active": 0}, "max_active"),
         ({"max_queued": -1}, "max_queued"),

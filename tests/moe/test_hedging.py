@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -11,14 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.backbone.test_spine import ask, greedy
+from tests.backbone.test_spine import answer, ask, greedy
 from tests.lab.engine_lab import Lab
 from tests.lab.families import save_tiny
 from tests.transport.test_exchange import Peer, double, exchange_on, route_of
-from wdmoe.arrays import FloatArray, Int32Array
+from wdmoe.arrays import FloatArray
 from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.format.bundle import Bundle
-from wdmoe.moe.dispatch import Band, Outcome, Work, dispatch
+from wdmoe.moe.dispatch import Band, Hedging, Outcome, Work, dispatch
+from wdmoe.receipt import Receipt
 from wdmoe.transport.codec.messages import Failure, Message, Run
 from wdmoe.transport.exchange import Exchange, Expected
 from wdmoe.transport.memory import MemoryDataStation
@@ -99,19 +101,38 @@ def test_who_has_no_copy_elsewhere_is_waited_for_however_slow(bundle: Bundle, ch
         lab.close()
 
 
-class Late:
-    """`dispatch.Hedging`: each answer is late after so long."""
+def test_requests_at_the_same_time_do_not_mix_while_a_device_is_slow(bundle: Bundle, checkpoint: Path) -> None:
+    lab = Lab(bundle, rules={"deadline_s": DEADLINE_S}, copies=2)
+    prompts = [tuple(range(at, at + 7)) for at in (40, 60, 80, 100)]
 
-    def __init__(self, copy_of: list[int], after_s: float, most: int = 100) -> None:
-        self.copy_of: Int32Array = np.array(copy_of, np.int32)
-        self._after_s, self.left = after_s, most
+    async def together() -> list[tuple[list[int], str, Receipt]]:
+        return await asyncio.gather(*(answer(lab, prompt) for prompt in prompts))
 
-    def expect(self, device: DeviceRoute, copy: DeviceRoute, assignments: int, air_s: float) -> Expected:
-        return Expected(copy_s=self._after_s, late_s=self._after_s, air_s=air_s)
+    try:
+        slow_down(lab, 1)
+        hedges = 0
+        while not hedges:
+            answers = asyncio.run(together())
+            assert [ids for ids, _, _ in answers] == [greedy(checkpoint, prompt) for prompt in prompts]
+            assert not any(receipt.degraded for _, _, receipt in answers)
+            hedges += sum(receipt.hedges for _, _, receipt in answers)
+    finally:
+        lab.close()
 
-    def spend(self, orders: int) -> bool:
-        self.left -= orders
-        return self.left >= 0
+
+def late(copy_of: list[int], after_s: float, most: int = 100) -> Hedging:
+    """Each answer is late after so long, and so many orders may be doubled."""
+    left = [most]
+
+    def spend(orders: int) -> bool:
+        left[0] -= orders
+        return left[0] >= 0
+
+    return Hedging(
+        copy_of=np.array(copy_of, np.int32),
+        expect=lambda device, copy, size, air_s: Expected(copy_s=after_s, late_s=after_s, air_s=air_s),
+        spend=spend,
+    )
 
 
 class Ring:
@@ -144,7 +165,7 @@ class Ring:
         weights = np.where(experts >= 0, np.float32(0.5), np.float32(0))
         return Work(3, np.ones((3, 4), np.float32), experts, weights, self.devices, np.array([0, 0], np.int32))
 
-    def run(self, hedging: Late | None, band: Band | None = None, wait_s: float = 60.0) -> Outcome:
+    def run(self, hedging: Hedging | None, band: Band | None = None, wait_s: float = 60.0) -> Outcome:
         return dispatch(self.exchange, self.work(), wait_s, lambda: None, band, hedging)
 
 
@@ -169,7 +190,7 @@ WANTED = {(0, 0), (0, 1), (1, 1), (2, 0)}
 
 
 def test_holders_of_copies_together_stand_for_one_late_device(ring: Ring) -> None:
-    outcome = ring.run(Late([1, 2], 0.05))
+    outcome = ring.run(late([1, 2], 0.05))
     got = shares(outcome)
     assert got.keys() == WANTED
     assert all(len(devices) == 1 for devices in got.values())
@@ -185,7 +206,6 @@ def test_holders_of_copies_together_stand_for_one_late_device(ring: Ring) -> Non
 
 
 def test_the_first_device_may_still_be_first(ring: Ring) -> None:
-    late = Late([1, 2], 0.05)
     release = threading.Timer(0.2, ring.release.set)
     ring.asked["B"], hold = [], ring._answer
 
@@ -194,7 +214,7 @@ def test_the_first_device_may_still_be_first(ring: Ring) -> None:
 
     ring._answer = only_a  # type: ignore[method-assign]
     release.start()
-    outcome = ring.run(late)
+    outcome = ring.run(late([1, 2], 0.05))
     release.join()
     got = shares(outcome)
     assert {key: names for key, names in got.items() if names != ["A"]} == {}
@@ -203,11 +223,13 @@ def test_the_first_device_may_still_be_first(ring: Ring) -> None:
     assert ring.exchange.counters.hedges_won == 0
 
 
-@pytest.mark.parametrize("late", [Late([1, -1], 0.02), Late([1, 2], 0.02, most=1)], ids=["no copy of one", "no budget"])
-def test_who_cannot_be_replaced_whole_is_waited_for(ring: Ring, late: Late) -> None:
+@pytest.mark.parametrize(
+    "hedging", [late([1, -1], 0.02), late([1, 2], 0.02, most=1)], ids=["no copy of one", "no budget"]
+)
+def test_who_cannot_be_replaced_whole_is_waited_for(ring: Ring, hedging: Hedging) -> None:
     release = threading.Timer(0.2, ring.release.set)
     release.start()
-    outcome = ring.run(late)
+    outcome = ring.run(hedging)
     release.join()
     assert {name for names in shares(outcome).values() for name in names} == {"A"}
     assert (outcome.hedges, ring.asked["B"], ring.asked["C"]) == (0, [], [])
@@ -222,7 +244,7 @@ def test_a_device_that_fails_after_it_was_late_is_covered_and_known_as_failed(ri
 
 
 def test_at_the_deadline_an_uncovered_share_has_failed_once(ring: Ring) -> None:
-    outcome = ring.run(Late([1, -1], 0.02), wait_s=0.2)
+    outcome = ring.run(late([1, -1], 0.02), wait_s=0.2)
     assert [(part.device.name, part.reply.timed_out) for part in outcome.parts] == [("A", True)]
     assert outcome.losers == []
 
@@ -237,7 +259,7 @@ class EvenBand:
 
 
 def test_in_a_shared_band_copies_get_the_hertz_of_who_is_late(ring: Ring) -> None:
-    ring.run(Late([1, 2], 0.05), EvenBand())
+    ring.run(late([1, 2], 0.05), EvenBand())
     (first,), (second,), (third,) = (ring.asked[name] for name in "ABC")
     assert first.bandwidth_hz == 12e6
     assert second.bandwidth_hz + third.bandwidth_hz == pytest.approx(12e6)

@@ -55,21 +55,14 @@ class Band(Protocol):
         ...
 
 
-class Hedging(Protocol):
+@dataclass(frozen=True, slots=True, eq=False)
+class Hedging:
     """What decides about late answers."""
 
-    @property
-    def copy_of(self) -> Int32Array:
-        """(experts,) who else may be asked for each now, as `Work.device_of`."""
-        ...
-
-    def expect(self, device: DeviceRoute, copy: DeviceRoute, assignments: int, air_s: float) -> Expected:
-        """When the answer to an order should come."""
-        ...
-
-    def spend(self, orders: int) -> bool:
-        """Whether so many orders may go to holders of copies now."""
-        ...
+    copy_of: Int32Array  # (experts,) who else may be asked for each now, as `Work.device_of`
+    # When the answer to an order should come: from its device, who else could answer, assignments and seconds on air.
+    expect: Callable[[DeviceRoute, DeviceRoute, int, float], Expected]
+    spend: Callable[[int], bool]  # whether so many orders may go to holders of copies now
 
 
 @dataclass(frozen=True, slots=True, eq=False)

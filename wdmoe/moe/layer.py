@@ -23,7 +23,7 @@ from wdmoe.layer_call import LayerCall
 from wdmoe.moe.account import Busy, book, record
 from wdmoe.moe.bandwidth_share import BandShare, SharedBand
 from wdmoe.moe.combine import Answer, Share, arrived_weight, combine
-from wdmoe.moe.dispatch import Band, Outcome, Part, PartOfBand, Work, dispatch, try_out
+from wdmoe.moe.dispatch import Band, Hedging, Outcome, Part, PartOfBand, Work, dispatch, try_out
 from wdmoe.moe.drop_price import DropPrice
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.moe.hedge_budget import HedgeBudget
@@ -88,6 +88,7 @@ class ExpertLayers:
         self.health = DeviceHealth()
         self.lateness = Lateness()
         self.speed = ServingSpeed()
+        self._told_slow = self.lateness.slow
         self._budget = HedgeBudget()
         self._waiting = WaitForExperts(self._serve, self._whole, routing, exchange.pause)
         exchange.on_aside = self._learn_aside
@@ -234,15 +235,12 @@ class ExpertLayers:
         work = Work(call.layer, call.tokens, chosen.experts, chosen.weights, routing.devices, device_of)
         wait_s = self.rules.deadline_s + len(call.tokens) * self.rules.deadline_per_token_s
         band = self._band(routing, call)
-        hedging = _Hedging(
-            self._may_be_asked(routing, other_of, prompt),
-            self.lateness,
-            self._budget.spend,
-            self._exchange.owed_s,
-            UNKNOWN * wait_s,
-            prompt,
+        hedging = Hedging(
+            copy_of=self._may_be_asked(routing, other_of, prompt),
+            expect=self._expect(prompt, UNKNOWN * wait_s),
+            spend=self._budget.spend,
         )
-        if self.lateness.slow and self._try_slow(work, other_of, hedging, wait_s, band) and band is not None:
+        if self.lateness.slow and self._try_slow(work, other_of, prompt, hedging, wait_s, band) and band is not None:
             band = PartOfBand(band, (1 - TRIAL_BAND) * self.rules.bandwidth_hz)
         outcome = dispatch(self._exchange, work, wait_s, busy, band, hedging)
         self._budget.earn(len(outcome.parts))
@@ -267,14 +265,29 @@ class ExpertLayers:
         good = np.array([self.health.usable(d) and not is_slow(d) for d in routing.devices] + [False])
         return np.where(good[other_of], other_of, np.int32(-1))
 
-    def _try_slow(self, work: Work, other_of: Int32Array, hedging: _Hedging, wait_s: float, band: Band | None) -> bool:
+    def _expect(self, prompt: bool, unknown_s: float) -> Callable[[DeviceRoute, DeviceRoute, int, float], Expected]:
+        """As `Hedging.expect`, for orders of a prompt or of an answer."""
+        expect, owed_s = self.lateness.expect, self._exchange.owed_s
+        return lambda device, copy, size, air_s: expect(
+            device.route,
+            copy.route,
+            size,
+            owed_s=owed_s(device.route),
+            air_s=air_s,
+            prompt=prompt,
+            unknown_s=unknown_s,
+        )
+
+    def _try_slow(
+        self, work: Work, other_of: Int32Array, prompt: bool, hedging: Hedging, wait_s: float, band: Band | None
+    ) -> bool:
         """Ask slow devices whose trial is due for what others are asked for now. Whether any was asked."""
         now_s, asked = time.monotonic(), False
         hz = 0.0 if band is None else TRIAL_BAND * self.rules.bandwidth_hz
         for index in np.unique(other_of[other_of >= 0]).tolist():
             its = replace(work, device_of=np.where(other_of == index, other_of, np.int32(-1)))
             wanted = (its.device_of[work.experts[work.experts >= 0]] >= 0).any()
-            if wanted and self.lateness.trial_due(work.devices[index].route, hedging.prompt, now_s):
+            if wanted and self.lateness.trial_due(work.devices[index].route, prompt, now_s):
                 server = work.devices[int(work.device_of[other_of == index][0])]
                 asked |= try_out(self._exchange, its, server, wait_s, hedging, band, hz)
         return asked
@@ -297,6 +310,7 @@ class ExpertLayers:
                 self._clock(part.order, part.reply)
             elif not part.reply.timed_out:
                 self._judge(part, ledger)
+        self._tell_slow()
 
     def _learn_aside(self, order: Order, reply: Reply) -> None:
         """An order that nobody waited for any more was answered, or will never be."""
@@ -306,10 +320,24 @@ class ExpertLayers:
             self.health.answered(order.route, reply.answered_s - reply.sent_s, len(order.tokens), link_s)
             self._clock(order, reply)
         else:
+            name = next((device.name for device in self._seen.devices if device.route == order.route), "that left")
+            log.warning("device %s, layer %d: %s", name, order.layer, reply.reason or "an answer that is not finite")
             self.health.failed(order.route)
         if order.expected.trial:
             took_s = reply.least_s if good else math.inf
             self.lateness.tried(order.route, order.expected, took_s, time.monotonic())
+            self._tell_slow()
+
+    def _tell_slow(self) -> None:
+        """Log who became slow, and who is fast again."""
+        told, slow = self._told_slow, self.lateness.slow
+        if slow is told:
+            return
+        self._told_slow = slow
+        for device in self._seen.devices:
+            was, is_slow = (any(route == device.route for route, _ in each) for each in (told, slow))
+            if was != is_slow:
+                log.warning("device %s is %s", device.name, "slow: copies are asked" if is_slow else "fast again")
 
     def _clock(self, order: Order, reply: Reply) -> None:
         seconds = max(reply.answered_s - reply.sent_s - order.expected.air_s, 0.0)
@@ -394,26 +422,3 @@ def _owed(chosen: Chosen, parts: list[Part]) -> Float32Array | None:
 
 def _is_prompt(call: LayerCall) -> bool:
     return len(call.tokens) > ANSWER_TOKENS
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Hedging:
-    """Late is what is later than all devices' times allow; how many copies are asked, the budget says."""
-
-    copy_of: Int32Array  # (experts,) who else may be asked now
-    lateness: Lateness
-    spend: Callable[[int], bool]
-    owed_s: Callable[[bytes], float]
-    unknown_s: float
-    prompt: bool
-
-    def expect(self, device: DeviceRoute, copy: DeviceRoute, assignments: int, air_s: float) -> Expected:
-        return self.lateness.expect(
-            device.route,
-            copy.route,
-            assignments,
-            owed_s=self.owed_s(device.route),
-            air_s=air_s,
-            prompt=self.prompt,
-            unknown_s=self.unknown_s,
-        )
