@@ -67,6 +67,17 @@ def test_an_answer_goes_on_from_any_of_its_tokens(lab: Lab, sampling: Sampling) 
             assert rest[-1].receipt.completion_tokens == len(deltas)  # type: ignore[union-attr]
 
 
+def test_an_answer_may_run_past_the_end_of_text(lab: Lab) -> None:
+    sampling = Sampling(max_tokens=40, ignore_eos=True)
+    tokens = [
+        each.token_id
+        for each in _made(_answer(lab, GenerationRequest(request_id="r", prompt="hello", sampling=sampling)))
+    ]
+    assert len(tokens) == 40
+    end = lab.engine._station.model.generation_config.eos_token_id
+    assert end in tokens  # or this would prove nothing
+
+
 def _made(events: list[TextDelta | Finished]) -> list[TextDelta]:
     return [each for each in events if isinstance(each, TextDelta) and each.token_id >= 0]
 
