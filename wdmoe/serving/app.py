@@ -20,7 +20,7 @@ from wdmoe.serving.metrics import Metrics
 from wdmoe.serving.middleware import Guard, Rules
 from wdmoe.serving.model_names import ModelNames
 from wdmoe.serving.requests import ServingLimits, plan_chat, plan_completion
-from wdmoe.serving.responses import ANSWERING, STOPPING, device_count, health
+from wdmoe.serving.responses import ANSWERING, STOPPING, health
 from wdmoe.serving.schemas import ChatRequest, CompletionRequest
 from wdmoe.serving.streaming import Reply, Service
 
@@ -76,7 +76,7 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     async def get_metrics() -> Response:
         """Services in Prometheus' text format."""
-        metrics.devices.set(device_count(await engine.status()))
+        metrics.look(await engine.status())
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/wdmoe/status")

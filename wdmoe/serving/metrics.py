@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from wdmoe.receipt import Receipt
+from wdmoe.serving.responses import device_count
 
 _SHARES = (0.0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 _SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -46,7 +48,16 @@ class Metrics:
         self._per_token = Histogram(
             "wdmoe_token_seconds", "Mean time per later token", buckets=_TOKEN_SECONDS, registry=registry
         )
-        self.devices = Gauge("wdmoe_devices", "Devices that take part", registry=registry)  # set at every scrape
+        self._devices = Gauge("wdmoe_devices", "Devices that take part", registry=registry)
+        self._restarts = Gauge(
+            "wdmoe_engine_restarts", "Times that another process of the model took over", registry=registry
+        )
+
+    def look(self, status: Mapping[str, object]) -> None:
+        """Take over what the engine says of itself; before every scrape."""
+        engine = status.get("engine")
+        self._devices.set(device_count(status))
+        self._restarts.set(engine["restarts"] if isinstance(engine, Mapping) else 0)
 
     def finished(self, reason: str, receipt: Receipt) -> None:
         """Count one answer that came to its end."""
