@@ -95,6 +95,7 @@ def test_answers_outlive_the_process_of_the_model(served: Station, number: int) 
         assert not answer.receipt["degraded"]
         assert answer.receipt["completion_tokens"] == 20
     assert served.health() == (200, "ok")
+    assert "wdmoe_engine_restarts 1.0" in httpx.get(f"{served.url}/metrics").text
     assert served.engine_pid != first
     assert all(device.process.poll() is None for device in served.devices)
     assert f"ended by signal {signal.Signals(number).name}" in served.node.err.read_text()

@@ -57,7 +57,7 @@ def test_an_answer_goes_on_from_any_of_its_tokens(lab: Lab, sampling: Sampling) 
         asked = replace(request, sampling=replace(sampling, stop=stop))
         calm = _answer(lab, asked)
         deltas = [each for each in calm if isinstance(each, TextDelta) and each.token_id >= 0]
-        for cut in range(len(deltas) + 1):
+        for cut in {0, 1, 2, len(deltas) - 1, len(deltas)}:
             begun = tuple(each.token_id for each in deltas[:cut])
             rest = _answer(lab, replace(asked, begun=begun))
             told_before = "".join(each.text for each in deltas[:cut])
@@ -65,6 +65,17 @@ def test_an_answer_goes_on_from_any_of_its_tokens(lab: Lab, sampling: Sampling) 
             assert [each.token_id for each in _made(rest)] == [each.token_id for each in deltas[cut:]]
             assert rest[-1].reason == calm[-1].reason  # type: ignore[union-attr]
             assert rest[-1].receipt.completion_tokens == len(deltas)  # type: ignore[union-attr]
+
+
+def test_an_answer_may_run_past_the_end_of_text(lab: Lab) -> None:
+    sampling = Sampling(max_tokens=40, ignore_eos=True)
+    tokens = [
+        each.token_id
+        for each in _made(_answer(lab, GenerationRequest(request_id="r", prompt="hello", sampling=sampling)))
+    ]
+    assert len(tokens) == 40
+    end = lab.engine._station.model.generation_config.eos_token_id
+    assert end in tokens  # or this would prove nothing
 
 
 def _made(events: list[TextDelta | Finished]) -> list[TextDelta]:

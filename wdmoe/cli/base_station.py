@@ -291,7 +291,10 @@ def bs(
     tell_events()
     check_installed("bs", "fastapi", "uvicorn", "torch", "transformers", "zmq")
     with needs_extra("bs"):
+        from wdmoe.backbone.format.bundle import Bundle
+
         folder = find_bundle(bundle)
+        Bundle.open(folder)  # what is wrong with it is said at once, not after the seconds that torch takes
     host, port = http
     settings = StationSettings(
         bundle=folder,

@@ -76,7 +76,8 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     async def get_metrics() -> Response:
         """Services in Prometheus' text format."""
-        return Response(metrics.render(await engine.status()), media_type="text/plain; version=0.0.4; charset=utf-8")
+        metrics.look(await engine.status())
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/wdmoe/status")
     async def get_status() -> Response:

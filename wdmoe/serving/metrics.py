@@ -89,6 +89,16 @@ class Metrics:
         self._devices = Gauge("wdmoe_devices", "Devices that take part", registry=registry)
         self._checks = _Checks()
         registry.register(self._checks)
+        self._restarts = Gauge(
+            "wdmoe_engine_restarts", "Times that another process of the model took over", registry=registry
+        )
+
+    def look(self, status: Mapping[str, object]) -> None:
+        """Take over what the engine says of itself; before every scrape."""
+        engine = status.get("engine")
+        self._devices.set(device_count(status))
+        self._checks.status = status
+        self._restarts.set(engine["restarts"] if isinstance(engine, Mapping) else 0)
 
     def finished(self, reason: str, receipt: Receipt) -> None:
         """Count one answer that came to its end."""
@@ -112,8 +122,6 @@ class Metrics:
             later_s = receipt.elapsed_s - receipt.first_token_s
             self._per_token.observe(later_s / (receipt.completion_tokens - 1))
 
-    def render(self, status: Mapping[str, object]) -> bytes:
-        """Prometheus' text format. `status`: the engine's, of now."""
-        self._devices.set(device_count(status))
-        self._checks.status = status
+    def render(self) -> bytes:
+        """Prometheus' text format."""
         return generate_latest(self._registry)

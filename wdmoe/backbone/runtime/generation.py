@@ -59,7 +59,8 @@ def generate(model: Any, tokenizer: Any, job: Job, prefill_chunk: int) -> Finish
     eos = _eos_ids(model, job.sampling)
     last = job.begun[-1] if job.begun else -1
     if not text.stopped and last not in eos and len(job.begun) < job.sampling.max_tokens:
-        last = _generate(model, job, _config(job, eos, prefill_chunk), text)
+        no_token = model.get_input_embeddings().weight.shape[0]
+        last = _generate(model, job, _config(job, eos or [no_token], prefill_chunk), text)
     ended = text.stopped or last in eos
     rest = text.flush()
     if rest:
@@ -84,12 +85,13 @@ def _generate(model: Any, job: Job, config: GenerationConfig, text: TextStream) 
 
 
 def _config(job: Job, eos: list[int], prefill_chunk: int) -> GenerationConfig:
+    """`eos` has at least one token: for none transformers would take the model's own."""
     long = len(job.prompt_ids) + len(job.begun) > prefill_chunk
     return GenerationConfig(
         max_new_tokens=job.sampling.max_tokens - len(job.begun),
         do_sample=False,  # sampling is a logits processor here, see sampling.py
-        eos_token_id=eos or None,
-        pad_token_id=eos[0] if eos else 0,
+        eos_token_id=eos,
+        pad_token_id=0,  # nothing is padded here
         use_cache=True,
         prefill_chunk_size=prefill_chunk if long else None,  # a long prompt must not hold up other requests
     )
