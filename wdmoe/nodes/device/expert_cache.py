@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 SUFFIX = ".onnx"
 PARTIAL = ".part"
+UNSEEN = 64  # part of the room that one process fills without looking what others did
 STALE_S = 3600.0  # a half-written file this old belongs to a process that is gone
 
 
@@ -31,6 +32,7 @@ class ExpertCache:
         self._folder = folder
         self._limit_bytes = limit_bytes
         self._writable = True
+        self._unseen_bytes = 0  # may be written before the folder is looked through again
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._remove_leftovers()
@@ -71,6 +73,9 @@ class ExpertCache:
 
     def _make_room(self, size: int, keep: set[str]) -> bool:
         """Evict until `size` more bytes fit. False where what is in use leaves no room."""
+        if size <= self._unseen_bytes:
+            self._unseen_bytes -= size
+            return True
         entries = sorted(self._entries())
         used = sum(length for _, length, _ in entries)
         for _, length, path in entries:
@@ -79,6 +84,8 @@ class ExpertCache:
             if path.stem not in keep:
                 path.unlink(missing_ok=True)
                 used -= length
+        # Others may write as much: looking each time costs a file's stat for every file, which adds up in a large cache.
+        self._unseen_bytes = max(0, self._limit_bytes - used - size) // UNSEEN
         return used + size <= self._limit_bytes
 
     def _entries(self) -> list[tuple[float, int, Path]]:
