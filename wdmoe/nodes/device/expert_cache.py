@@ -84,7 +84,7 @@ class ExpertCache:
             if path.stem not in keep:
                 path.unlink(missing_ok=True)
                 used -= length
-        # Others may write as much: looking each time costs a file's stat for every file, which adds up in a large cache.
+        # Others may write as much. Looking each time would cost a stat for every file that there is.
         self._unseen_bytes = max(0, self._limit_bytes - used - size) // UNSEEN
         return used + size <= self._limit_bytes
 
