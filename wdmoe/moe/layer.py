@@ -68,10 +68,10 @@ class ExpertLayers:
         self._routing = routing
         self.rules = rules
         self.health = DeviceHealth()
-        self.speed = ServingSpeed()
         self._price = DropPrice()
         self._seen = Routing()
         self._last_air: SharedBand | None = None
+        self.speed = ServingSpeed()
 
     def run(self, call: LayerCall) -> Float32Array:
         """Compute one layer for some tokens.
