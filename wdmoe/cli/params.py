@@ -141,18 +141,3 @@ class Listen(click.ParamType):  # type: ignore[type-arg]
 
 
 LISTEN = Listen()
-
-
-class CopiesOfExperts(click.ParamType):  # type: ignore[type-arg]
-    """1, 2, 3, or `auto`, which is handed on as 0."""
-
-    name = "auto|1|2|3"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Read it."""
-        if str(value) not in ("auto", "1", "2", "3"):
-            self.fail(f"{value!r}: give 1, 2, 3 or auto", param, ctx)
-        return 0 if value == "auto" else int(str(value))
-
-
-COPIES = CopiesOfExperts()
