@@ -44,8 +44,10 @@ def arrange(catalogue: Catalogue, hosts: Sequence[Holder], before: Arrangement, 
         fast_first = sorted(hosts, key=lambda host: -layers_per_s(catalogue, host.report, per_layer))
         copies = choose_standbys(catalogue, fast_first, targets, copies, before.copies)
         if wishes.copies != 2:
+            pinned = frozenset[ExpertId]().union(*wishes.pinned.values())
+            ours = {expert: home for expert, home in targets.items() if expert not in pinned}
             choose = choose_thirds if wishes.copies == 3 else fill_idle
-            further = choose(catalogue, fast_first, targets, copies, before.further)
+            further = choose(catalogue, fast_first, ours, copies, before.further)
     return Arrangement(targets=targets, copies=copies, further=further, unplaced=unplaced)
 
 
