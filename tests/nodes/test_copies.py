@@ -89,7 +89,7 @@ def test_the_last_device_may_leave(copies: int) -> None:
 def test_what_the_user_placed_gets_no_further_copies(copies: int) -> None:
     """Where it stands is the user's business."""
     model, hosts = large(), fleet(12)
-    pinned = {"d0": frozenset(e for e in model.experts if e.layer == 0)}
+    pinned = {"d0": frozenset(e for e in model.experts if e.layer == 0), "gone": frozenset(model.experts)}
     who = holders(hosts, arrange(model, hosts, Arrangement(), Wishes(copies=copies, pinned=pinned)))
     assert {len(each) for expert, each in who.items() if expert.layer == 0} == {1}
     assert min(len(each) for expert, each in who.items() if expert.layer) >= 3
