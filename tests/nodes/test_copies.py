@@ -101,6 +101,16 @@ def test_fill_makes_no_one_carry_what_it_has_no_memory_for() -> None:
     assert len(wanted(hosts, arrangement)["id-small"]) == 5
 
 
+def test_one_that_comes_back_with_less_memory_keeps_what_fits() -> None:
+    model, hosts = large(), fleet(12)
+    before = arrange(model, hosts, Arrangement(), AUTO)
+    name = min(before.further)
+    hosts = [host(h.report.name, memory=9_500) if h.device_id == name else h for h in hosts]
+    after = arrange(model, hosts, before, AUTO)
+    assert len(after.further[name]) == 9
+    assert after.further[name] <= before.further[name]
+
+
 def test_one_that_idles_holds_one_copy_of_all() -> None:
     model, hosts = large(), fleet(9)
     arrangement = arrange(model, hosts, Arrangement(), AUTO)
