@@ -85,10 +85,30 @@ def test_the_last_device_may_leave(copies: int) -> None:
     assert len(arrange(large(), hosts[:1], nothing, wishes).targets) == 256
 
 
+@pytest.mark.parametrize("copies", [0, 3])
+def test_what_the_user_placed_gets_no_further_copies(copies: int) -> None:
+    """Where it stands is the user's business."""
+    model, hosts = large(), fleet(12)
+    pinned = {"d0": frozenset(e for e in model.experts if e.layer == 0), "gone": frozenset(model.experts)}
+    who = holders(hosts, arrange(model, hosts, Arrangement(), Wishes(copies=copies, pinned=pinned)))
+    assert {len(each) for expert, each in who.items() if expert.layer == 0} == {1}
+    assert min(len(each) for expert, each in who.items() if expert.layer) >= 3
+
+
 def test_fill_makes_no_one_carry_what_it_has_no_memory_for() -> None:
     model, hosts = large(), [*fleet(8), *fleet(0), host("small", memory=5_500)]
     arrangement = arrange(model, hosts, Arrangement(), AUTO)
     assert len(wanted(hosts, arrangement)["id-small"]) == 5
+
+
+def test_one_that_comes_back_with_less_memory_keeps_what_fits() -> None:
+    model, hosts = large(), fleet(12)
+    before = arrange(model, hosts, Arrangement(), AUTO)
+    name = min(before.further)
+    hosts = [host(h.report.name, memory=9_500) if h.device_id == name else h for h in hosts]
+    after = arrange(model, hosts, before, AUTO)
+    assert len(after.further[name]) == 9
+    assert after.further[name] <= before.further[name]
 
 
 def test_one_that_idles_holds_one_copy_of_all() -> None:

@@ -10,7 +10,6 @@ from wdmoe.cli.bundles import alias_of, find_bundle
 from wdmoe.cli.failures import check_installed, needs_extra
 from wdmoe.cli.logs import log_setup, tell_events
 from wdmoe.cli.params import (
-    COPIES,
     DIRECTORY,
     FILE,
     FREQUENCY,
@@ -125,7 +124,7 @@ from wdmoe.config import (
 )
 @click.option(
     "--copies",
-    type=COPIES,
+    type=click.Choice(("auto", "1", "2", "3")),
     default="auto",
     show_default=True,
     help="Devices that hold each expert, where memory allows. With 2 copies a lost device costs time, not quality. "
@@ -244,7 +243,7 @@ def bs(
     bandwidth_hz: float,
     allocation: str | None,
     placement: Path | None,
-    copies: int,
+    copies: str,
     verify: float,
     record_trace: Path | None,
     deadline_s: float,
@@ -323,7 +322,7 @@ def bs(
         dtype=dtype,
         threads=threads,
         placement=placement,
-        copies=copies,
+        copies=0 if copies == "auto" else int(copies),
         verify=verify,
         record_trace=record_trace,
         state=state or state_home() / "bs",

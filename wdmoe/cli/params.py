@@ -153,18 +153,6 @@ class Uses(click.ParamType):  # type: ignore[type-arg]
         return int(text)
 
 
-class CopiesOfExperts(click.ParamType):  # type: ignore[type-arg]
-    """1, 2, 3, or `auto`, which is handed on as 0."""
-
-    name = "auto|1|2|3"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Read it."""
-        if str(value) not in ("auto", "1", "2", "3"):
-            self.fail(f"{value!r}: give 1, 2, 3 or auto", param, ctx)
-        return 0 if value == "auto" else int(str(value))
-
-
 FREQUENCY = Quantity("frequency")
 TIME = Quantity("time")
 SIZE = Quantity("size")
@@ -172,7 +160,6 @@ RATE = Quantity("rate")
 RATES = Quantities("rate")
 LINK_SNR = LinkSnr()
 SHARE = Share()
-COPIES = CopiesOfExperts()
 SECRET = Secret()
 USES = Uses()
 DIRECTORY = click.Path(file_okay=False, path_type=Path)

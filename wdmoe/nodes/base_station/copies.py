@@ -114,13 +114,12 @@ def fill_idle(
     quota = max(max(carried.values()), math.ceil(sum(carried.values()) / len(idle)))
     count = Counter(targets.keys()) + Counter(expert for experts in copies.values() for expert in experts)
     parts = [part for _, part in _parts(targets, [host.device_id for host in hosts])]
-    further: dict[str, set[ExpertId]] = {}
+    further = {host.device_id: set[ExpertId]() for host in idle}
     for host in idle:
-        further[host.device_id] = {e for e in before.get(host.device_id, ()) if e in targets and count[e] < MOST_COPIES}
-        count.update(further[host.device_id])
+        kept = [tuple(e for e in sorted(before.get(host.device_id, ())) if e in targets)]
+        _fill(catalogue, host.report.memory_bytes, kept, count, further[host.device_id])
     for host in idle:
-        room = min(host.report.memory_bytes, quota)
-        _fill(catalogue, room, parts, count, further[host.device_id])
+        _fill(catalogue, min(host.report.memory_bytes, quota), parts, count, further[host.device_id])
     return {device_id: frozenset(experts) for device_id, experts in further.items() if experts}
 
 
@@ -172,7 +171,7 @@ def _fill(
 ) -> None:
     """Add experts to `mine`, and count them, until the room is full or all have enough copies."""
     left = room - sum(catalogue.weight_bytes[expert] for expert in mine)
-    for part in sorted(parts, key=lambda part: min(count[expert] for expert in part)):
+    for part in sorted(parts, key=lambda part: min((count[expert] for expert in part), default=0)):
         for expert in part:
             if expert in mine or count[expert] >= MOST_COPIES:
                 continue

@@ -38,14 +38,17 @@ def arrange(catalogue: Catalogue, hosts: Sequence[Holder], before: Arrangement, 
     # With a copy of each expert elsewhere, a layer may stand on one device: its loss takes nothing with it.
     alone = wishes.standbys and not wishes.choosy and has_room_for_copies(catalogue, hosts, 2)
     targets, unplaced = choose_targets(catalogue, hosts, homes, wishes.pinned, 1 if alone else LEAST_SPAN)
-    copies, further = pinned_copies(hosts, wishes.pinned), Copies()
+    placed, further = pinned_copies(hosts, wishes.pinned), Copies()
+    copies = placed
     if wishes.standbys:
         per_layer = span(catalogue, hosts, 1)
         fast_first = sorted(hosts, key=lambda host: -layers_per_s(catalogue, host.report, per_layer))
-        copies = choose_standbys(catalogue, fast_first, targets, copies, before.copies)
+        copies = choose_standbys(catalogue, fast_first, targets, placed, before.copies)
         if wishes.copies != 2:
+            pinned = frozenset[ExpertId]().union(*placed.values())
+            ours = {expert: home for expert, home in targets.items() if expert not in pinned}
             choose = choose_thirds if wishes.copies == 3 else fill_idle
-            further = choose(catalogue, fast_first, targets, copies, before.further)
+            further = choose(catalogue, fast_first, ours, copies, before.further)
     return Arrangement(targets=targets, copies=copies, further=further, unplaced=unplaced)
 
 

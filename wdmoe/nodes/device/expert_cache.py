@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 SUFFIX = ".onnx"
 PARTIAL = ".part"
 PAUSE_S = 60.0  # after a write that failed, before the disk is tried again
+UNSEEN = 64  # part of the room that one process fills without looking what others did
 STALE_S = 3600.0  # a half-written file this old belongs to a process that is gone
 
 
@@ -34,6 +35,7 @@ class ExpertCache:
         self._limit_bytes = limit_bytes
         self._rests_until_s = -math.inf
         self._failed = False  # the last write, and that was said
+        self._unseen_bytes = 0  # may be written before the folder is looked through again
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._remove_leftovers()
@@ -76,6 +78,9 @@ class ExpertCache:
 
     def _make_room(self, size: int, keep: set[str]) -> bool:
         """Evict until `size` more bytes fit. False where what is in use leaves no room."""
+        if size <= self._unseen_bytes:
+            self._unseen_bytes -= size
+            return True
         entries = sorted(self._entries())
         used = sum(length for _, length, _ in entries)
         for _, length, path in entries:
@@ -84,6 +89,8 @@ class ExpertCache:
             if path.stem not in keep:
                 path.unlink(missing_ok=True)
                 used -= length
+        # Others may write as much. Looking each time would cost a stat for every file that there is.
+        self._unseen_bytes = max(0, self._limit_bytes - used - size) // UNSEEN
         return used + size <= self._limit_bytes
 
     def _entries(self) -> list[tuple[float, int, Path]]:

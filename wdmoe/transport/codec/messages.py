@@ -28,7 +28,10 @@ Activations: TypeAlias = npt.NDArray[Any]  # float32 or float16, (tokens, hidden
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Hello:
-    """Device to BS, repeated until Welcome arrives (idempotent). `session` is fresh for every start of a device."""
+    """Device to BS, repeated until Welcome arrives (idempotent). `session` is fresh for every start of a device.
+
+    Sent once more in a live session when the report has changed.
+    """
 
     session: int  # uint64, random
     report: DeviceReport
