@@ -28,6 +28,7 @@ from wdmoe.config import (
     StationSettings,
     state_home,
 )
+from wdmoe.transport.descriptors import raise_descriptor_limit
 
 
 @click.command()
@@ -246,6 +247,7 @@ def bs(
     if allocation and not bandwidth_hz:
         raise click.UsageError("--allocation says how --bandwidth is shared: give that too, as in --bandwidth 20MHz")
     tell_events()
+    raise_descriptor_limit()
     with needs_extra("bs"):
         import fastapi  # noqa: F401 - what is missing is said at once, not after the seconds that torch takes
 

@@ -13,6 +13,7 @@ from wdmoe.cli.failures import needs_extra
 from wdmoe.cli.params import DIRECTORY, FILE, TIME
 from wdmoe.cli.running import run_until_stopped
 from wdmoe.config import state_home
+from wdmoe.transport.descriptors import raise_descriptor_limit
 
 if TYPE_CHECKING:
     from wdmoe.nodes.broadcast_station.listeners import Audience
@@ -190,6 +191,7 @@ def _send(settings: BroadcastSettings, *, as_json: bool) -> int:
         async def work() -> None:
             ended.append(await send(sending, bar.reach, _tell_token))
 
+        raise_descriptor_limit()
         run_until_stopped(work())
     if not ended:
         raise click.Abort
