@@ -41,11 +41,11 @@ LAYERS = {
 # Inside a package each part knows only what stands left of the "<" before it. "*" is every file beside the folders.
 INNER_ORDER = {
     "solver": "* < layer, placement, reference",
-    "transport": "codec, refusals < security, channel, routing, membership < zmq, memory, exchange",
+    "transport": "codec, refusals, descriptors < security, channel, routing, membership < zmq, memory, exchange",
     "backbone": "format, checkpoint, cached_folder, text_windows, perplexity < families < meta_model, split < distil"
     " < evaluation < export, runtime < default < record_trace",
     "broadcast": "codec, datasets < quality < baselines, training < study",
-    "nodes": "authentication, addresses, join_token_file, local < sessions, device"
+    "nodes": "authentication, addresses, join_token_file, local, outbox < sessions, device"
     " < base_station, broadcast_station, demo < supervised",
     "simulation": "* < reports",
 }

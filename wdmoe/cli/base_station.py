@@ -32,6 +32,7 @@ from wdmoe.config import (
     StationSettings,
     state_home,
 )
+from wdmoe.transport.descriptors import raise_descriptor_limit
 
 
 @click.command()
@@ -289,6 +290,7 @@ def bs(
         raise click.UsageError("--allocation says how --bandwidth is shared: give that too, as in --bandwidth 20MHz")
     tell_events()
     check_installed("bs", "fastapi", "uvicorn", "torch", "transformers", "zmq")
+    raise_descriptor_limit()
     with needs_extra("bs"):
         from wdmoe.backbone.format.bundle import Bundle
 

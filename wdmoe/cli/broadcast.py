@@ -14,6 +14,7 @@ from wdmoe.cli.params import DIRECTORY, FILE, TIME
 from wdmoe.cli.running import run_until_stopped
 from wdmoe.cli.tokens import tell_token
 from wdmoe.config import state_home
+from wdmoe.transport.descriptors import raise_descriptor_limit
 
 if TYPE_CHECKING:
     from wdmoe.nodes.broadcast_station.listeners import Audience
@@ -201,6 +202,7 @@ def _send(settings: BroadcastSettings, *, as_json: bool, print_token: bool) -> i
                 await send(sending, bar.reach, lambda text, file: tell_token(text, file, print_token, err=True))
             )
 
+        raise_descriptor_limit()
         run_until_stopped(work())
     if not ended:
         raise click.Abort

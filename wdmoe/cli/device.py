@@ -23,6 +23,7 @@ from wdmoe.config import (
     cache_home,
     state_home,
 )
+from wdmoe.transport.descriptors import raise_descriptor_limit
 
 
 @click.command()
@@ -127,4 +128,5 @@ def device(
     with needs_extra("device"):
         from wdmoe.nodes.device.device import run_device
     tell_events()
+    raise_descriptor_limit()
     run_until_stopped(run_device(settings))

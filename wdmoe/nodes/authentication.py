@@ -73,8 +73,8 @@ class NoAuthentication:
         return f"session-{session:016x}"
 
     def device_id(self, key: str) -> str:
-        """See `Authentication`. Hexadecimal, as fingerprints are: a Welcome carries nothing else."""
-        return key.removeprefix("session-")
+        """See `Authentication`."""
+        return fingerprint(key)  # a Welcome carries nothing else
 
     def is_enrolment(self, key: str) -> bool:
         """See `Authentication`."""

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wdmoe.errors import BundleError, RefusedError, TransportError, WdmoeError
+from wdmoe.errors import BundleError, ProtocolError, RefusedError, TransportError, WdmoeError
 from wdmoe.nodes.authentication import Authentication
+from wdmoe.nodes.outbox import Outbox
 from wdmoe.tasks import run_together
 from wdmoe.transport.channel import ControlStation, Envelope
 from wdmoe.transport.codec.messages import Attached, Chunk, Failure, Fetch, Goodbye, Hello, Message, Ping, Pong, Welcome
@@ -101,7 +102,7 @@ class Sessions:
         self._authentication = authentication
         self._terms = terms
         self._host = host
-        self._outbox: asyncio.Queue[tuple[bytes, Message]] = asyncio.Queue()
+        self._outbox = Outbox()
         self.roster = Roster(lease_s=terms.lease_s)
 
     async def run(self) -> None:
@@ -115,7 +116,7 @@ class Sessions:
 
     def post(self, route: bytes, message: Message) -> None:
         """Send soon. A device that is gone or deaf misses it: its lease will end."""
-        self._outbox.put_nowait((route, message))
+        self._outbox.put(route, message)
 
     def apply(self, outcome: Outcome) -> None:
         """Take over the roster of an event and do what follows from it: first what is sent, then what the host does."""
@@ -167,6 +168,8 @@ class Sessions:
             await self._channel.send(route, message)
         except TransportError as error:  # gone or deaf: its lease will end
             log.debug("not sent: %s", error)
+        except ProtocolError as error:  # a bug of ours; the others are served on
+            log.error("could not say %s: %s", type(message).__name__, error)
 
     # ---- messages
 

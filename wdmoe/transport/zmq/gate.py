@@ -31,14 +31,20 @@ _EVENT = struct.Struct("=HI")  # of a monitor: what, and which descriptor
 _RECEIVED_AT = 128  # tcpi_bytes_received in the kernel's struct tcp_info
 _INFO_BYTES = 136
 _LOOK_MS = 100
-_LOOK_SOON_MS = 20  # while somebody's queue grows
-_GROWS = 1 << 20
+_LOOK_SOON_MS = 20  # while somebody's queue grows, or somebody is new
+_NEW_S = 1.0
+_GROWS = 1 / 16  # of what is borne
 _JOIN_S = 5.0
 _SEE_OUT_S = 0.2
 
 
 def _nobody() -> None:
     """Nobody wants to know."""
+
+
+def _descriptors() -> int:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return limit if limit != resource.RLIM_INFINITY else 1 << 30
 
 
 def _spare() -> int | None:
@@ -67,7 +73,7 @@ class Gate:
             refusals: counts and logs who is cut, as `too_many_connections` and `flood`.
             watch: what judges the handshakes of a link.
         """
-        self.bounds = bounds.within(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        self.bounds = bounds.within(_descriptors())
         self.ended = 0
         self.drained = False  # its owner sets this where the socket has nothing to read
         self._socket = socket
@@ -186,7 +192,7 @@ class Gate:
         if present is not None:
             connection, duplicate = present
             self._look(connection, duplicate, 0.0)
-            if connection.unread > _GROWS:
+            if connection.unread > _GROWS * self.bounds.first_bytes:
                 self._left_unread[connection.origin] += int(connection.unread)
             self._forget(descriptor)
         self.ended += 1
@@ -229,12 +235,13 @@ class Gate:
         if self.drained:
             self.drained = False
             self._left_unread.clear()
-        grows = False
+        soon = False
         for connection, duplicate in list(self._present.values()):
             if (reason := self._look(connection, duplicate, passed_s)) and not connection.cut:
                 self._cut(connection, "flood", reason)
-            grows = grows or connection.unread > _GROWS
-        return _LOOK_SOON_MS if grows else _LOOK_MS
+            grows = connection.unread > _GROWS * self.bounds.first_bytes
+            soon = soon or grows or now_s - connection.since_s < _NEW_S
+        return _LOOK_SOON_MS if soon else _LOOK_MS
 
     def _look(self, connection: Connection, duplicate: tcp.socket, passed_s: float) -> str:
         info = duplicate.getsockopt(tcp.IPPROTO_TCP, tcp.TCP_INFO, _INFO_BYTES)

@@ -16,6 +16,7 @@ from wdmoe.transport.codec.messages import Failure, Message
 from wdmoe.transport.codec.wire import Limits
 from wdmoe.transport.refusals import Refusals
 from wdmoe.transport.security.keys import fingerprint
+from wdmoe.transport.zmq.crowd import Bounds
 from wdmoe.transport.zmq.gate import Gate
 from wdmoe.transport.zmq.monitor import HandshakeWatch
 from wdmoe.transport.zmq.sockets import Context, LinkSecurity, Socket, SocketOptions, connect, new_client
@@ -36,12 +37,13 @@ class SocketMessages:
         secure: bool,
         admits: Callable[[str], bool] | None = None,
         watch: HandshakeWatch | None = None,
+        bounds: Bounds | None = None,
     ) -> None:
-        """Owns the socket, which is not bound or connected yet. `watch`: see `Gate`."""
+        """Owns the socket, which is not bound or connected yet. `watch`, `bounds`: see `Gate`."""
         self.socket = socket
         self.refusals = Refusals(_LOG)
         self.watch = watch
-        self.gate = Gate(socket, options.bounds(trusting=watch is not None), self.refusals, watch)
+        self.gate = Gate(socket, bounds or options.bounds(trusting=watch is not None), self.refusals, watch)
         self._limits = Limits(max_message_bytes=options.max_message_bytes, checksum=not secure)
         self._routed = routed
         self._secure = secure

@@ -29,7 +29,8 @@ from wdmoe.transport.zmq.sockets import (
 OPTIONS = SocketOptions(queue_messages=256)
 _MOST_HEARD_BYTES = 4096  # of what listeners send: subscriptions, and the handshake
 _ALL = b"\x01"  # a subscription to everything, as a Tuner sends it
-_MOST_READ = 1000  # subscriptions before each message
+_MOST_UNHEARD_BYTES = 1 << 16  # of a listener at once: one needs a thousandth of it
+_MOST_READ = 20_000  # subscriptions before each message
 
 
 class Transmitter:
@@ -69,6 +70,7 @@ class Transmitter:
                 if socket.recv(zmq.NOBLOCK) == _ALL:
                     socket.set(zmq.SUBSCRIBE, b"")
             except zmq.Again:
+                self._messages.gate.drained = True
                 return
 
 
@@ -86,7 +88,8 @@ def open_transmitter(
     """
     heard = replace(options, max_message_bytes=_MOST_HEARD_BYTES)
     socket = new_publisher(context, BROADCAST_DOMAIN, security, heard)
-    messages = SocketMessages(socket, options, routed=False, secure=security is not None)
+    bounds = replace(heard.bounds(), first_bytes=_MOST_UNHEARD_BYTES)
+    messages = SocketMessages(socket, options, routed=False, secure=security is not None, bounds=bounds)
     try:
         listen(socket, bind)
     except TransportError:
