@@ -415,7 +415,7 @@ def test_real_devices_join_by_token_and_stay_for_the_next_one(
         "--state",
         str(tmp_path / "bs"),
     ]
-    words += ["--bind", f"tcp://127.0.0.1:{free_ports(2)}", "--out", str(tmp_path / "out")]
+    words += ["--bind", f"tcp://127.0.0.1:{free_ports(2)}", "--out", str(tmp_path / "out"), "--print-token"]
     for turn in (1, 2):
         with (tmp_path / f"{turn}.log").open("w") as log:
             process = subprocess.Popen(words, stdout=log, stderr=log)
