@@ -103,10 +103,10 @@ class Lateness:
 
     def learn(self, route: bytes, size: int, seconds: float) -> None:
         """An order of so many assignments took so long, beside a shared band's air."""
-        spreads = self._seen.setdefault(route, _Seen()).spreads
-        spread = spreads.get(size.bit_length())
+        spreads, power = self._of(route).spreads, size.bit_length()
+        spread = spreads.get(power)
         if spread is None:
-            spreads[size.bit_length()] = Spread.of_first(seconds)
+            spreads[power] = Spread.of_first(seconds)
         else:
             spread.learn(seconds)
 
@@ -134,8 +134,11 @@ class Lateness:
 
     def answered(self, route: bytes, expected: Expected, seconds: float, now_s: float) -> None:
         """Somebody waited for this order, and it took at least so long."""
-        if expected.late_s < math.inf:
-            self._circuit(route, expected.prompt).answered(seconds > expected.late_s, now_s)
+        if expected.late_s == math.inf:
+            return
+        late, circuit = seconds > expected.late_s, self._circuit(route, expected.prompt)
+        if late or circuit.late:  # else there is nothing to note, as nearly always
+            circuit.answered(late, now_s)
             self._note(route, expected.prompt)
 
     def tried(self, route: bytes, expected: Expected, seconds: float, now_s: float) -> None:
@@ -158,8 +161,18 @@ class Lateness:
         self._seen = {route: seen for route, seen in self._seen.items() if route in routes}
         self.slow = frozenset(each for each in self.slow if each[0] in routes)
 
+    def _of(self, route: bytes) -> _Seen:
+        seen = self._seen.get(route)
+        if seen is None:
+            seen = self._seen[route] = _Seen()
+        return seen
+
     def _circuit(self, route: bytes, prompt: bool) -> Circuit:
-        return self._seen.setdefault(route, _Seen()).circuits.setdefault(prompt, Circuit())
+        circuits = self._of(route).circuits
+        circuit = circuits.get(prompt)
+        if circuit is None:
+            circuit = circuits[prompt] = Circuit()
+        return circuit
 
     def _note(self, route: bytes, prompt: bool) -> None:
         if self._circuit(route, prompt).is_open != ((route, prompt) in self.slow):
