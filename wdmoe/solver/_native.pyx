@@ -307,6 +307,8 @@ cdef void add_reply(float[:, ::1] out, object partial, object rows, object weigh
                          f"got {factors.shape[0]}")
     if n == 0 or hidden == 0:
         return
+    if tokens > 0 and &values[0, 0] < &out[0, 0] + tokens * hidden and &out[0, 0] < &values[0, 0] + n * hidden:
+        raise ValueError(f"{name}: partial must not share memory with out")  # rows would be read after their change
     cdef const float* scale = NULL
     if factors is not None:
         scale = &factors[0]
