@@ -164,7 +164,8 @@ cdef int unmasked(str name, object given) except -1:
     """Refuse a masked array. NumPy, and the buffer that it hands out, leave the mask out without a word."""
     if type(given) is NDARRAY:
         return 0
-    if isinstance(given, MASKED) or (isinstance(given, (list, tuple)) and any([isinstance(row, MASKED) for row in given])):
+    cdef bint rows = isinstance(given, (list, tuple)) and any([isinstance(row, MASKED) for row in given])
+    if rows or isinstance(given, MASKED):
         raise ValueError(f"{name} must not be a masked array: fill in or take out what is masked")
     return 0
 
