@@ -110,6 +110,12 @@ def test_policy_budget_needs_one_bound(bounds: str, got: str) -> None:
         parse_scenario(text(variant=f'policy = "budget"\n{bounds}'))
 
 
+def test_half_an_expert_is_none() -> None:
+    """It was cut to a whole number."""
+    with pytest.raises(ConfigError, match=r"experts must be whole numbers, got 2\.5"):
+        parse_scenario(text().replace("experts = 2", "experts = 2.5"))
+
+
 def test_copies_need_room() -> None:
     full = parse_scenario(text(variant="replicas = 2"))  # 4 devices of 2 experts for 8 experts
     with pytest.raises(ConfigError, match=r"'a': replicas does nothing here: .* room for 8 experts"):

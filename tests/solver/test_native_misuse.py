@@ -90,6 +90,14 @@ def test_combine_partials_leaves_out_alone_when_it_refuses():
     assert not out.any()
 
 
+def test_a_partial_inside_out_is_refused():
+    out = np.ones((4, 4), np.float32)
+    for partial in (out, out[:2], out[2:]):
+        with pytest.raises(ValueError, match="partial must not share memory with out"):
+            _native.combine_partials(out, partial, np.arange(len(partial), dtype=np.int32)[::-1].copy())
+    assert (out == 1).all()
+
+
 def test_read_only_and_strided_input():
     partial = np.ones((2, 8), np.float32)[:, ::2]
     frozen = ROWS.copy()

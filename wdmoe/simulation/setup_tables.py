@@ -75,15 +75,18 @@ def read_devices(table: Table) -> DeviceSetup:
     """The devices, a number of each."""
     count = table.integer("count", 8, 1, 4096)
     nearest = _each(table, "nearest_m", [10.0], count, 1e-3)
+    experts = _each(table, "experts", [1.0], count, 1.0)
     farthest = _each(table, "farthest_m", [100.0], count, 1e-3)
     setup = DeviceSetup(
         nearest_m=nearest,
         farthest_m=farthest,
         flop_s=_each(table, "flop_s", [1e12], count, 1.0),
         memory_bytes_s=_each(table, "memory_bytes_s", [0.0], count, 0.0),
-        experts=tuple(int(each) for each in _each(table, "experts", [1.0], count, 1.0)),
+        experts=tuple(map(int, experts)),
     )
     table.done()
+    if parts := [each for each in experts if not each.is_integer()]:
+        raise ConfigError(f"[devices] experts must be whole numbers, got {parts[0]:g}")
     if any(low > high for low, high in zip(nearest, farthest, strict=True)):
         raise ConfigError("[devices] nearest_m must not be above farthest_m")
     return setup

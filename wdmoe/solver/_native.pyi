@@ -56,7 +56,7 @@ def combine_partials(
         rows: (n,) int32 into out; may repeat.
         weights: (n,) or None.
     Raises:
-        ValueError: shapes do not fit or a row is out of range; out is unchanged then.
+        ValueError: shapes do not fit, a row is out of range, or partial shares memory with out; out is unchanged then.
     """
 
 def combine(

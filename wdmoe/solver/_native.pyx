@@ -181,7 +181,8 @@ cdef int unmasked(str name, object given) except -1:
     """Refuse a masked array. NumPy, and the buffer that it hands out, leave the mask out without a word."""
     if type(given) is NDARRAY:
         return 0
-    if isinstance(given, MASKED) or (isinstance(given, (list, tuple)) and any([isinstance(row, MASKED) for row in given])):
+    cdef bint rows = isinstance(given, (list, tuple)) and any([isinstance(row, MASKED) for row in given])
+    if rows or isinstance(given, MASKED):
         raise ValueError(f"{name} must not be a masked array: fill in or take out what is masked")
     return 0
 
@@ -324,6 +325,8 @@ cdef void add_reply(float[:, ::1] out, object partial, object rows, object weigh
                          f"got {factors.shape[0]}")
     if n == 0 or hidden == 0:
         return
+    if tokens > 0 and &values[0, 0] < &out[0, 0] + tokens * hidden and &out[0, 0] < &values[0, 0] + n * hidden:
+        raise ValueError(f"{name}: partial must not share memory with out")  # rows would be read after their change
     cdef const float* scale = NULL
     if factors is not None:
         scale = &factors[0]

@@ -11,6 +11,7 @@ from tests.lab.solver_fuzz.numbers import Given
 from wdmoe.solver import (
     BudgetChoice,
     Links,
+    _native,
     choose_copies,
     prune_experts,
     replace_far,
@@ -88,8 +89,6 @@ def _compare_budget(
         return
     given_weights = np.where(device >= 0, weights, 0.0)
     kept, bound, fits = choose_within_budget(device.astype(np.int32), given_weights, links, total_hz, budget_s)
-    from wdmoe.solver import _native
-
     mine, upper, within = _native.choose_within_budget(
         np.ascontiguousarray(device, np.int32),
         np.ascontiguousarray(given_weights),
@@ -135,8 +134,6 @@ def prune(given: Given) -> None:
 
 def _compare_prune(given: Given, gate: np.ndarray, latency: np.ndarray, top_k: int, renormalise: bool) -> None:
     """Equal to the twin, to the bit."""
-    from wdmoe.solver import _native
-
     rows, times = np.ascontiguousarray(gate), np.ascontiguousarray(np.atleast_2d(latency))
     available = (given.rng.random(gate.shape[1]) < 0.7).astype(np.uint8) if given.chance(0.5) else None
     sides = []

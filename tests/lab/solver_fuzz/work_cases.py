@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tests.lab.solver_fuzz.bandwidth_cases import some_links
 from tests.lab.solver_fuzz.numbers import Given
 from wdmoe.solver import (
     PlacementProblem,
@@ -85,8 +86,6 @@ def place(given: Given) -> None:
 
 
 def price(given: Given) -> None:
-    from tests.lab.solver_fuzz.bandwidth_cases import some_links
-
     links = some_links(given, (3,))
     device = given.rng.integers(-1, links.table.shape[-1], given.one(1, 2, 4))
     worth = given.rng.uniform(0, 1, len(device))

@@ -77,6 +77,14 @@ def lower_bound(
     return float((mean * links[4]).sum() + least.sum() - price * total_hz)
 
 
+def status_of(latency_s: float, lower_bound_s: float, tolerance: float) -> str:
+    """What an answer is worth, by its two numbers."""
+    if lower_bound_s == np.inf:
+        return "infeasible"
+    closed = np.isfinite(latency_s) and latency_s - lower_bound_s <= tolerance * latency_s
+    return "optimal" if closed else "iteration_limit"
+
+
 def golden(cost: Callable[[FloatArray], FloatArray], low: FloatArray, high: FloatArray) -> FloatArray:
     """Least values of functions that fall, then rise."""
     for _ in range(90):

@@ -98,6 +98,8 @@ def combine_partials(
         raise ValueError(f"rows and weights must have one entry for each of the {len(values)} partial rows")
     if np.any((rows < 0) | (rows >= len(out))):
         raise ValueError(f"rows must be 0 to {len(out) - 1}")
+    if np.may_share_memory(out, values):
+        raise ValueError("partial must not share memory with out")
     if weights is not None:
         values = values * np.asarray(weights, np.float32)[:, None]
     np.add.at(out, rows, values)
