@@ -117,11 +117,13 @@ class Lab:
         all_rules = LayerRules(**{**defaults, **(rules or {})})
         self.barred: list[str] = []
         self._verifier = None if verify is None else open_verifier(bundle, exchange.post)
-        inspector = None
-        if verify is not None:
-            drawn = random.Random(7).random if draw is None else draw
-            note = lambda route, reason: self.barred.append(route.device_id)  # noqa: E731
-            inspector = Inspector(norm_band(bundle), self._verifier, rate=verify, barred=note, draw=drawn)
+        inspector = Inspector(
+            None if verify is None else norm_band(bundle),
+            self._verifier,
+            rate=verify or 0.0,
+            barred=lambda route, reason: self.barred.append(route.device_id),
+            draw=draw or random.Random(7).random,
+        )
         self.layers = ExpertLayers(exchange, lambda: self.routing, all_rules, inspector)
         self.station = load_station(bundle)
         attach(self.station.model, self.station.experts, self.station.routers, self._run)

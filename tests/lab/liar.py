@@ -111,10 +111,10 @@ def main() -> None:
     from wdmoe.cli.main import main as node
 
     if sys.argv[1].startswith("@"):
-        ExpertRunner.run = lying(_of_file(Path(sys.argv.pop(1)[1:])))  # type: ignore[method-assign]
+        ExpertRunner.run = lying(_of_file(Path(sys.argv.pop(1)[1:])))  # type: ignore[assignment, method-assign]
     else:
         lie = Lie.of(sys.argv[1:6])
-        ExpertRunner.run = lying(lambda: lie)  # type: ignore[method-assign]
+        ExpertRunner.run = lying(lambda: lie)  # type: ignore[assignment, method-assign]
         sys.argv[1:6] = []
     node()
 
