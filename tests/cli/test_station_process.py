@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -77,7 +78,7 @@ def test_it_stops_without_devices_too(bundle: Path, tmp_path: Path, number: int)
 
 def test_answers_outlive_the_process_of_the_model(served: Station) -> None:
     """Streamed and whole, greedy and sampled: each says the same as if nothing had happened."""
-    ways = [{"stream": True}, {"stream": False}, {"stream": True, "temperature": 1, "seed": 7}]
+    ways: list[dict[str, Any]] = [{"stream": True}, {"stream": False}, {"stream": True, "temperature": 1, "seed": 7}]
     calm = [served.ask(max_tokens=20, **way).wait() for way in ways]
     ends = [(_engine, signal.SIGKILL), (_engine, signal.SIGABRT), (_spawner, signal.SIGKILL)]
     for restarts, (victim, number) in enumerate(ends, 1):
