@@ -44,6 +44,7 @@ LONGEST = (
     "nodes/test_alive.py",
     "broadcast/test_front_comparison.py",
     "nodes/test_right.py",
+    "cli/test_station_process.py",
     "cli/test_nodes.py",
     "nodes/test_right_default.py",
     "simulation/test_quality.py",

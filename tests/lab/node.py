@@ -145,7 +145,15 @@ class Station:
         """Start them, and wait until every expert is served by two."""
         for number in range(count):
             name = f"device{number}"
-            words = ("device", "--join", self.token, "--name", name, "--state", str(self._folder / name))
+            words: tuple[str, ...] = (
+                "device",
+                "--join",
+                self.token,
+                "--name",
+                name,
+                "--state",
+                str(self._folder / name),
+            )
             words += ("--cache", str(self._folder / "cache"), "--threads", "1", *flags)
             self.devices.append(Node(self._folder, name, *words))
         until(lambda: self.is_served(count))

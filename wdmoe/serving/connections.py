@@ -90,9 +90,8 @@ class GuardedConnection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """uvicorn's, and the place is free."""
         self.crowd.leave(self)
-        _stop(self._slow)
-        _stop(self._stalled)
-        self._slow = self._stalled = None
+        self._end_head()
+        self._end_stall()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -106,14 +105,12 @@ class GuardedConnection(H11Protocol):
         """uvicorn's. If the head is complete now, its time has ended."""
         super().handle_events()
         if not self._idle:
-            _stop(self._slow)
-            self._slow = None
+            self._end_head()
 
     def on_response_complete(self) -> None:
         """uvicorn's, which begins the time of an idle connection."""
         self._spoke = False
-        _stop(self._slow)
-        self._slow = None
+        self._end_head()
         super().on_response_complete()
 
     def pause_writing(self) -> None:
@@ -123,8 +120,7 @@ class GuardedConnection(H11Protocol):
 
     def resume_writing(self) -> None:
         """uvicorn's: it reads again."""
-        _stop(self._stalled)
-        self._stalled = None
+        self._end_stall()
         super().resume_writing()
 
     @property
@@ -147,6 +143,16 @@ class GuardedConnection(H11Protocol):
 
     def _start_head(self) -> None:
         self._slow = self.loop.call_later(self.crowd.limits.head_s, self._too_slow)
+
+    def _end_head(self) -> None:
+        if self._slow is not None:
+            self._slow.cancel()
+            self._slow = None
+
+    def _end_stall(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
     def _too_slow(self) -> None:
         self._slow = None
@@ -173,8 +179,3 @@ class GuardedConnection(H11Protocol):
 def guarded(limits: ServingLimits) -> type[GuardedConnection]:
     """The protocol class of one server: its connections share a `Crowd`."""
     return cast("type[GuardedConnection]", type("Connection", (GuardedConnection,), {"crowd": Crowd(limits)}))
-
-
-def _stop(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()

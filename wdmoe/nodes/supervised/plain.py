@@ -37,7 +37,7 @@ def unpacker() -> msgpack.Unpacker:
     return msgpack.Unpacker(use_list=False, ext_hook=_restored, max_buffer_size=_MOST_BYTES)
 
 
-def told(error: BaseException) -> tuple[object, ...]:
+def told(error: BaseException) -> tuple[Any, ...]:
     """An exception as plain types."""
     if isinstance(error, OSError):
         return ("OSError", error.errno, error.strerror, None if error.filename is None else str(error.filename))

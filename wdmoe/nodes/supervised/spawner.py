@@ -22,7 +22,6 @@ from wdmoe.nodes.supervised.plain import pack, told, unpacker
 
 _log = logging.getLogger(__name__)
 
-MODULE = "wdmoe.nodes.supervised.spawner"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _READ_BYTES = 1 << 16
 

@@ -77,8 +77,7 @@ class SpawnerLink:
                 if kind == "failed":
                     raise heard(*words)
                 if kind == wanted:
-                    found: list[Any] = words
-                    return found
+                    return list(words)
             with _as_lost():
                 data = await asyncio.get_running_loop().sock_recv(self._orders, _READ_BYTES)
                 if not data:
