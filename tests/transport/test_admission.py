@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import resource
@@ -254,13 +255,18 @@ def test_a_full_disk_admits_nobody_by_halves(tmp_path: Path) -> None:
         token = admission.create_token(new_key_pair(), ENDPOINTS, 60.0, uses=2).enrolment.public
         key, known = new_key_pair().public, new_key_pair().public
         admission.admit(known, "known")
-        for free in (0, PAGE):  # also where there is room for the count and not for the device
+        for free, admitted in ((0, 1), (PAGE, 2)):  # room for nobody, then for one device
             filler = fill(disk, free)
             for _ in range(3):
-                with pytest.raises(ConfigError, match="No space left on device"):
+                with contextlib.suppress(ConfigError):
                     admission.enrol(token, new_key_pair().public, "kit")
+            with pytest.raises(ConfigError, match="No space left on device"):
+                admission.enrol(token, new_key_pair().public, "kit")
             filler.unlink()
             assert not list(disk.rglob(".new-*"))
+            listed = Admission(admission.state)
+            assert len(listed.devices()) == len(admission.devices()) == admitted
+            assert listed.tokens()[0].uses_left == 3 - admitted  # as many as were used, however often it failed
         filler = fill(disk)
         admission.revoke("known")  # takes a name, no room
         filler.unlink()
