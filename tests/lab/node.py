@@ -135,7 +135,7 @@ class Station:
     def __init__(self, folder: Path, bundle: Path, *words: str) -> None:
         self._folder = folder
         bind = f"tcp://127.0.0.1:{free_ports(2)}"
-        flags = ("--bind", bind, "--http", "127.0.0.1:0", "--state", str(folder / "bs"))
+        flags = ("--bind", bind, "--http", "127.0.0.1:0", "--state", str(folder / "bs"), "--print-token")
         self.node = Node(folder, "station", "bs", str(bundle), *flags, *words)
         self.devices: list[Node] = []
         self.token = self.node.wait_for(r"Join token.*: (\S+)")
