@@ -138,8 +138,9 @@ class Station:
         flags = ("--bind", bind, "--http", "127.0.0.1:0", "--state", str(folder / "bs"), "--print-token")
         self.node = Node(folder, "station", "bs", str(bundle), *flags, *words)
         self.devices: list[Node] = []
-        self.token = self.node.wait_for(r"Join token.*: (\S+)")
         self.url = self.node.wait_for(r"HTTP: (http://\S+)/v1")
+        kept = folder / "bs" / "join-token"
+        self.token = kept.read_text().strip() if kept.exists() else self.node.wait_for(r"Join token.*: (\S+)")
 
     def add_devices(self, *flags: str, count: int = 2) -> None:
         """Start them, and wait until every expert is served by two."""
