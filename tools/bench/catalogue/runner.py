@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,9 +48,13 @@ class Runner:
             record = fault.attempt(cluster, each.rng(), each.number, each.phase)
         except Impossible as reason:
             return _empty(each, begun_s, skipped=str(reason))
-        except (ClusterError, OSError) as error:
+        except ClusterError as error:
             self.close()
-            return _empty(each, begun_s, violations=(f"{type(error).__name__}: {error}"[:600],))
+            return _empty(each, begun_s, violations=(str(error)[:600],))
+        except Exception as error:  # one try that cannot be made must not end an hour of others
+            self.close()
+            where = "".join(traceback.format_tb(error.__traceback__)[-1:]).strip().partition("\n")[0]
+            return _empty(each, begun_s, violations=(f"{type(error).__name__}: {error} ({where})"[:600],))
         return self._looked_after(record)
 
     def close(self) -> None:
