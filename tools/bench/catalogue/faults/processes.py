@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
+from pathlib import Path
 
 from tools.bench.catalogue.checker import Expected
 from tools.bench.catalogue.fault import Fault, Scene
@@ -110,9 +112,10 @@ class NewKey(StationKilled):
         cluster = scene.cluster
         before = {node.name: node.said().count("WARNING") for node in cluster.devices}
         cluster.station.kill()
-        key, kept = cluster.state / "station.key", cluster.state / "station.key.kept"
-        scene.require(key.exists(), "no station.key in the state folder")
-        key.rename(kept)
+        scene.require((cluster.state / "station.key").exists(), "no station.key in the state folder")
+        cluster.state.rename(
+            _kept(cluster.state)
+        )  # all of it: no station begins anew beside the devices of another key
         cluster.station.start()
         time.sleep(14.0)
         quiet = [node.name for node in cluster.devices if node.said().count("WARNING") == before[node.name]]
@@ -120,13 +123,21 @@ class NewKey(StationKilled):
         scene.require(not quiet, f"{', '.join(quiet)}: no word about a base station with another key")
         scene.require(not joined, "a device joined a base station with another key")
         cluster.station.kill()
-        kept.replace(key)
+        self._put_back(cluster.state)
 
     def heal(self, scene: Scene) -> None:
-        kept = scene.cluster.state / "station.key.kept"
-        if kept.exists():
-            kept.replace(kept.with_name("station.key"))
+        self._put_back(scene.cluster.state)
         super().heal(scene)
+
+    @staticmethod
+    def _put_back(state: Path) -> None:
+        if _kept(state).exists():
+            shutil.rmtree(state, ignore_errors=True)
+            _kept(state).rename(state)
+
+
+def _kept(state: Path) -> Path:
+    return state.with_name(f"{state.name}.kept")
 
 
 class FastRestart(_OfOneDevice):
