@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -187,6 +188,7 @@ async def _serve(options: argparse.Namespace) -> None:
     terms = Terms(model="none", lease_s=3.0, max_message_bytes=SocketOptions().max_message_bytes)
     sessions = Sessions(control, authentication, terms, Host())
     threading.Thread(target=_answer_data, args=(data,), daemon=True).start()
+    threading.Thread(target=_end_with_input, daemon=True).start()
     ends = {"control": control, "data": data, "broadcast": transmitter}
     told = {
         "endpoints": {plane: end.endpoint for plane, end in ends.items()},
@@ -195,6 +197,11 @@ async def _serve(options: argparse.Namespace) -> None:
     }
     print(json.dumps(told), flush=True)
     await asyncio.gather(sessions.run(), _beat(transmitter))
+
+
+def _end_with_input() -> None:
+    sys.stdin.read()
+    os._exit(0)
 
 
 def _answer_data(data: Any) -> None:

@@ -22,6 +22,7 @@ from wdmoe.transport.zmq.monitor import HandshakeWatch
 from wdmoe.transport.zmq.sockets import Context, LinkSecurity, Socket, SocketOptions, connect, new_client
 
 _LOG = logging.getLogger(__name__)
+_TURN = 16  # messages that are read before the event loop does something else
 _MORE = zmq.SNDMORE | zmq.NOBLOCK
 
 
@@ -172,6 +173,7 @@ class AsyncEnd:
         self._messages = messages
         self._waiting = _Waiting(messages.socket)
         messages.gate.on_news = self._waiting.wake
+        self._in_a_row = 0
         self._closed = False
 
     @property
@@ -183,6 +185,10 @@ class AsyncEnd:
     async def receive(self) -> Envelope:
         """See `ControlStation.receive`."""
         while True:
+            self._in_a_row += 1
+            if self._in_a_row >= _TURN:  # a flood must not hold the loop, which has answers to send
+                self._in_a_row = 0
+                await asyncio.sleep(0)
             try:
                 envelope = self._messages.take()
             except zmq.Again:
@@ -192,7 +198,6 @@ class AsyncEnd:
             else:
                 if envelope is not None:  # nothing is awaited after the take: cancelling loses no message
                     return envelope
-                await asyncio.sleep(0)  # a flood of refused messages must not hold the loop
 
     def _check(self) -> None:
         if self._messages.watch is not None:
