@@ -170,9 +170,9 @@ def test_with_both_homes_of_a_layer_killed_the_stream_waits_and_is_exact(
         settled(fleet, station)
         pair = pair_of_a_layer(fleet, station)
         with http(fleet, station) as url:
-            lines = stream(url, 400, at, lambda: [device.kill() for device in pair])
+            lines = stream(url, 250, at, lambda: [device.kill() for device in pair])
             assert lines[-1] == "data: [DONE]"
-            assert ids_of(lines) == greedy(checkpoint, tokens=400)
+            assert ids_of(lines) == greedy(checkpoint, tokens=250)
             receipt = json.loads(lines[-2][6:])["wdmoe"]
             assert not receipt["degraded"]
             assert receipt["waited_s"] > 0
