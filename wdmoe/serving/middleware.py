@@ -20,6 +20,7 @@ from wdmoe.serving.requests import ServingLimits
 _log = logging.getLogger(__name__)
 
 _OPEN_PATHS = frozenset({"/health"})  # for probes, which carry no key
+_WITHOUT_BODY = frozenset({"GET", "HEAD"})
 _STATE_PATHS = frozenset({"/health", "/metrics", "/wdmoe/status"})  # answered to the end, and in any crowd
 
 
@@ -50,7 +51,9 @@ class Guard:
         with rules.metrics.active.track_inprogress(), rules.closing.work():
             try:
                 self._check(scope)
-                await self._app(scope, _Body(receive, rules.limits, rules.closing), outgoing)
+                body = _Body(receive, rules.limits, rules.closing)
+                if scope["method"] in _WITHOUT_BODY or await body.read():
+                    await self._app(scope, body, outgoing)
             except (Exception, asyncio.CancelledError) as error:
                 # Cancelled: the server ends, and this request would not. That is told like all that ends it.
                 problem = (
@@ -100,38 +103,51 @@ class _Outgoing:
 
 
 class _Body:
-    """Takes a body in: so many bytes at most, also where it states no length, and in its time."""
+    """Takes a body in before the application sees the request: so many bytes at most, and in its time.
+
+    A request whose body never comes whole costs little then.
+    """
 
     def __init__(self, receive: Receive, limits: ServingLimits, closing: Closing) -> None:
         self._receive, self._limits, self._closing = receive, limits, closing
-        self._received = 0
-        self._until_s = asyncio.get_running_loop().time() + limits.body_s
-        self._whole = False
+        self._whole: Message | None = None
 
     async def __call__(self) -> Message:
-        """ASGI's receive. After the body it waits, for as long as it takes, for the client to go."""
-        if self._whole:
+        """ASGI's receive: the whole body at once, and then, after as long as it takes, that the client has gone."""
+        if self._whole is None:
             return await self._receive()
-        message = await self._next_part()
-        self._whole = not message.get("more_body", False)
-        self._received += len(message.get("body", b""))
-        if self._received > self._limits.body_bytes:
-            raise _too_large(self._limits.body_bytes)
-        return message
+        whole, self._whole = self._whole, None
+        return whole
 
-    async def _next_part(self) -> Message:
-        """Raises Problem: 408, or 503 when the server ends before the body is whole."""
-        part = asyncio.ensure_future(self._receive())
+    async def read(self) -> bool:
+        """Take it in. Whether the client is still there.
+
+        Raises:
+            Problem: 408 or 413, or 503 when the server ends before the body is whole.
+        """
+        reading = asyncio.ensure_future(self._read())
         ends = asyncio.ensure_future(self._closing.begun.wait())
-        left_s = self._until_s - asyncio.get_running_loop().time()
         try:
-            await asyncio.wait((part, ends), timeout=max(left_s, 0), return_when=asyncio.FIRST_COMPLETED)
-            if part.done():
-                return part.result()
+            await asyncio.wait((reading, ends), timeout=self._limits.body_s, return_when=asyncio.FIRST_COMPLETED)
+            if reading.done():
+                return reading.result()
             raise shutting_down() if ends.done() else too_slow("body", self._limits.body_s)
         finally:
-            part.cancel()
+            reading.cancel()
             ends.cancel()
+
+    async def _read(self) -> bool:
+        body = bytearray()
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                return False
+            body += message.get("body", b"")
+            if len(body) > self._limits.body_bytes:
+                raise _too_large(self._limits.body_bytes)
+            if not message.get("more_body", False):
+                self._whole = {"type": "http.request", "body": bytes(body), "more_body": False}
+                return True
 
 
 def _too_large(limit: int) -> Problem:
