@@ -26,7 +26,7 @@ import psutil
 import zmq
 
 from wdmoe.errors import TransportError
-from wdmoe.nodes.authentication import CurveAuthentication, NoAuthentication
+from wdmoe.nodes.authentication import Authentication, CurveAuthentication, NoAuthentication
 from wdmoe.nodes.sessions import Host, Sessions, Terms
 from wdmoe.records import DeviceReport
 from wdmoe.transport.channel import Envelope
@@ -79,7 +79,7 @@ class FloodedStation:
 
     @property
     def descriptors(self) -> int:
-        return psutil.Process(self.process.pid).num_fds()
+        return int(psutil.Process(self.process.pid).num_fds())
 
     def order(self, plane: str, kind: str, **more: Any) -> str:
         """What `tests.lab.hostile_peer` is told."""
@@ -169,13 +169,15 @@ def _undo() -> None:
         common(socket, options)
         socket.set(zmq.RCVHWM, options.queue_messages)
 
-    sockets._common = as_it_was  # type: ignore[assignment]
-    crowd.Connection.look = lambda *_: ""  # type: ignore[method-assign, assignment]
+    sockets._common = as_it_was
+    crowd.Connection.look = lambda *_: ""  # type: ignore[method-assign]
 
 
 async def _serve(options: argparse.Namespace) -> None:
     context = new_context()
-    security, authentication, pairs = None, NoAuthentication(), [new_key_pair(), new_key_pair()]
+    security: StationSecurity | None = None
+    authentication: Authentication = NoAuthentication()
+    pairs = [new_key_pair(), new_key_pair()]
     if not options.insecure:
         keys, admission = station_keys(options.state), Admission(options.state)
         for pair, name in zip(pairs, ("honest", "hostile"), strict=True):
@@ -189,7 +191,7 @@ async def _serve(options: argparse.Namespace) -> None:
     sessions = Sessions(control, authentication, terms, Host())
     threading.Thread(target=_answer_data, args=(data,), daemon=True).start()
     threading.Thread(target=_end_with_input, daemon=True).start()
-    ends = {"control": control, "data": data, "broadcast": transmitter}
+    ends: dict[str, Any] = {"control": control, "data": data, "broadcast": transmitter}
     told = {
         "endpoints": {plane: end.endpoint for plane, end in ends.items()},
         "server_key": security.keys.public if security is not None else "",

@@ -39,5 +39,5 @@ def main() -> None:
         time.sleep(float(file.read_text()))
         return run(self, message)
 
-    ExpertRunner.run = slow_run  # type: ignore[method-assign]
+    ExpertRunner.run = slow_run  # type: ignore[method-assign, assignment]
     wdmoe_node()

@@ -72,7 +72,7 @@ def _check_choice(
     reached = (device >= 0) & ((links.table[:2] == 0) | (links.table[2:4] > 0)).all(axis=0)[device]
     assert (choice.experts[kept] == experts[kept]).all(), choice.experts
     assert not (kept & (device < 0)).any() or choice.status == "over", "kept what nobody serves"
-    assert kept.any(axis=1)[reached.any(axis=1)].all(), "a token lost its last expert"
+    assert np.any(kept, axis=1)[np.any(reached, axis=1)].all(), "a token lost its last expert"
     assert not np.isnan(choice.bandwidth_hz).any(), choice.bandwidth_hz
     assert choice.bandwidth_hz.sum() <= total_hz * (1 + 1e-11), choice.bandwidth_hz
     assert choice.kept <= choice.upper_bound, (choice.kept, choice.upper_bound)
@@ -135,7 +135,7 @@ def prune(given: Given) -> None:
 def _compare_prune(given: Given, gate: np.ndarray, latency: np.ndarray, top_k: int, renormalise: bool) -> None:
     """Equal to the twin, to the bit."""
     rows, times = np.ascontiguousarray(gate), np.ascontiguousarray(np.atleast_2d(latency))
-    available = (given.rng.random(gate.shape[1]) < 0.7).astype(np.uint8) if given.chance(0.5) else None
+    available = np.asarray(given.rng.random(gate.shape[1]) < 0.7, np.uint8) if given.chance(0.5) else None
     sides = []
     with np.errstate(all="ignore"):
         for side in (_native, twin):
@@ -160,7 +160,7 @@ def prune_given(given: Given) -> None:
     kept = choice.experts >= 0
     assert (choice.experts[kept] == experts[kept]).all(), choice.experts
     if choice.experts.size:
-        assert kept.any(axis=1)[(experts >= 0).any(axis=1)].all(), "a token lost its last expert"
+        assert np.any(kept, axis=1)[np.any(experts >= 0, axis=1)].all(), "a token lost its last expert"
 
 
 def bottleneck(given: Given) -> None:
@@ -179,7 +179,7 @@ def bottleneck(given: Given) -> None:
     assert kept.dtype == np.bool_, kept.dtype
     assert not kept[device < 0].any(), kept
     if kept.size:
-        assert kept.any(axis=1)[(device >= 0).any(axis=1)].all(), "a token lost its last expert"
+        assert np.any(kept, axis=1)[np.any(device >= 0, axis=1)].all(), "a token lost its last expert"
 
 
 def copies(given: Given) -> None:
@@ -192,7 +192,7 @@ def copies(given: Given) -> None:
     device = choose_copies(
         given.odd(experts, shape=False), given.odd(holders, numbers=False), given.odd(token_s, shape=False), busy_s
     )
-    served = (experts >= 0) & holders.any(axis=1)[np.maximum(experts, 0)]
+    served = (experts >= 0) & np.any(holders, axis=1)[np.maximum(experts, 0)]
     assert ((device >= 0) == served).all(), (device, experts)
     assert holders[experts[served], device[served]].all(), "a device that does not hold the expert"
     _check_makespan(experts, holders, token_s, busy_s, device, served)

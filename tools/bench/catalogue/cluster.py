@@ -160,7 +160,10 @@ class Cluster:
         from wdmoe.solver.placement.file import read_placement
 
         state = self.status() or {"placement": ""}
-        return {name: {tuple(each) for each in held} for name, held in read_placement(state["placement"]).items()}
+        return {
+            name: {(layer, expert) for layer, expert in held}
+            for name, held in read_placement(state["placement"]).items()
+        }
 
     def leftovers(self) -> list[str]:
         """S5: what is there and was not before. Waits a little for what ends by itself."""

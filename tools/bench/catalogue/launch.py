@@ -128,7 +128,7 @@ def _spoilt(kind: str, partial: Any, before: Any) -> Any:
         return before
     if kind == "noise":
         noise = np.random.default_rng(time.time_ns()).standard_normal(partial.shape)
-        scale = np.linalg.norm(partial) / max(np.linalg.norm(noise), 1e-9)
+        scale = np.linalg.norm(partial) / max(float(np.linalg.norm(noise)), 1e-9)
         return (noise * scale).astype(partial.dtype)
     return (partial * 1.5).astype(partial.dtype) if kind == "factor" else partial
 

@@ -103,4 +103,5 @@ class Results:
 
 def _record(kept: dict[str, Any]) -> TryRecord:
     lists = ("leftovers", "violations", "notes")
-    return TryRecord(**{k: tuple(v) if k in lists else v for k, v in kept.items() if k != "passed"})
+    values: dict[str, Any] = {k: tuple(v) if k in lists else v for k, v in kept.items() if k != "passed"}
+    return TryRecord(**values)
