@@ -319,7 +319,7 @@ class ExpertLayers:
             link_s = reply.result.link_down_s + reply.result.link_up_s
             self.health.answered(order.route, reply.answered_s - reply.sent_s, len(order.tokens), link_s)
             self._clock(order, reply)
-        else:
+        elif not reply.timed_out:  # who is only late was counted as that: what has no copy elsewhere needs it still
             name = next((device.name for device in self._seen.devices if device.route == order.route), "that left")
             log.warning("device %s, layer %d: %s", name, order.layer, reply.reason or "an answer that is not finite")
             self.health.failed(order.route)
