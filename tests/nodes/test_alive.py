@@ -57,8 +57,7 @@ def ask(
         async for event in station.engine.stream(GenerationRequest(request_id="t", prompt=PROMPT, sampling=sampling)):
             if isinstance(event, Finished):
                 return ids, devices, event.receipt
-            assert isinstance(event, TextDelta)
-            if event.token_id >= 0:
+            if isinstance(event, TextDelta) and event.token_id >= 0:
                 ids.append(event.token_id)
                 devices |= set(event.devices)
                 (at_token or {}).get(len(ids), lambda: None)()
