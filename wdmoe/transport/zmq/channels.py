@@ -66,6 +66,8 @@ class _Blocking:
         while True:
             # Polling first: it takes 1.7 us, where asking an empty socket takes 5.2 for the exception.
             ready = self._poll(left_s)
+            if not ready or ready[0][0] is not self._messages.socket:
+                self._messages.gate.drained = True
             for source, _ in ready:  # in the order of the sources: a message goes before a wake
                 if source is self._messages.socket:
                     if (envelope := self._messages.take()) is not None:
@@ -77,7 +79,6 @@ class _Blocking:
                     return None
             left_s = until - time.monotonic()
             if left_s <= 0:
-                self._messages.gate.drained = not ready
                 return None
 
     def wake(self) -> None:

@@ -52,6 +52,7 @@ class Connection:
     messages: int = 0
     received: int = 0  # bytes that the kernel has acknowledged
     unread: float = 0.0  # bytes
+    held: float = 0.0  # bytes of memory for them
     allowance: float = 0.0  # messages that it may still send at once
     cut: bool = False  # it is on its way out
     _taken: int = field(default=0, repr=False)  # at the last look
@@ -83,14 +84,14 @@ class Connection:
             self._mean = max(1.0, (taken - self._taken) / new)
         fresh = received - self.received - max(0, taken - self._taken)
         self.unread = max(0.0, self.unread + fresh - COMMANDS_BYTES_PER_S * passed_s)
+        # Many small messages take more memory than their bytes.
+        self.held = self.unread * (1 + MESSAGE_BYTES / self._mean) if messages else self.unread
         self.received, self._taken, self._messages = received, taken, messages
         self.allowance = min(bounds.burst, self.allowance + bounds.messages_per_s * passed_s) - new
         if self.allowance < 0:
             return f"it sends more than {bounds.messages_per_s:.0f} messages a second"
-        # Many small messages take more memory than their bytes.
-        held = self.unread * (1 + MESSAGE_BYTES / self._mean) if messages else self.unread
         most = bounds.unread_bytes if messages else bounds.first_bytes
-        return f"{held / 2**20:.0f} MiB of what it sent wait unread" if held > most else ""
+        return f"{self.held / 2**20:.0f} MiB of what it sent wait unread" if self.held > most else ""
 
     def is_proven(self, now_s: float, bounds: Bounds) -> bool:
         """Whether it has done what only an admitted key can."""

@@ -192,8 +192,7 @@ class Gate:
         if present is not None:
             connection, duplicate = present
             self._look(connection, duplicate, 0.0)
-            if connection.unread > _GROWS * self.bounds.first_bytes:
-                self._left_unread[connection.origin] += int(connection.unread)
+            self._left_unread[connection.origin] += int(connection.held)
             self._forget(descriptor)
         self.ended += 1
         if self._watch is None:  # a link comes back by itself, and its owner need not know
