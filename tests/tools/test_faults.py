@@ -115,7 +115,7 @@ def test_a_slope_is_seen_through_noise() -> None:
 def test_a_short_catalogue(repository: Path, tmp_path: Path) -> None:
     """Real processes, real signals. Bounds are wide: what is asked is whether answers are right and all comes back."""
     file = tmp_path / "tries.json"
-    words = ["--only", "F1,F2,F13,F17,F19", "--tries", "2", "--json", str(file), *PATIENT]
+    words = ["--only", "F1,F2,F17,F19", "--tries", "2", "--json", str(file), *PATIENT]
     done = subprocess.run(
         [sys.executable, str(repository / "tools/bench/faults"), *words],
         capture_output=True,
@@ -125,7 +125,7 @@ def test_a_short_catalogue(repository: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     tries = json.loads(file.read_text())["tries"]
-    assert len(tries) == 2 * 2 * 5
+    assert len(tries) == 2 * 2 * 4
     assert all(each["passed"] and each["answers"] == 2 for each in tries)
     assert any(each["exact"] == 2 for each in tries)
 

@@ -102,11 +102,14 @@ class Client(threading.Thread):
 
 
 def fetch(port: int, path: str, timeout_s: float = 5.0) -> Any:
-    """JSON or text of a GET; None where there is none."""
+    """JSON or text of a GET; None where it was not answered with 200."""
     try:
         with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)) as connection:
             connection.request("GET", path)
-            body = connection.getresponse().read()
+            response = connection.getresponse()
+            body = response.read()
+            if response.status != 200:
+                return None
         return json.loads(body) if body[:1] == b"{" else body.decode()
     except (OSError, http.client.HTTPException, ValueError):
         return None

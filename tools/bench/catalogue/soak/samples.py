@@ -118,9 +118,10 @@ def draw(samples: list[Sample], marks: list[tuple[float, str]], file: Path) -> N
     axes = figure.subplots(len(rows), 1, sharex=True)
     minutes = [each.at_s / 60 for each in samples]
     for axis, (name, label) in zip(axes, rows, strict=True):
-        axis.plot(minutes, [getattr(each, name) for each in samples], linewidth=0.8)
+        values = [float(getattr(each, name)) for each in samples]
+        axis.plot(minutes, values, linewidth=0.8)
         axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.15 * max(values, default=1.0) + 0.1)  # a flat line would lie on the frame
         for at_s, _ in marks:
             axis.axvline(at_s / 60, ymax=0.04, color="grey", linewidth=0.5)
     axes[0].set_title("The base station under random faults")
