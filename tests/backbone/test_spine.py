@@ -195,8 +195,9 @@ def test_with_a_copy_elsewhere_a_lost_device_costs_no_quality(bundle: Bundle, ch
         assert not receipt.degraded
         assert receipt.dropped_weight == 0
         asked_again = receipt.hedges if failure == "silent" else receipt.retries
-        assert 1 <= asked_again <= 8  # then it is left alone, but for a trial now and then
-        assert lab.devices[1].runs - asked[1] <= 8 < lab.devices[2].runs - asked[2]
+        # Then it is left alone, but for a trial now and then: more of these on a machine that is busy.
+        assert 1 <= asked_again < lab.devices[2].runs - asked[2]
+        assert lab.devices[1].runs - asked[1] < lab.devices[2].runs - asked[2]
     finally:
         lab.close()
 

@@ -25,6 +25,7 @@ from wdmoe.transport.codec.messages import Result
 __all__ = ["bundle", "checkpoint"]  # fixtures
 
 LAYERS = 2
+TOKENS = 100  # on a busy machine samples have to wait, and some are skipped
 NEVER, ALWAYS = (lambda: 0.999999), (lambda: 0.0)
 
 
@@ -82,10 +83,10 @@ def test_odd_answers_are_found_without_a_rate_and_after_any_time(kind: str, bund
 @pytest.mark.parametrize("kind", ["stale", "foreign", "noise", "sign", "1.5"])
 def test_a_late_liar_is_found_by_a_sample_and_the_receipt_says_suspect(kind: str, bundle: Bundle) -> None:
     with lying(bundle, Lie(kind, after=PROBATION + 4), draw=ALWAYS) as (lab, _):
-        receipt = ask(lab, max_tokens=40)[2]
+        receipt = ask(lab, max_tokens=TOKENS)[2]
         assert lab.barred == ["device 0"]
         assert receipt.suspect
-        assert 0 < receipt.suspect_answers < 40 * LAYERS
+        assert 0 < receipt.suspect_answers < TOKENS * LAYERS
         after = ask(lab)[2]
         assert not after.suspect
 
@@ -110,11 +111,15 @@ def test_the_last_samples_are_known_before_the_receipt(bundle: Bundle) -> None:
 
 def test_one_lie_is_watched_and_forgiven(bundle: Bundle, checkpoint: Path) -> None:
     with lying(bundle, Lie("1e30", most=1)) as (lab, _):
+        hedges = 0
         for _ in range(3):
-            assert ask(lab, max_tokens=12)[0] == greedy(checkpoint)
+            ids, _, receipt = ask(lab, max_tokens=12)
+            assert ids == greedy(checkpoint)
+            hedges += receipt.hedges
         figures = lab.layers.inspector.figures()["device 0"]
         assert (figures.lies, figures.watched, figures.quarantined) == (1, True, False)
-        assert figures.verified == lab.devices[0].runs - 0  # every answer of a watched device is computed again
+        # Every answer of a watched device that counts is computed again; of a hedge one of two counts.
+        assert lab.devices[0].runs - hedges <= figures.verified <= lab.devices[0].runs
         lab.layers.inspector._devices["device 0"].answers += WATCH
         assert not lab.layers.inspector.figures()["device 0"].watched
 

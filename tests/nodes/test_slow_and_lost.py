@@ -52,7 +52,7 @@ def settled(fleet: Fleet, station: BaseStation) -> None:
 
 
 def state_of(station: BaseStation, name: str) -> Any:
-    devices: Any = station.engine.status()["devices"]
+    devices: Any = station.overview()["devices"]
     return next(device for device in devices if device["name"] == name)
 
 
@@ -72,13 +72,13 @@ def test_a_slow_device_loses_its_work_to_the_copies_and_gets_it_back(
             assert ids == want
             assert (receipt.degraded, receipt.retries) == (False, 0)
             hedges += receipt.hedges
-        assert station.engine.status()["hedges"] == hedges > 0
+        assert station.overview()["hedges"] == hedges > 0
         delay.set(0)
         while state_of(station, slow.name)["slow"]:
             assert ask(fleet, station, tokens=40)[0] == want
         assert slow.name in ask(fleet, station, tokens=40)[1]
         assert slow.process.poll() is None
-        assert station.engine.status()["devices_lost"] == 0
+        assert station.overview()["devices_lost"] == 0
 
 
 def test_a_device_that_stops_for_a_moment_costs_a_hedge_and_is_not_ejected(
@@ -98,7 +98,7 @@ def test_a_device_that_stops_for_a_moment_costs_a_hedge_and_is_not_ejected(
         assert ids == greedy(checkpoint, tokens=200)
         assert (receipt.degraded, receipt.retries) == (False, 0)
         assert receipt.hedges > 0
-        assert station.engine.status()["devices_lost"] == 0
+        assert station.overview()["devices_lost"] == 0
         assert victim.name in names(station)
 
 
@@ -223,5 +223,5 @@ def test_a_client_that_hangs_up_while_it_waits_frees_its_place(fleet: Fleet, bun
         with http(fleet, station) as url:
             with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE_S) as response:
                 assert next(sse_lines(response)).startswith(": waiting for experts")
-                assert station.engine.status()["requests"] == 1
-            until(fleet, lambda: station.engine.status()["requests"] == 0)
+                assert fleet.loop.run(station.engine.status())["requests"] == 1
+            until(fleet, lambda: fleet.loop.run(station.engine.status())["requests"] == 0)
