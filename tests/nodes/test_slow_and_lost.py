@@ -223,5 +223,5 @@ def test_a_client_that_hangs_up_while_it_waits_frees_its_place(fleet: Fleet, bun
         with http(fleet, station) as url:
             with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE_S) as response:
                 assert next(sse_lines(response)).startswith(": waiting for experts")
-                assert fleet.loop.run(station.engine.status())["requests"] == 1
-            until(fleet, lambda: fleet.loop.run(station.engine.status())["requests"] == 0)
+                assert station.engine._thread.load == 1
+            until(fleet, lambda: station.engine._thread.load == 0)
