@@ -67,14 +67,14 @@ class VersionSkew(Fault):
             self.other.end()
 
 
-def release_before(folder: Path) -> Path:
+def release_before(folder: Path, commit: str = BEFORE) -> Path:
     """The sources of the release before, once for a run. The native module is this one's, or built anew."""
     old = folder / "release-before"
     if old.exists():
         return old
-    archive = subprocess.run(["git", "-C", str(ROOT), "archive", BEFORE], capture_output=True, check=False)
+    archive = subprocess.run(["git", "-C", str(ROOT), "archive", commit], capture_output=True, check=False)
     if archive.returncode:
-        raise Impossible(f"no sources of {BEFORE}: {archive.stderr.decode().strip()}")
+        raise Impossible(f"no sources of {commit}: {archive.stderr.decode().strip()}")
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
         tar.extractall(old, filter="data")
     for file in (ROOT / "wdmoe/solver").glob("_native*.so"):
@@ -86,7 +86,7 @@ def release_before(folder: Path) -> Path:
         built = subprocess.run(build, cwd=old, capture_output=True, text=True, check=False)
         if built.returncode:
             shutil.rmtree(old)
-            raise Impossible(f"{BEFORE} cannot be built: {built.stderr.strip()[-200:]}")
+            raise Impossible(f"{commit} cannot be built: {built.stderr.strip()[-200:]}")
     return old
 
 
