@@ -68,6 +68,7 @@ class Fault:
     spec = ClusterSpec()
     tokens = 60
     alone = False  # one client only, so that its time can be compared
+    memory_bytes = 0  # that it may leave behind in the base station, beside the usual bound
 
     @classmethod
     def cells(cls) -> list[tuple[int, str]]:

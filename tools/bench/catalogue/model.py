@@ -14,7 +14,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "wide": {"max_position_embeddings": 1024, "num_local_experts": 64, "num_hidden_layers": 4},
 }
 PROMPT_TOKENS = 160
-ANSWER_TOKENS = 64  # the longest answer that is compared
+ANSWER_TOKENS = 128  # the longest answer that is compared
 QUESTIONS = 3
 MOST_QUESTIONS = 20  # tried; of these the clearest
 CLEAR = 2e-3  # lead of a token over the next, so that sums in another order cannot turn it; float32 moves by 1e-6

@@ -68,9 +68,8 @@ class Node:
             return []
 
     def worker(self) -> int:
-        """The process that does the work: of the tree, the one with the most memory."""
-        sizes = {each.pid: _rss(each) for each in self.tree()}
-        return max(sizes, key=lambda pid: sizes[pid], default=self.pid)
+        """The process that does the work: of a base station the one that was started last, by the others."""
+        return max(self.tree(), key=_depth, default=psutil.Process()).pid if self.alive else self.pid
 
     def send(self, number: signal.Signals) -> None:
         """Send it to the process itself."""
@@ -139,11 +138,11 @@ def footprint(nodes: Iterable[Node]) -> Footprint:
     return total
 
 
-def _rss(process: psutil.Process) -> int:
+def _depth(process: psutil.Process) -> tuple[int, int]:
     try:
-        return int(process.memory_info().rss)
+        return len(process.parents()), process.pid
     except psutil.Error:
-        return 0
+        return 0, process.pid
 
 
 def _send(pid: int, number: signal.Signals) -> None:

@@ -32,6 +32,7 @@ class Flood(Fault):
     cost_s = 4.0
     copies = (2,)
     planes = ("control", "data")
+    memory_bytes = 400 << 20  # what was unread at once stays with the allocator; tools/bench/floods says how much
 
     def inject(self, scene: Scene) -> None:
         cluster = scene.cluster
