@@ -66,7 +66,7 @@ def test_a_slow_device_is_left_alone_until_it_is_fast_again(
             assert ask(lab)[0] == want
         well = slow_down(lab, 1)
         hedges = 0
-        while not lab.layers.lateness.slow:
+        while not lab.layers.observed.lateness.slow:
             ids, _, receipt = ask(lab)
             assert ids == want
             assert not receipt.degraded
@@ -74,13 +74,13 @@ def test_a_slow_device_is_left_alone_until_it_is_fast_again(
             hedges += receipt.hedges
         assert hedges == lab.exchange.counters.hedges > 0
         assert lab.exchange.counters.hedges_won > 0
-        assert {route for route, _ in lab.layers.lateness.slow} == {slow.route}
+        assert {route for route, _ in lab.layers.observed.lateness.slow} == {slow.route}
         runs, trials = slow.runs, lab.exchange.counters.trials
         ids, _, receipt = ask(lab)
         assert ids == want
         assert slow.runs - runs <= 6 + lab.exchange.counters.trials - trials  # what it still owed, and prompts
         well.set()
-        while lab.layers.lateness.slow:
+        while lab.layers.observed.lateness.slow:
             assert ask(lab)[0] == want
         runs = slow.runs
         assert ask(lab)[0] == want
@@ -96,7 +96,7 @@ def test_who_has_no_copy_elsewhere_is_waited_for_however_slow(bundle: Bundle, ch
         slow_down(lab, 1)
         ids, _, receipt = ask(lab, max_tokens=4)
         assert ids == greedy(checkpoint, tokens=4)
-        assert (receipt.hedges, receipt.degraded, lab.layers.lateness.slow) == (0, False, frozenset())
+        assert (receipt.hedges, receipt.degraded, lab.layers.observed.lateness.slow) == (0, False, frozenset())
     finally:
         lab.close()
 

@@ -55,7 +55,7 @@ def test_a_device_that_always_lied_is_found_before_it_spoils_anything(
         asked = liar.answers
         assert ask(lab)[0] == greedy(checkpoint)
         assert liar.answers == asked  # it is not asked any more
-        assert lab.layers.inspector.figures()["device 0"].quarantined
+        assert lab.layers.observed.inspector.figures()["device 0"].quarantined
 
 
 @pytest.mark.parametrize("kind", ["nan", "shape"])
@@ -69,7 +69,7 @@ def test_what_is_no_answer_at_all_is_a_lie_too(kind: str, bundle: Bundle, checkp
             assert ids == greedy(checkpoint)
             assert not receipt.degraded
             assert lab.barred == barred
-            lab.layers.health = DeviceHealth()
+            lab.layers.observed.health = DeviceHealth()
 
 
 @pytest.mark.parametrize("kind", ["1e30", "zeros"])
@@ -116,12 +116,12 @@ def test_one_lie_is_watched_and_forgiven(bundle: Bundle, checkpoint: Path) -> No
             ids, _, receipt = ask(lab, max_tokens=12)
             assert ids == greedy(checkpoint)
             hedges += receipt.hedges
-        figures = lab.layers.inspector.figures()["device 0"]
+        figures = lab.layers.observed.inspector.figures()["device 0"]
         assert (figures.lies, figures.watched, figures.quarantined) == (1, True, False)
         # Every answer of a watched device that counts is computed again; of a hedge one of two counts.
         assert lab.devices[0].runs - hedges <= figures.verified <= lab.devices[0].runs
-        lab.layers.inspector._devices["device 0"].answers += WATCH
-        assert not lab.layers.inspector.figures()["device 0"].watched
+        lab.layers.observed.inspector._devices["device 0"].answers += WATCH
+        assert not lab.layers.observed.inspector.figures()["device 0"].watched
 
 
 def test_honest_devices_are_never_called_liars(bundle: Bundle, checkpoint: Path) -> None:
@@ -129,7 +129,7 @@ def test_honest_devices_are_never_called_liars(bundle: Bundle, checkpoint: Path)
     try:
         for _ in range(4):
             assert ask(lab, max_tokens=48)[0][:12] == greedy(checkpoint)
-        counters = lab.layers.inspector.counters
+        counters = lab.layers.observed.inspector.counters
         assert counters.verified_answers > 200
         assert counters.lies == 0
         assert lab.barred == []
@@ -140,7 +140,7 @@ def test_honest_devices_are_never_called_liars(bundle: Bundle, checkpoint: Path)
 def test_an_honest_outlier_is_computed_again_and_taken(bundle: Bundle, checkpoint: Path) -> None:
     """As if the export's probes had been far too small."""
     lab = Lab(bundle, verify=0.0)
-    inspector = lab.layers.inspector
+    inspector = lab.layers.observed.inspector
     for layer in inspector._band._high:
         inspector._band._high[layer][:] = 1e-9
     try:
@@ -161,7 +161,7 @@ def test_only_the_station_can_say_what_is_right_and_it_may_not_know(
     monkeypatch.setattr(Bundle, "expert_bytes", _damaged)
     with lying(bundle, Lie("zeros")) as (lab, _):
         assert ask(lab)[0] == greedy(checkpoint)
-        assert lab.layers.inspector.counters.lies == 0
+        assert lab.layers.observed.inspector.counters.lies == 0
         assert lab.barred == []
     assert "could not be verified" in caplog.text
 
@@ -177,7 +177,7 @@ def test_a_request_that_ended_before_is_named_in_the_log(bundle: Bundle, caplog:
         caplog.at_level(logging.ERROR),
     ):
         assert not ask(lab, max_tokens=24)[2].suspect
-        inspector = lab.layers.inspector
+        inspector = lab.layers.observed.inspector
         inspector._draw = ALWAYS
         lab.devices[0].run.lie = Lie("sign")
         ask(lab, max_tokens=24)

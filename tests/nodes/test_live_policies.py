@@ -165,7 +165,7 @@ def test_a_bound_on_what_is_dropped_holds_over_a_request(bundle: Bundle, rank: s
 def test_a_rehearsal_decides_as_in_an_answer(bundle: Bundle) -> None:
     with opened(bundle, policy="budget", max_dropped=0.1) as lab:
         ask(lab)
-        lab.layers.health.answered = lambda *seen: None  # type: ignore[assignment]  # what was measured stays
+        lab.layers.observed.health.answered = lambda *seen: None  # type: ignore[assignment]  # what was measured stays
         lab.layers.rules = replace(lab.layers.rules, rehearsal=True)
         together, alone = Ledger(), Ledger()
         tokens = np.random.default_rng(0).normal(size=(12, lab.station.manifest.hidden)).astype(np.float32)

@@ -69,6 +69,7 @@ class BandShare:
     def __init__(self, air: SharedBand, other_s: Callable[[Sequence[int]], FloatArray]) -> None:
         """other_s: from tokens of each device to (devices,) seconds per token beside the air."""
         self._air, self._other_s = air, other_s
+        self.total_hz = air.total_hz
 
     def hertz(self, counts: list[int]) -> FloatArray:
         """(devices,) for so many tokens of each."""

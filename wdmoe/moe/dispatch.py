@@ -46,6 +46,8 @@ class Work:
 class Band(Protocol):
     """The band that devices share."""
 
+    total_hz: float
+
     def hertz(self, counts: list[int]) -> FloatArray:
         """(devices,) what each gets for so many tokens."""
         ...
@@ -234,13 +236,13 @@ class PartOfBand:
     """Some hertz of a band, shared alike: those of a device that is late, for who is asked in its place."""
 
     def __init__(self, band: Band, part_hz: float) -> None:
-        self._band, self._part_hz = band, part_hz
+        self._band, self.total_hz = band, part_hz
 
     def hertz(self, counts: list[int]) -> FloatArray:
         """See `Band`."""
         whole = self._band.hertz(counts)
         used = np.array(counts) > 0
-        return np.asarray(whole * (self._part_hz / max(float(whole[used].sum()), self._part_hz)))
+        return np.asarray(whole * (self.total_hz / max(float(whole[used].sum()), self.total_hz)))
 
     def token_s(self, hertz: FloatArray) -> FloatArray:
         """See `Band`."""

@@ -265,11 +265,11 @@ class BaseStation(OpenedInSteps):
 
     def pace_s(self, route: bytes) -> float | None:
         """`DataPlane.pace_s`."""
-        return self.layers.health.seen_s(route)
+        return self.layers.observed.health.seen_s(route)
 
     def speeds(self) -> Mapping[str, float]:
         """`DataPlane.speeds`."""
-        return self.layers.speed.against_usual()
+        return self.layers.observed.speed.against_usual()
 
     def _data_news(self, envelope: Envelope) -> None:
         self._loop.call_soon_threadsafe(self.control.attached, envelope)
@@ -287,9 +287,9 @@ class BaseStation(OpenedInSteps):
             self.bundle.manifest,
             self._settings,
             self.control,
-            self.layers.health,
-            self.layers.lateness,
-            self.layers.inspector,
+            self.layers.observed.health,
+            self.layers.observed.lateness,
+            self.layers.observed.inspector,
             self._exchange.counters,
             self.placement_text(),
         )
