@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -219,6 +220,14 @@ class Cluster:
         fresh = file.with_suffix(".new")
         fresh.write_text(json.dumps(orders))
         fresh.replace(file)
+
+    def renew(self, node: Node) -> None:
+        """An honest device in place of one that was told to lie. Its old key may be in quarantine, so it has another."""
+        self.order(node.name)
+        node.kill()
+        shutil.rmtree(self.folder / node.name, ignore_errors=True)
+        time.sleep(0.1)
+        node.start()
 
     def measure_base(self) -> None:
         """From now on this is what nothing left over means."""

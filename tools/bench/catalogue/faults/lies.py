@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from tools.bench.catalogue.checker import Expected
 from tools.bench.catalogue.fault import Fault, Scene
 from tools.bench.catalogue.processes import Node
@@ -27,12 +25,8 @@ class Liar(Fault):
 
     def heal(self, scene: Scene) -> None:
         """An honest device in its place, which starts anew."""
-        if self.victim is None:
-            return
-        scene.cluster.order(self.victim.name)
-        self.victim.kill()
-        time.sleep(0.1)
-        self.victim.start()
+        if self.victim is not None:
+            scene.cluster.renew(self.victim)
 
     def expected(self, scene: Scene) -> Expected:
         """It may be admitted or told as an error; completing exactly is better, not demanded of a lie in the middle."""

@@ -92,9 +92,7 @@ def lie(cluster: Cluster, rng: random.Random) -> Iterator[str]:
     try:
         yield f"{node.name} {kind}"
     finally:
-        cluster.order(node.name)
-        node.kill()
-        node.start()
+        cluster.renew(node)
 
 
 @contextlib.contextmanager
