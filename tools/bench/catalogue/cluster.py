@@ -222,7 +222,7 @@ class Cluster:
         fresh.replace(file)
 
     def renew(self, node: Node) -> None:
-        """An honest device in place of one that was told to lie. Its old key may be in quarantine, so it has another."""
+        """An honest device in place of one that was told to lie, with another key: the old one may be in quarantine."""
         self.order(node.name)
         node.kill()
         shutil.rmtree(self.folder / node.name, ignore_errors=True)
