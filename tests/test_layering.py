@@ -54,6 +54,7 @@ ROOT_INIT = {"from wdmoe.former_paths import keep_former_paths", "keep_former_pa
 ORACLES = "wdmoe.solver.reference"  # tests compare with them
 # How one expert is computed is a chain of its own: the runner opens models through providers. So is verification, of
 # which the spine knows the inspector only.
+SPINE = ("wdmoe.moe.layer", "wdmoe.moe.asking", "wdmoe.moe.observed")
 VERIFICATION = "wdmoe.moe.verification."
 WITHIN_MOE = {("expert", "providers"), ("providers", "expert")}
 LIGHT = ("wdmoe.moe.expert.", "wdmoe.nodes.device.", "wdmoe.transport.")  # run on boards without torch
@@ -97,9 +98,9 @@ def against_the_inner_order(sources: Sources) -> Iterator[str]:
 
 
 def between_steps_of_moe(sources: Sources) -> Iterator[str]:
-    """Inside `moe/` only the spine imports its siblings."""
+    """Inside `moe/` only the spine imports its siblings: a layer, how it asks, and what was observed."""
     for each in _inner_imports(sources):
-        if _part(each.by) == _part(each.module) == "moe" and each.by != "wdmoe.moe.layer":
+        if _part(each.by) == _part(each.module) == "moe" and each.by not in SPINE:
             pair = (each.by.rpartition(".")[2], each.module.rpartition(".")[2])
             together = all(name.startswith(VERIFICATION) for name in (each.by, each.module))
             if pair not in WITHIN_MOE and not together:
