@@ -161,3 +161,33 @@ def test_a_device_whose_copies_are_on_several_needs_them_all_at_once() -> None:
     assert not budget.spend(int(MOST) + 1)
     assert budget.spend(int(MOST))
     assert not budget.spend(1)
+
+
+def test_one_hiccup_of_a_copy_does_not_make_a_slow_device_look_early() -> None:
+    lateness = seen(slow=0.003, fast=0.003)
+    lateness.learn(FAST, 4, 0.6)
+    assert expect(lateness).late_s < 0.5
+    for i in range(LATE_TO_OPEN):
+        answer(lateness, 0.5, float(i))
+    assert lateness.slow == {(SLOW, False)}
+
+
+def test_what_takes_longer_from_now_on_is_learnt_in_some_answers() -> None:
+    lateness = seen(fast=0.003)
+    for _ in range(12):
+        lateness.learn(FAST, 4, 0.5)
+    assert expect(lateness).late_s > 0.5
+
+
+def test_who_was_slow_once_is_no_measure_for_others_afterwards() -> None:
+    """Two devices hold copies of one another's experts; one is slow and recovers, then the other one is slow."""
+    lateness = seen(slow=0.003, fast=0.003, other=0.003)
+    now_s = 0.0
+    while not lateness.slow:
+        answer(lateness, 0.5, now_s)
+        now_s += 1.0
+    while lateness.slow:
+        now_s += LONGEST_TRIAL_S
+        lateness.learn(SLOW, 4, 0.003)
+        lateness.tried(SLOW, expect(lateness), 0.003, now_s)
+    assert expect(lateness, FAST, SLOW).late_s < 0.5

@@ -38,8 +38,9 @@ class Spread:
         return cls(seconds, seconds / 2)
 
     def learn(self, seconds: float) -> None:
-        """One more time."""
-        error = seconds - self.mean_s
+        """One more time. A single one far out moves little, several in a row move all: else one hiccup of a copy would
+        make every answer look early for a while."""
+        error = min(seconds - self.mean_s, max(DEVIATIONS * self.deviation_s, LEAST_S))
         self.mean_s += error / 8
         self.deviation_s += (abs(error) - self.deviation_s) / 4
 
@@ -143,7 +144,10 @@ class Lateness:
 
     def tried(self, route: bytes, expected: Expected, seconds: float, now_s: float) -> None:
         """A trial took at least so long; infinity: it failed."""
-        self._circuit(route, expected.prompt).tried(seconds > expected.late_s, now_s)
+        circuit = self._circuit(route, expected.prompt)
+        circuit.tried(seconds > expected.late_s, now_s)
+        if not circuit.is_open:  # what it took while it was slow says nothing of it now, nor of what others should take
+            self._of(route).spreads.clear()
         self._note(route, expected.prompt)
 
     def trial_due(self, route: bytes, prompt: bool, now_s: float) -> bool:
