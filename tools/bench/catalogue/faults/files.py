@@ -43,9 +43,11 @@ class DiskFull(Fault):
         before = len(victim.said())
         victim.start()
         settled = scene.cluster.settle(scene.bounds.settle_s)
-        said = victim.said()[before:]
         scene.require(settled is not None, "the device does not serve with its cache on a full disk")
-        scene.require("WARNING" in said, "the device does not say that its cache cannot be written")
+        until_s = time.monotonic() + scene.bounds.settle_s  # the base station may have seen the session before
+        while "WARNING" not in victim.said()[before:] and time.monotonic() < until_s:
+            time.sleep(0.1)
+        scene.require("WARNING" in victim.said()[before:], "the device does not say that its cache cannot be written")
         scene.require("Traceback" not in said, "the device logged a traceback")
 
     def heal(self, scene: Scene) -> None:
