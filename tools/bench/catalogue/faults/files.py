@@ -48,7 +48,7 @@ class DiskFull(Fault):
         while "WARNING" not in victim.said()[before:] and time.monotonic() < until_s:
             time.sleep(0.1)
         scene.require("WARNING" in victim.said()[before:], "the device does not say that its cache cannot be written")
-        scene.require("Traceback" not in said, "the device logged a traceback")
+        scene.require("Traceback" not in victim.said()[before:], "the device logged a traceback")
 
     def heal(self, scene: Scene) -> None:
         if self.victim is None:
