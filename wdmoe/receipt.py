@@ -83,7 +83,8 @@ class Ledger:
     unverified: Counter[str] = field(default_factory=Counter)  # device id -> its answers that counted as they came
     lies_before: dict[str, int] = field(default_factory=dict)  # device id -> its known lies when the first of them did
     lies: Mapping[str, int] = field(default_factory=dict)  # device id -> its known lies now, kept by others
-    settle: Callable[[], None] | None = None  # waits a moment for what is being verified
+    put_off: dict[str, list[Callable[[], None]]] = field(default_factory=dict)  # device id -> looks at its answers
+    settle: Callable[[], None] | None = None  # waits a moment for what is being verified and was put off
     closed: bool = False  # the receipt is out
 
     def open_pass(self) -> None:

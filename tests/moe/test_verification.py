@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,6 +98,32 @@ def test_a_lie_that_no_sample_met_is_believed_and_not_said(bundle: Bundle, check
         receipt = ask(lab, max_tokens=24)[2]
         assert liar.lies == 1
         assert not receipt.suspect
+
+
+def test_a_liar_that_no_sample_met_is_found_before_a_short_answer_ends(bundle: Bundle) -> None:
+    """Some answers of each device are put off to the end of each request, and computed again then."""
+    with lying(bundle, Lie("foreign", after=1 << 30), verify=1e-9, draw=random.Random(3).random) as (lab, liar):
+        ask(lab)
+        lab.layers.observed.inspector._devices["device 0"].fresh = 1 << 30  # its trust is earned, and hardly sampled
+        assert not ask(lab)[2].suspect
+        liar.lie = Lie("foreign")
+        receipt = ask(lab, max_tokens=4)[2]
+        assert receipt.suspect
+        assert lab.barred == ["device 0"]
+        assert not ask(lab)[2].suspect
+
+
+def test_what_is_put_off_is_drawn_from_the_whole_answer(bundle: Bundle) -> None:
+    with lying(bundle, Lie("sign", after=1 << 30), verify=1e-9, draw=random.Random(3).random) as (lab, liar):
+        ask(lab)
+        found = 0
+        for _ in range(12):
+            lab.layers.observed.inspector._devices["device 0"].fresh = 1 << 30
+            liar.lie = Lie("sign", after=liar.answers + 12)  # the last half of a short answer, about
+            found += ask(lab, max_tokens=12)[2].suspect
+            if lab.barred:
+                break
+        assert found >= 1
 
 
 def test_the_last_samples_are_known_before_the_receipt(bundle: Bundle) -> None:

@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from wdmoe.moe.verification.norm_band import NormBand, Oddity
 from wdmoe.moe.verification.quarantine import without
 from wdmoe.moe.verification.recompute import Sample, sample
 from wdmoe.moe.verification.trust import PROBATION, Look, Standing, look
-from wdmoe.moe.verification.verifier import Finding, Verdict, Verifier
+from wdmoe.moe.verification.verifier import SETTLE_S, Finding, Verdict, Verifier
 from wdmoe.receipt import Ledger
 from wdmoe.solver.combining import is_finite
 from wdmoe.transport.codec.messages import Activations
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 ROWS_NOW = 16  # of a prompt's answer that are computed again where it waits for that
 ROWS_LATER = 2
+PUT_OFF = 4  # answers of each device in a request, drawn evenly, that are computed again before the request ends
 PROBATION_S = 1.0  # that a connection's first answers may wait in all: experts can be large, and the station slow
 REMEMBERED_REQUESTS = 64  # that are named in the log if a device they used is found to lie
 REMEMBERED_DEVICES = 4096  # bounds memory where keys are free
@@ -241,9 +243,32 @@ class Inspector:
         ledger, verifier = answer.ledger, self._verifier
         if not ledger.unverified:
             self._requests.append(ledger)
-            if verifier is not None and self._rate > 0:
-                ledger.settle = lambda: verifier.settle(ledger)
         ledger.take_unverified(answer.route.device_id, self._lies)
+        if verifier is not None and self._rate > 0:
+            ledger.settle = lambda: self._settle(verifier, ledger)
+            self._put_off(verifier, answer)
+
+    def _put_off(self, verifier: Verifier, answer: _Answer) -> None:
+        """Maybe keep it until its request ends, in place of another one of this device: each is as likely to be kept.
+
+        So a device that lies in most of an answer is found while that is open, whatever its length.
+        """
+        ledger, device_id = answer.ledger, answer.route.device_id
+        kept = ledger.put_off.setdefault(device_id, [])
+        place = len(kept) if len(kept) < PUT_OFF else int(self._draw() * ledger.unverified[device_id])
+        if place < PUT_OFF:
+            given = sample(answer.order, answer.partial, self._some(len(answer.partial), ROWS_LATER))
+            kept[place : place + 1] = [lambda: self._learned(answer, given, verifier.now(given))]
+
+    def _settle(self, verifier: Verifier, ledger: Ledger) -> None:
+        """Know what was sampled of a request and what was put off, as far as that takes no longer than a moment."""
+        verifier.settle(ledger)
+        until_s = time.monotonic() + SETTLE_S
+        for looks in zip_longest(*ledger.put_off.values()):  # one of each device, then another one
+            for look_again in looks:
+                if look_again is not None and time.monotonic() < until_s:
+                    look_again()
+        ledger.put_off.clear()
 
     def _learned(self, answer: _Answer, given: Sample, verdict: Verdict) -> None:
         """A verdict is there."""
