@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 ROWS_NOW = 16  # of a prompt's answer that are computed again where it waits for that
 ROWS_LATER = 2
-PUT_OFF = 4  # answers of each device in a request, drawn evenly, that are computed again before the request ends
+PUT_OFF = 12  # answers of each device in a request, drawn evenly, that are computed again before the request ends
 PROBATION_S = 1.0  # that a connection's first answers may wait in all: experts can be large, and the station slow
 REMEMBERED_REQUESTS = 64  # that are named in the log if a device they used is found to lie
 REMEMBERED_DEVICES = 4096  # bounds memory where keys are free
