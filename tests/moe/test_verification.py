@@ -20,6 +20,7 @@ from tests.lab.liar import KINDS, Liar, Lie
 from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.errors import NotFiniteError
 from wdmoe.moe.health import DeviceHealth
+from wdmoe.moe.verification.inspector import PUT_OFF
 from wdmoe.moe.verification.trust import PROBATION, WATCH
 from wdmoe.transport.codec.messages import Result
 
@@ -94,8 +95,8 @@ def test_a_late_liar_is_found_by_a_sample_and_the_receipt_says_suspect(kind: str
 
 def test_a_lie_that_no_sample_met_is_believed_and_not_said(bundle: Bundle, checkpoint: Path) -> None:
     """What the documentation says of a chance, at its end."""
-    with lying(bundle, Lie("sign", after=PROBATION + 4, most=1), draw=NEVER) as (lab, liar):
-        receipt = ask(lab, max_tokens=24)[2]
+    with lying(bundle, Lie("sign", after=PROBATION + PUT_OFF + 2, most=1), draw=NEVER) as (lab, liar):
+        receipt = ask(lab, max_tokens=TOKENS)[2]
         assert liar.lies == 1
         assert not receipt.suspect
 
@@ -200,10 +201,10 @@ def _damaged(self: Bundle, expert: Any) -> bytes:
 def test_a_request_that_ended_before_is_named_in_the_log(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
     draws = iter([0.999999] * 10_000)
     with (
-        lying(bundle, Lie("sign", after=PROBATION + 4, most=3), draw=lambda: next(draws)) as (lab, _),
+        lying(bundle, Lie("sign", after=PROBATION + PUT_OFF + 2, most=3), draw=lambda: next(draws)) as (lab, _),
         caplog.at_level(logging.ERROR),
     ):
-        assert not ask(lab, max_tokens=24)[2].suspect
+        assert not ask(lab, max_tokens=TOKENS)[2].suspect
         inspector = lab.layers.observed.inspector
         inspector._draw = ALWAYS
         lab.devices[0].run.lie = Lie("sign")
