@@ -12,12 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.backbone.test_spine import answer, ask, greedy
+from tests.backbone.test_spine import answer, ask, bundle, checkpoint, greedy
 from tests.lab.engine_lab import Lab
-from tests.lab.families import save_tiny
 from tests.transport.test_exchange import Peer, double, exchange_on, route_of
 from wdmoe.arrays import FloatArray
-from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.moe.dispatch import Band, Hedging, Outcome, Work, dispatch
 from wdmoe.receipt import Receipt
@@ -26,20 +24,10 @@ from wdmoe.transport.exchange import Exchange, Expected
 from wdmoe.transport.memory import MemoryDataStation
 from wdmoe.transport.routing import DeviceRoute
 
+__all__ = ["bundle", "checkpoint"]  # fixtures
+
 SLOW_S = 0.15
 DEADLINE_S = 30.0  # never reached: no answer is lost here, however busy the machine is
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny("mixtral", tmp_path_factory.mktemp("mixtral"))
-
-
-@pytest.fixture(scope="module")
-def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    out = tmp_path_factory.mktemp("bundle") / "mixtral"
-    export_bundle(checkpoint, out, ExportSettings())
-    return Bundle.open(out)
 
 
 def slow_down(lab: Lab, index: int) -> threading.Event:

@@ -9,27 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.backbone.test_spine import PROMPT, greedy
+from tests.backbone.test_spine import PROMPT, bundle, checkpoint, greedy
 from tests.lab.engine_lab import Lab
-from tests.lab.families import save_tiny
-from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.errors import ExpertsUnavailableError, WdmoeError
 from wdmoe.records import Finished, GenerationRequest, Sampling, TextDelta, Waiting
 
+__all__ = ["bundle", "checkpoint"]  # fixtures
+
 NEVER_S = 1000.0  # the test would end before
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny("mixtral", tmp_path_factory.mktemp("mixtral"))
-
-
-@pytest.fixture(scope="module")
-def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    out = tmp_path_factory.mktemp("bundle") / "mixtral"
-    export_bundle(checkpoint, out, ExportSettings())
-    return Bundle.open(out)
 
 
 class Served:

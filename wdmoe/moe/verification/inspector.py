@@ -241,12 +241,14 @@ class Inspector:
     def _take(self, answer: _Answer) -> None:
         """It counts, and nobody has computed all of it again."""
         ledger, verifier = answer.ledger, self._verifier
+        sampled = verifier if self._rate > 0 else None
         if not ledger.unverified:
             self._requests.append(ledger)
+            if sampled is not None:
+                ledger.settle = lambda: self._settle(sampled, ledger)
         ledger.take_unverified(answer.route.device_id, self._lies)
-        if verifier is not None and self._rate > 0:
-            ledger.settle = lambda: self._settle(verifier, ledger)
-            self._put_off(verifier, answer)
+        if sampled is not None:
+            self._put_off(sampled, answer)
 
     def _put_off(self, verifier: Verifier, answer: _Answer) -> None:
         """Maybe keep it until its request ends, in place of another one of this device: each is as likely to be kept.
