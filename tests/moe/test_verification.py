@@ -127,6 +127,19 @@ def test_what_is_put_off_is_drawn_from_the_whole_answer(bundle: Bundle) -> None:
         assert found >= 1
 
 
+def test_a_lie_that_only_the_last_answer_holds_is_found(bundle: Bundle) -> None:
+    """Whoever begins to lie near the end of an answer leaves few lies to draw from; the newest is looked at always."""
+    with lying(bundle, Lie("sign", after=1 << 30), verify=1e-9, draw=NEVER) as (lab, liar):
+        ask(lab)
+        lab.layers.observed.inspector._devices["device 0"].fresh = 1 << 30
+        before = liar.answers
+        assert not ask(lab, max_tokens=TOKENS)[2].suspect
+        assert liar.answers - before > 2 * PUT_OFF  # or it would be looked at anyway
+        liar.lie = Lie("sign", after=2 * liar.answers - before - 1)
+        assert ask(lab, max_tokens=TOKENS)[2].suspect
+        assert liar.lies == 1
+
+
 def test_the_last_samples_are_known_before_the_receipt(bundle: Bundle) -> None:
     """The lie is in the last tokens, where nothing comes after it that could be waited for."""
     with lying(bundle, Lie("sign", after=PROBATION + 4), draw=ALWAYS) as (lab, liar):

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 ROWS_NOW = 16  # of a prompt's answer that are computed again where it waits for that
 ROWS_LATER = 2
-PUT_OFF = 12  # answers of each device in a request, drawn evenly, that are computed again before the request ends
+PUT_OFF = 12  # answers of each device in a request, drawn evenly, and the newest: computed again before it ends
 PROBATION_S = 1.0  # that a connection's first answers may wait in all: experts can be large, and the station slow
 REMEMBERED_REQUESTS = 64  # that are named in the log if a device they used is found to lie
 REMEMBERED_DEVICES = 4096  # bounds memory where keys are free
@@ -251,16 +251,20 @@ class Inspector:
             self._put_off(sampled, answer)
 
     def _put_off(self, verifier: Verifier, answer: _Answer) -> None:
-        """Maybe keep it until its request ends, in place of another one of this device: each is as likely to be kept.
+        """Keep it until its request ends, as the newest of its device, or maybe in place of an older one.
 
-        So a device that lies in most of an answer is found while that is open, whatever its length.
+        Of the older ones each is as likely to be kept. So a device that lies in most of an answer is found while that
+        is open, whatever its length, and one that lies from some point on is, too.
         """
         ledger, device_id = answer.ledger, answer.route.device_id
-        kept = ledger.put_off.setdefault(device_id, [])
-        place = len(kept) if len(kept) < PUT_OFF else int(self._draw() * ledger.unverified[device_id])
-        if place < PUT_OFF:
-            given = sample(answer.order, answer.partial, self._some(len(answer.partial), ROWS_LATER))
-            kept[place : place + 1] = [lambda: self._learned(answer, given, verifier.now(given))]
+        given = sample(answer.order, answer.partial, self._some(len(answer.partial), ROWS_LATER))
+        newest = lambda: self._learned(answer, given, verifier.now(given))  # noqa: E731
+        kept = ledger.put_off.setdefault(device_id, [newest])
+        before, kept[0] = kept[0], newest
+        older = ledger.unverified[device_id] - 1
+        place = older if older <= PUT_OFF else 1 + int(self._draw() * older)
+        if 0 < place <= PUT_OFF:
+            kept[place : place + 1] = [before]
 
     def _settle(self, verifier: Verifier, ledger: Ledger) -> None:
         """Know what was sampled of a request and what was put off, as far as that takes no longer than a moment."""

@@ -263,10 +263,6 @@ class BaseStation(OpenedInSteps):
         """`DataPlane.send`."""
         self._exchange.post(lambda: self._exchange.send(route, message))
 
-    def pace_s(self, route: bytes) -> float | None:
-        """`DataPlane.pace_s`."""
-        return self.layers.observed.health.seen_s(route)
-
     def speeds(self) -> Mapping[str, float]:
         """`DataPlane.speeds`."""
         return self.layers.observed.speed.against_usual()

@@ -20,7 +20,6 @@ from wdmoe.nodes.base_station.catalogue import Arrangement, Catalogue, Holder, W
 from wdmoe.nodes.base_station.copies import to_fill
 from wdmoe.nodes.base_station.device_speeds import speeds_now
 from wdmoe.nodes.base_station.placement import arrange, holdings, knows_link, routing, wanted
-from wdmoe.nodes.base_station.slow_homes import HOME, LOOK_EVERY_S, Standing, away_from, next_standings
 from wdmoe.nodes.sessions import Host, ServedFile, Sessions, Terms
 from wdmoe.records import ExpertId
 from wdmoe.tasks import run_together
@@ -33,6 +32,7 @@ log = logging.getLogger(__name__)
 
 SETTLE_S = 0.4  # devices that join within this time are placed together, so that little is fetched in vain
 TOGETHER_S = 0.05  # changes within this time are taken in together: a large fleet that loads has hundreds a second
+LOOK_EVERY_S = 1.0
 LOADING_S = 30.0  # who takes longer to load what it was told holds up nobody else
 NEEDS_SNR = "this base station shares a band (--bandwidth), so a device must say how strong its link is: --link-snr"
 
@@ -46,10 +46,6 @@ class DataPlane(Protocol):
 
     def send(self, route: bytes, message: Message) -> None:
         """Send on a data connection, if it is still there."""
-        ...
-
-    def pace_s(self, route: bytes) -> float | None:
-        """What a token took on a data connection lately, in seconds; None where nothing was measured."""
         ...
 
     def speeds(self) -> Mapping[str, float]:
@@ -96,7 +92,6 @@ class ControlPlane(Host):
         self._rearranged_s = 0.0
         self._told_s: dict[str, float] = {}  # device_id -> when its last Place went out
         self._speeds: dict[str, float] = {}
-        self._standings: dict[str, Standing] = {}
         self.lost_devices = 0
         self.barred: frozenset[str] = frozenset()  # device ids
 
@@ -245,33 +240,16 @@ class ControlPlane(Host):
         return sum(d.ready != d.placed and self._told_s.get(d.device_id, 0) > long_ago_s for d in self.roster.live())
 
     def _publish(self) -> None:
-        away = away_from(self._standings, self.arrangement.targets)
         targets, copies = self.arrangement.targets, self.arrangement.copies
-        self.routing = routing(self._catalogue, self._holders(), targets, copies, away)
+        self.routing = routing(self._catalogue, self._holders(), targets, copies)
         self._data.publish(self.routing)
 
     async def _look(self) -> None:
-        """See now and then who is slow, and whether another device may load its further copies."""
+        """See now and then whether another device may load its further copies."""
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
-            self._see_paces()
             if to_fill(self._holders(), self.arrangement.further, self._loading()):
                 self._rearrange()
-
-    def _see_paces(self) -> None:
-        """Homes move away from slow devices, and back. Where a policy chooses by device, it does that itself."""
-        if self._wishes.choosy or not self._wishes.standbys:
-            return
-        routes = {device.device_id: device.data_route for device in self.roster.live()}
-        paces = {name: None if route is None else self._data.pace_s(route) for name, route in routes.items()}
-        before, self._standings = self._standings, next_standings(self._standings, paces, time.monotonic())
-        moved = [name for name, each in self._standings.items() if each.state != before.get(name, Standing()).state]
-        for name in moved:
-            state = self._standings[name].state
-            where = "serves from its place again" if state == HOME else f"is slow: its work is {state}"
-            log.info("%s %s", next(d.report.name for d in self.roster.live() if d.device_id == name), where)
-        if moved:
-            self._publish()
 
     def _tell(self, device: Device, experts: tuple[ExpertId, ...]) -> None:
         if not experts and device.generation < 0:

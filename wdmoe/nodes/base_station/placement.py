@@ -209,28 +209,25 @@ def routing(
     hosts: Sequence[Holder],
     targets: Mapping[ExpertId, str],
     copies: Mapping[str, frozenset[ExpertId]] = MappingProxyType({}),
-    away: Mapping[str, int] = MappingProxyType({}),
 ) -> Routing:
     """Who serves what: an expert's home where it is ready, else any device that holds it; and who else could.
 
     Args:
         targets: expert -> home.
         copies: device_id -> experts that it is standby for; these come next.
-        away: device_id of each that comes last, since it is slow -> the one layer where it does not.
     """
     attached = [host for host in hosts if host.route is not None]
-    holders: dict[ExpertId, list[tuple[bool, int, int]]] = {expert: [] for expert in catalogue.experts}
+    holders: dict[ExpertId, list[tuple[int, int]]] = {expert: [] for expert in catalogue.experts}
     for index, host in enumerate(attached):
-        standby, tried = copies.get(host.device_id, frozenset()), away.get(host.device_id)
+        standby = copies.get(host.device_id, frozenset())
         for expert in host.ready:
-            slow = tried is not None and tried != expert.layer
             rank = 0 if targets.get(expert) == host.device_id else 1 if expert in standby else 2
-            holders[expert].append((slow, rank, index))
+            holders[expert].append((rank, index))
     most = max((len(each) for each in holders.values()), default=0)
     counts = {layer: count for layer, count in catalogue.experts_per_layer.items() if count}
     tables = {layer: np.full((max(most, 2), count), -1, np.int32) for layer, count in counts.items()}
     for expert, each in holders.items():
-        for place, (_, _, index) in enumerate(sorted(each)):
+        for place, (_, index) in enumerate(sorted(each)):
             tables[expert.layer][place, expert.expert] = index
     return Routing(
         devices=tuple(_device_route(host) for host in attached),
