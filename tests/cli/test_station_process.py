@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from tests.lab.command import run_here
 from tests.lab.families import save_tiny
+from tests.lab.liar import Lie
 from tests.lab.node import Station, station, until
 from tests.lab.waiting import PATIENCE_S
 
@@ -102,6 +104,24 @@ def test_answers_outlive_the_process_of_the_model(served: Station) -> None:
     assert all(device.process.poll() is None for device in served.devices)
     assert "ended by signal SIGABRT" in served.node.err.read_text()
     served.node.stop(signal.SIGTERM)
+
+
+def test_a_quarantine_outlives_the_process_of_the_model(bundle: Path, tmp_path: Path) -> None:
+    with station(tmp_path, bundle, *PATIENT) as made:
+        made.add_device("liar", command=(sys.executable, "-m", "tests.lab.liar", *Lie("1e30").words()))
+        until(lambda: made.is_served(1))
+        made.add_devices()
+        while not made.status()["devices_quarantined"]:
+            assert made.ask(max_tokens=SHORT).wait().done
+        first = made.engine_pid
+        psutil.Process(first).kill()
+        until(lambda: made.engine_pid != first and "liar" in {each["name"] for each in made.status()["devices"]})
+        liar = next(each for each in made.status()["devices"] if each["name"] == "liar")
+        assert liar["quarantined"]
+        answer = made.ask(max_tokens=SHORT).wait()
+        assert (answer.receipt["degraded"], answer.receipt["suspect"]) == (False, False)
+        after = next(each for each in made.status()["devices"] if each["name"] == "liar")
+        assert (after["experts"], after["runs"]) == (0, liar["runs"])
 
 
 def _engine(served: Station) -> psutil.Process:

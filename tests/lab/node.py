@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +25,11 @@ from tests.lab.waiting import PATIENCE_S, free_ports
 class Node:
     """A `wdmoe-node` process that runs until it is stopped."""
 
-    def __init__(self, folder: Path, name: str, *words: str) -> None:
+    def __init__(self, folder: Path, name: str, *words: str, command: Sequence[str] = NODE) -> None:
         self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
         with self.out.open("w") as out, self.err.open("w") as err:
             environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-            self.process = subprocess.Popen([*NODE, *words], stdout=out, stderr=err, env=environment)
+            self.process = subprocess.Popen([*command, *words], stdout=out, stderr=err, env=environment)
 
     def wait_for(self, pattern: str) -> str:
         """The first group of `pattern` once standard output has it."""
@@ -145,19 +145,14 @@ class Station:
     def add_devices(self, *flags: str, count: int = 2) -> None:
         """Start them, and wait until every expert is served by two."""
         for number in range(count):
-            name = f"device{number}"
-            words: tuple[str, ...] = (
-                "device",
-                "--join",
-                self.token,
-                "--name",
-                name,
-                "--state",
-                str(self._folder / name),
-            )
-            words += ("--cache", str(self._folder / "cache"), "--threads", "1", *flags)
-            self.devices.append(Node(self._folder, name, *words))
+            self.add_device(f"device{number}", *flags)
         until(lambda: self.is_served(count))
+
+    def add_device(self, name: str, *flags: str, command: Sequence[str] = NODE) -> None:
+        """Start one, and do not wait."""
+        words = ("device", "--join", self.token, "--name", name, "--state", str(self._folder / name))
+        words += ("--cache", str(self._folder / "cache"), "--threads", "1", *flags)
+        self.devices.append(Node(self._folder, name, *words, command=command))
 
     def is_served(self, devices: int) -> bool:
         """Whether so many devices hold all they shall hold."""

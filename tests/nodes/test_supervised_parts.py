@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,10 +18,12 @@ from tests.lab.families import save_tiny
 from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.config import StationSettings
-from wdmoe.errors import ExpertsUnavailableError, WdmoeError
+from wdmoe.errors import EngineLostError, ExpertsUnavailableError, WdmoeError
 from wdmoe.nodes.supervised.patience import MOST_SOON, SOON_S, Patience
 from wdmoe.nodes.supervised.plain import heard, pack, told, unpacker
 from wdmoe.nodes.supervised.resume import Progress
+from wdmoe.nodes.supervised.spawner_link import SpawnerLink
+from wdmoe.nodes.supervised.supervisor import Supervisor
 from wdmoe.receipt import Receipt, StageSeconds
 from wdmoe.records import Finished, GenerationRequest, Sampling, TextDelta
 
@@ -155,6 +159,27 @@ def test_patience_ends_only_with_engines_that_end_soon_in_a_row() -> None:
     for _ in range(20):
         assert patience.ended(0.1) == 0.5
         assert patience.ended(SOON_S) == 0.0
+
+
+def test_the_link_to_an_engine_that_never_opens_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process may hold the other end for a while: nothing here waits for it."""
+    ends: list[socket.socket] = []
+
+    async def start(self: SpawnerLink, end: socket.socket, *words: object) -> None:
+        ends.append(end.dup())
+        raise EngineLostError("no")
+
+    async def open_in_vain() -> list[Any]:
+        monkeypatch.setattr(SpawnerLink, "start", start)
+        supervisor = Supervisor(StationSettings(bundle=tmp_path), {})
+        with pytest.raises(EngineLostError, match="no"):
+            await supervisor.__aenter__()
+        return [supervisor._link._link._transport.is_closing(), supervisor._spawner._process.returncode]
+
+    try:
+        assert asyncio.run(open_in_vain()) == [True, 0]
+    finally:
+        ends[0].close()
 
 
 def test_the_front_holds_neither_torch_nor_libzmq() -> None:

@@ -106,6 +106,7 @@ class Inspector:
         *,
         rate: float = 0.0,
         barred: Barred = lambda device, reason: None,
+        quarantined: frozenset[str] = frozenset(),
         draw: Callable[[], float] = _DRAW,
     ) -> None:
         """Nothing is owned.
@@ -115,6 +116,7 @@ class Inspector:
             verifier: computes answers again.
             rate: share of the answers of a trusted device that is computed again, 0 to 1; 0: only odd ones are.
             barred: told of a device that is not asked any more.
+            quarantined: device ids that are not asked from the start.
             draw: uniform in [0, 1); devices must not foresee it.
         """
         self._band = band
@@ -124,7 +126,7 @@ class Inspector:
         self._draw = draw
         self._devices: dict[str, _Device] = {}
         self._lies: Counter[str] = Counter()
-        self._quarantined: frozenset[str] = frozenset()
+        self._quarantined = quarantined
         self._allowed: tuple[Routing, frozenset[str], Routing] | None = None
         self._requests: deque[Ledger] = deque(maxlen=REMEMBERED_REQUESTS)
         self.counters = InspectorCounters()

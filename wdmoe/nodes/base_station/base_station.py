@@ -12,7 +12,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,24 @@ class BaseStation(OpenedInSteps):
 
     engine: Engine
 
-    def __init__(self, settings: StationSettings) -> None:
+    def __init__(
+        self,
+        settings: StationSettings,
+        *,
+        barred: frozenset[str] = frozenset(),
+        on_barred: Callable[[str], None] = lambda device_id: None,
+    ) -> None:
+        """Nothing is opened yet.
+
+        Args:
+            settings: of the station.
+            barred: ids of devices that get no experts: they lied to the station before this one.
+            on_barred: told of each one that follows, on the loop.
+        """
         super().__init__()
         self._settings = settings
+        self._barred_before = barred
+        self._on_barred = on_barred
         self._options = SocketOptions()
         self._routing = Routing()
 
@@ -157,7 +172,13 @@ class BaseStation(OpenedInSteps):
     def _open_inspector(self) -> Inspector:
         verifier = open_verifier(self.bundle, self._exchange.post)
         self._stack.push_async_callback(asyncio.to_thread, verifier.close)
-        return Inspector(norm_band(self.bundle), verifier, rate=self._settings.verify, barred=self._barred)
+        return Inspector(
+            norm_band(self.bundle),
+            verifier,
+            rate=self._settings.verify,
+            barred=self._barred,
+            quarantined=self._barred_before,
+        )
 
     def _start_control(self, pinned: Mapping[str, frozenset[ExpertId]]) -> None:
         settings = self._settings
@@ -173,6 +194,7 @@ class BaseStation(OpenedInSteps):
             max_message_bytes=self._options.max_message_bytes,
             wishes=Wishes(pinned=pinned, copies=settings.copies, choosy=choosy),
             shares_band=shares_band,
+            barred=self._barred_before,
         )
         self._loop = asyncio.get_running_loop()
         self._control_task = asyncio.create_task(self.control.run())
@@ -274,7 +296,11 @@ class BaseStation(OpenedInSteps):
         self._loop.call_soon_threadsafe(self.control.data_gone, route)
 
     def _barred(self, device: DeviceRoute, reason: str) -> None:
-        self._loop.call_soon_threadsafe(self.control.bar, device.device_id)
+        self._loop.call_soon_threadsafe(self._bar, device.device_id)
+
+    def _bar(self, device_id: str) -> None:
+        self.control.bar(device_id)
+        self._on_barred(device_id)
 
     def overview(self) -> Mapping[str, object]:
         """State for `/health` and `wdmoe-node status`: plain JSON types."""

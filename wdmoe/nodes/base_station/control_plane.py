@@ -68,8 +68,14 @@ class ControlPlane(Host):
         max_message_bytes: int,
         wishes: Wishes,
         shares_band: bool = False,
+        barred: frozenset[str] = frozenset(),
     ) -> None:
-        """Nothing is owned. `shares_band`: a device must say how strong its link is."""
+        """Nothing is owned.
+
+        Args:
+            shares_band: a device must say how strong its link is.
+            barred: device ids that get no experts from the start, see `bar`.
+        """
         terms = Terms(
             model=bundle.manifest.model,
             lease_s=lease_s,
@@ -93,7 +99,7 @@ class ControlPlane(Host):
         self._told_s: dict[str, float] = {}  # device_id -> when its last Place went out
         self._speeds: dict[str, float] = {}
         self.lost_devices = 0
-        self.barred: frozenset[str] = frozenset()  # device ids
+        self.barred = barred
 
     @property
     def roster(self) -> Roster:
@@ -135,7 +141,7 @@ class ControlPlane(Host):
     def bar(self, device_id: str) -> None:
         """Give a device no experts any more, whatever connection it comes over: it answered wrong. Others take over.
 
-        Its session stays, so that it shows in the status. A restart of the station forgets this.
+        Its session stays, so that it shows in the status. A new command forgets this.
         """
         self.barred |= {device_id}
         self._place_soon()

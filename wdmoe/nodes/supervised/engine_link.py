@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from wdmoe.errors import EngineLostError
@@ -19,7 +19,8 @@ class EngineLink:
 
     _link: Link
 
-    def __init__(self) -> None:
+    def __init__(self, on_barred: Callable[[str], None]) -> None:
+        self._on_barred = on_barred
         self._numbers = itertools.count()
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._events: dict[int, asyncio.Queue[AnswerEvent | Exception]] = {}
@@ -27,9 +28,12 @@ class EngineLink:
         self.lost = asyncio.Event()
 
     @classmethod
-    async def open(cls, end: socket.socket) -> EngineLink:
-        """Over one end of a socket pair. `opened` gets what the engine says of itself, or why it can't serve."""
-        made = cls()
+    async def open(cls, end: socket.socket, on_barred: Callable[[str], None]) -> EngineLink:
+        """Over one end of a socket pair. `opened` gets what the engine says of itself, or why it can't serve.
+
+        `on_barred`: told of the id of each device that is in quarantine from now on.
+        """
+        made = cls(on_barred)
         made._link = await open_link(end, made._hear, made._end)
         return made
 
@@ -85,6 +89,8 @@ class EngineLink:
             self.opened.set_result(words[0])
         elif kind == "failed":
             self.opened.set_exception(heard(*words))
+        elif kind == "barred":
+            self._on_barred(words[0])
         else:
             self._settle(kind, *words)
 

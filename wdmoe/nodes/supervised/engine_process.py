@@ -24,26 +24,29 @@ _log = logging.getLogger(__name__)
 _LAST_S = 0.5  # for what closes after the devices were told; then the process ends anyway
 
 
-def run_engine(end: socket.socket, settings: StationSettings, logs: Mapping[str, Any], first: bool) -> None:
+def run_engine(
+    end: socket.socket, settings: StationSettings, logs: Mapping[str, Any], barred: tuple[str, ...], first: bool
+) -> None:
     """Serve until told to stop or the link is cut. Whatever is left then has to end with the process.
 
     Args:
         end: of the socket pair; the other one is the front's.
         settings: those of the station.
         logs: `form` of log lines, and `levels` by logger.
+        barred: see `BaseStation`; the front keeps them from engine to engine.
         first: make a join token; a later engine of the same station needs none.
     """
     logging.basicConfig(format=logs["form"], datefmt="%H:%M:%S")
     for name, level in logs["levels"].items():
         logging.getLogger(name).setLevel(level)
     # Not asyncio.run: it would wait for threads, which are of no use any more.
-    asyncio.new_event_loop().run_until_complete(_serve(end, settings, first))
+    asyncio.new_event_loop().run_until_complete(_serve(end, settings, frozenset(barred), first))
 
 
-async def _serve(end: socket.socket, settings: StationSettings, first: bool) -> None:
+async def _serve(end: socket.socket, settings: StationSettings, barred: frozenset[str], first: bool) -> None:
     host = _Host(settings)
     await host.open(end)
-    station = BaseStation(settings)
+    station = BaseStation(settings, barred=barred, on_barred=lambda device_id: host.link.send("barred", device_id))
     try:
         await station.__aenter__()
     except Exception as error:

@@ -57,7 +57,7 @@ class _Spawner:
         if order == "start":
             self._tell("started", self._start(files[0], words))
         elif order == "reap":
-            self._tell("ended", self._reap())
+            self._tell("ended", self.reap())
         elif order == "warm":
             _import_all(words[0])
 
@@ -73,7 +73,7 @@ class _Spawner:
         os.close(link)
         return self._engine
 
-    def _reap(self) -> int:
+    def reap(self) -> int:
         """Whatever is left of the engine ends now. The exit code; the negative number of a signal."""
         if not self._engine:
             return 0
@@ -122,7 +122,11 @@ def main() -> None:
     except Exception as error:
         orders.sendall(pack(("failed", told(error))))
         raise
-    _Spawner(orders).obey()
+    spawner = _Spawner(orders)
+    try:
+        spawner.obey()
+    finally:
+        spawner.reap()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from wdmoe.nodes.supervised.plain import heard, pack, unpacker
 
 MODULE = "wdmoe.nodes.supervised.spawner"
 _READ_BYTES = 1 << 16
+_END_S = 2.0
 
 
 class SpawnerLink:
@@ -41,13 +42,21 @@ class SpawnerLink:
         try:
             await made._hear("ready")
         except BaseException:
+            process.kill()  # it may be in the middle of its imports
             await made.close()
             raise
         return made
 
-    async def start(self, end: socket.socket, settings: StationSettings, logs: Mapping[str, Any], first: bool) -> None:
+    async def start(
+        self,
+        end: socket.socket,
+        settings: StationSettings,
+        logs: Mapping[str, Any],
+        barred: Collection[str],
+        first: bool,
+    ) -> None:
         """Start an engine on one end of a socket pair; see `run_engine`. Raises EngineLostError."""
-        order = pack(("start", settings, logs, first))
+        order = pack(("start", settings, logs, tuple(barred), first))
         with _as_lost():
             socket.send_fds(self._orders, [order], [end.fileno()])
         await self._hear("started")
@@ -62,10 +71,13 @@ class SpawnerLink:
         await self._tell("warm", modules)
 
     async def close(self) -> None:
-        """End it, and with it the engine."""
+        """End it, and with it the engine. It may take a moment to bury that itself, which not every system would."""
         self._orders.close()
-        self._process.kill()
-        await asyncio.to_thread(self._process.wait)
+        try:
+            await asyncio.to_thread(self._process.wait, _END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
 
     async def _tell(self, *message: object) -> None:
         with _as_lost():

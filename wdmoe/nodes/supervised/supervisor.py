@@ -47,6 +47,7 @@ class Supervisor(OpenedInSteps):
         self._logs = logs
         self._patience = Patience()
         self._opened_s = 0.0
+        self._barred: set[str] = set()  # ids of devices in quarantine, which outlives an engine
         self.engine = RemoteEngine()
 
     async def run(self) -> None:
@@ -88,10 +89,14 @@ class Supervisor(OpenedInSteps):
 
     async def _start(self, *, first: bool) -> Mapping[str, Any]:
         ours, its = socket.socketpair()
-        self._link = await EngineLink.open(ours)
-        with its:
-            await self._spawner.start(its, self._settings, self._logs, first)
-        facts = await self._link.opened
+        self._link = await EngineLink.open(ours, self._barred.add)
+        try:
+            with its:
+                await self._spawner.start(its, self._settings, self._logs, self._barred, first)
+            facts = await self._link.opened
+        except BaseException:
+            self._link.cut()
+            raise
         self._opened_s = time.monotonic()
         self.engine.use(self._link, facts)
         return facts
@@ -113,7 +118,6 @@ class Supervisor(OpenedInSteps):
                 break
             except Exception as error:
                 _log.warning("it did not open: %s", error)
-                self._link.cut()
                 how = await self._bury()
                 self._opened_s = begun_s
         self.engine.restarts += 1
