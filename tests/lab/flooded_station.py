@@ -74,8 +74,16 @@ class FloodedStation:
     @property
     def peak_mib(self) -> float:
         """The most memory it has had."""
+        return self._memory_mib("VmHWM:")
+
+    @property
+    def mib(self) -> float:
+        """The memory that it has now."""
+        return self._memory_mib("VmRSS:")
+
+    def _memory_mib(self, name: str) -> float:
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
-        return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+        return int(status.partition(name)[2].split()[0]) / 1024
 
     @property
     def descriptors(self) -> int:

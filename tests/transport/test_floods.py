@@ -49,6 +49,19 @@ def test_z22_a_peer_that_floods_and_vanishes_ends_nothing(
         assert station.peak_mib < 1500
 
 
+def test_the_memory_of_a_flood_goes_back_to_the_system(tmp_path: Path) -> None:
+    """glibc keeps what was freed: a station under many floods looked as if it leaked."""
+    with flooded_station(tmp_path) as station:
+        flood(station, "data", "deaf")
+        before_mib = station.mib
+        assert station.peak_mib > before_mib + 20 or before_mib > 60, "or this would prove nothing"
+        limit_s = time.monotonic() + PATIENCE_S
+        while station.mib > 60:
+            assert time.monotonic() < limit_s, f"{station.mib:.0f} MiB"
+            station.seconds_to_answer("data", PATIENCE_S)
+            time.sleep(0.2)
+
+
 @pytest.mark.parametrize("plane", ["control", "data", "broadcast"])
 def test_z23_a_thousand_connections_shut_nobody_out(tmp_path: Path, plane: str) -> None:
     """No key is needed to open them. There are fewer descriptors than that, too."""

@@ -26,6 +26,7 @@ from wdmoe.cli.params import (
     refuse_idle,
 )
 from wdmoe.config import POLICIES, RANKS, cache_home
+from wdmoe.transport.descriptors import raise_descriptor_limit
 
 if TYPE_CHECKING:
     from wdmoe.nodes.demo.phases import Phases
@@ -154,6 +155,7 @@ def demo(
         bandwidth_hz = 0.0 if rates_bps else _BANDWIDTH_HZ
     from wdmoe.nodes.demo.phases import Phases
 
+    raise_descriptor_limit()
     phases = Phases()  # before the imports that take time
     if installed_s:
         phases.add("installing", installed_s)

@@ -13,6 +13,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from wdmoe.config import DeviceSettings
@@ -34,6 +35,7 @@ from wdmoe.transport.codec.messages import Goodbye, Hello, Place, Welcome
 
 log = logging.getLogger(__name__)
 
+WORKERS = 3  # threads for files and for loading: a pool that grows when it likes takes memory from a small board
 FAREWELL_S = 0.05  # for the last message to get out
 FIRST_MEASURE_S = 20.0  # after the start, about; and then in between
 NEXT_MEASURE_S = 600.0
@@ -48,6 +50,7 @@ async def run_device(settings: DeviceSettings) -> None:
         ConfigError: the join token, the key file or the provider can't be used.
         Exception: a bug in the computing thread, as it was raised there.
     """
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(WORKERS, "wdmoe-worker"))
     dialer = open_dialer(settings)
     try:
         opener = await in_thread(lambda: expert_opener(settings))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from wdmoe.errors import ExpertError
+from wdmoe.heap import return_memory
 from wdmoe.moe.expert import ExpertRunner
 from wdmoe.nodes.device.expert_cache import ExpertCache
 from wdmoe.nodes.device.rules import Changes, WantedExpert, changes, wanted_experts
@@ -97,7 +96,7 @@ class ExpertStore:
 
         await run_together(*(work(queue) for _ in range(AT_ONCE)))
         if todo.load or todo.unload:
-            await in_thread(_return_memory)
+            await in_thread(return_memory)
         return tally
 
     async def _obtain(self, item: WantedExpert, in_use: set[str], fetch: FetchExpert, tally: _Tally) -> bytes:
@@ -118,9 +117,3 @@ class ExpertStore:
             *(len(held), len(place.experts), size / 1e6),
             *(len(todo.kept), tally.cached, tally.fetched, len(todo.unload)),
         )
-
-
-def _return_memory() -> None:
-    """Hand what loading has freed back to the system: glibc keeps it, half as much as the experts take."""
-    with suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)

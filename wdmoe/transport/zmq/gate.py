@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import resource
 import socket as tcp
@@ -23,6 +24,7 @@ from typing import Any
 
 import zmq
 
+from wdmoe.heap import return_memory
 from wdmoe.transport.refusals import Refusals
 from wdmoe.transport.zmq.crowd import Bounds, Connection, one_too_many, origin_of
 from wdmoe.transport.zmq.monitor import HandshakeWatch, open_monitor
@@ -36,6 +38,7 @@ _NEW_S = 1.0
 _GROWS = 1 / 16  # of what is borne
 _JOIN_S = 5.0
 _SEE_OUT_S = 0.2
+_CALM_S = 3.0  # without long queues before their memory is handed back: that holds up who allocates for some 10 ms
 
 
 def _nobody() -> None:
@@ -84,6 +87,8 @@ class Gate:
         self._present: dict[int, tuple[Connection, tcp.socket]] = {}  # by libzmq's descriptor, in the order of coming
         self._left_unread: Counter[str] = Counter()  # bytes by origin, of connections that ended
         self._looked_s = time.monotonic()
+        self._grew_s = math.inf  # when a queue was last long, while this process still has its memory
+        self._read_since = False  # all that waited then
         self._spare_fd: int | None = _spare()
         events = zmq.EVENT_ACCEPTED | zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED
         self._monitor = open_monitor(socket, events if watch is None else events | HandshakeWatch.EVENTS)
@@ -234,11 +239,17 @@ class Gate:
         if self.drained:
             self.drained = False
             self._left_unread.clear()
+            self._read_since = True
+        if self._read_since and now_s - self._grew_s > _CALM_S:
+            self._grew_s = math.inf
+            return_memory()
         soon = False
         for connection, duplicate in list(self._present.values()):
             if (reason := self._look(connection, duplicate, passed_s)) and not connection.cut:
                 self._cut(connection, "flood", reason)
             grows = connection.unread > _GROWS * self.bounds.first_bytes
+            if grows:
+                self._grew_s, self._read_since = now_s, False
             soon = soon or grows or now_s - connection.since_s < _NEW_S
         return _LOOK_SOON_MS if soon else _LOOK_MS
 
