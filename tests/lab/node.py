@@ -150,7 +150,7 @@ class Station:
 
     def add_device(self, name: str, *flags: str, command: Sequence[str] = NODE) -> None:
         """Start one, and do not wait."""
-        words = ("device", "--join", self.token, "--name", name, "--state", str(self._folder / name))
+        words: tuple[str, ...] = ("device", "--join", self.token, "--name", name, "--state", str(self._folder / name))
         words += ("--cache", str(self._folder / "cache"), "--threads", "1", *flags)
         self.devices.append(Node(self._folder, name, *words, command=command))
 
