@@ -25,6 +25,7 @@ LAYERS = {
     "records": 1,
     "results": 1,
     "tasks": 1,
+    "heap": 1,
     "former_paths": 1,
     "solver": 2,
     "transport": 2,

@@ -207,16 +207,16 @@ MEASURE = """
 import sys
 import psutil
 from pathlib import Path
+from wdmoe.heap import return_memory
 from wdmoe.moe.expert import ExpertRunner
 from wdmoe.moe.providers import OnnxExpert, cpu_chain
-from wdmoe.nodes.device.expert_store import _return_memory
 from wdmoe.records import ExpertId
 file, process = Path(sys.argv[1]), psutil.Process()
 runner = ExpertRunner(lambda model, sha256: OnnxExpert(model, 1, cpu_chain()))
 before = process.memory_info().rss
 for number in range(20):
     runner.load(ExpertId(0, number), file.read_bytes(), "00", 256)
-_return_memory()
+return_memory()
 print((process.memory_info().rss - before) / (20 * file.stat().st_size))
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -74,6 +75,32 @@ def test_a_slow_device_is_left_alone_until_it_is_fast_again(
         assert ask(lab)[0] == want
         assert slow.runs > runs
         assert lab.exchange.counters.failures == lab.exchange.counters.timeouts == 0
+    finally:
+        lab.close()
+
+
+def test_a_copy_that_was_slow_once_is_asked_where_its_home_is_slow_now(bundle: Bundle, checkpoint: Path) -> None:
+    """Its next trial may be far away; and what it took when it was slow is no measure for the one that is slow now."""
+    lab = Lab(bundle, rules={"deadline_s": DEADLINE_S}, copies=2)
+    lateness, home, copy = lab.layers.observed.lateness, lab.devices[1], lab.devices[2]
+    try:
+        assert ask(lab)[0] == greedy(checkpoint)
+        for size in (1, 2, 4):
+            for _ in range(8):
+                lateness.learn(copy.route, size, 1.0)
+        for prompt in (False, True):
+            circuit = lateness._circuit(copy.route, prompt)
+            circuit.is_open, circuit.trial_s = True, math.inf
+        lateness.slow = frozenset({(copy.route, False), (copy.route, True)})
+        slow_down(lab, 1)
+        for _ in range(10):
+            ids, _, receipt = ask(lab)
+            assert ids == greedy(checkpoint)
+            assert (receipt.degraded, receipt.retries) == (False, 0)
+        assert {route for route, prompt in lateness.slow if not prompt} == {home.route}
+        runs, trials = home.runs, lab.exchange.counters.trials
+        ask(lab)
+        assert home.runs - runs <= 6 + lab.exchange.counters.trials - trials
     finally:
         lab.close()
 

@@ -180,8 +180,3 @@ def test_a_table_names_every_holder_in_order() -> None:
     table = routing(catalogue(), hosts, {expert: "id-c"}, {"id-b": frozenset({expert})})
     rows = (table.device_of[0], table.standby_of[0], *table.further_of[0])
     assert [table.devices[row[0]].name for row in rows] == ["c", "b", "a", "d"]
-    table = routing(catalogue(), hosts, {expert: "id-c"}, {"id-b": frozenset({expert})}, {"id-c": -1})
-    rows = (table.device_of[0], table.standby_of[0], *table.further_of[0])
-    assert [table.devices[row[0]].name for row in rows] == ["b", "a", "d", "c"]
-    table = routing(catalogue(), hosts, {expert: "id-c"}, {}, {"id-c": 0})  # on trial, with this layer
-    assert table.devices[table.device_of[0][0]].name == "c"

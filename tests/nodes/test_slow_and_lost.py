@@ -175,9 +175,9 @@ def test_with_both_homes_of_a_layer_killed_the_stream_waits_and_is_exact(
             assert ids_of(lines) == greedy(checkpoint, tokens=250)
             receipt = json.loads(lines[-2][6:])["wdmoe"]
             assert not receipt["degraded"]
-            assert receipt["waited_s"] > 0
             comments = [line for line in lines if line.startswith(":")]
-            assert comments
+            assert (receipt["waited_s"] > 0) == bool(comments)
+            assert comments or at == 0  # before the prompt others may be ready first
             assert all(line.startswith(": waiting for experts") for line in comments)
             assert httpx.get(f"{url}/health").json()["status"] == "ok"
 

@@ -76,7 +76,7 @@ class Asking:
         other_of = seen.other_of(routing, call.layer, device_of)
         work = Work(call.layer, call.tokens, chosen.experts, chosen.weights, routing.devices, device_of)
         hedging = Hedging(
-            copy_of=seen.may_be_asked(routing, other_of, prompt),
+            copy_of=seen.may_be_asked(routing, other_of),
             expect=self._expect(prompt, UNKNOWN * wait_s),
             spend=self._budget.spend,
         )

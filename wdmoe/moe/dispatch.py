@@ -200,7 +200,7 @@ def _ask_copies(
     if not hedging.spend(len(groups)):
         return []
     exchange.counters.hedges += len(groups)
-    orders = _orders(work, groups, None if band is None else PartOfBand(band, late.order.bandwidth_hz), None)
+    orders = _orders(work, groups, None if band is None else PartOfBand(band, late.order.bandwidth_hz), hedging)
     return [_begin(exchange, batch, *order) for order in orders]
 
 

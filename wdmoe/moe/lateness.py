@@ -62,8 +62,10 @@ class Circuit:
     closed_s: float = -math.inf
 
     def answered(self, late: bool, now_s: float) -> None:
-        """An answer that somebody waited for."""
+        """An answer that somebody waited for. Of a slow connection, which nobody else could replace, it is a trial."""
         if self.is_open:
+            if not late:
+                self.tried(late, now_s)
             return
         self.late = self.late + 1 if late else max(self.late - FORGIVES, 0.0)
         if self.late >= LATE_TO_OPEN:
@@ -118,14 +120,15 @@ class Lateness:
 
         Args:
             route: who gets it.
-            copy: who else could; if that was never measured, what the others take stands for it.
+            copy: who else could. If that was never measured or is slow itself, what the others take stands for it;
+                `route` itself: nobody else is asked.
             size: assignments in it.
             owed_s: what its device has to do before, see `Exchange.owed_s`.
             air_s: what it takes in a shared band.
             prompt: as in `Expected`.
             unknown_s: when to ask the copy if nothing at all was measured.
         """
-        own, other = self._spread(route, size), self._spread(copy, size) or self._typical(route, size)
+        own, other = self._spread(route, size), self._of_copy(route, copy, size, prompt)
         before_s = owed_s + air_s
         late_s = math.inf if other is None else before_s + max(CLEARLY * other.most_s, LEAST_S)
         copy_s = unknown_s if own is None else before_s + max(own.most_s, LEAST_S)
@@ -138,17 +141,15 @@ class Lateness:
         if expected.late_s == math.inf:
             return
         late, circuit = seconds > expected.late_s, self._circuit(route, expected.prompt)
-        if late or circuit.late:  # else there is nothing to note, as nearly always
+        if late or circuit.late or circuit.is_open:  # else there is nothing to note, as nearly always
             circuit.answered(late, now_s)
-            self._note(route, expected.prompt)
+            self._noted(route, expected.prompt, circuit)
 
     def tried(self, route: bytes, expected: Expected, seconds: float, now_s: float) -> None:
         """A trial took at least so long; infinity: it failed."""
         circuit = self._circuit(route, expected.prompt)
         circuit.tried(seconds > expected.late_s, now_s)
-        if not circuit.is_open:  # what it took while it was slow says nothing of it now, nor of what others should take
-            self._of(route).spreads.clear()
-        self._note(route, expected.prompt)
+        self._noted(route, expected.prompt, circuit)
 
     def trial_due(self, route: bytes, prompt: bool, now_s: float) -> bool:
         """Whether a slow connection may be tried now; the next trial then has to wait for this one."""
@@ -178,9 +179,19 @@ class Lateness:
             circuit = circuits[prompt] = Circuit()
         return circuit
 
-    def _note(self, route: bytes, prompt: bool) -> None:
-        if self._circuit(route, prompt).is_open != ((route, prompt) in self.slow):
+    def _noted(self, route: bytes, prompt: bool, circuit: Circuit) -> None:
+        was_open = (route, prompt) in self.slow
+        if circuit.is_open != was_open:
             self.slow ^= {(route, prompt)}
+        if was_open and not circuit.is_open:
+            # What it took while it was slow says nothing of it now, nor of what others should take.
+            self._of(route).spreads.clear()
+
+    def _of_copy(self, route: bytes, copy: bytes, size: int, prompt: bool) -> Spread | None:
+        """What an order should take elsewhere."""
+        if (copy, prompt) in self.slow:
+            return self._typical(route, size)
+        return None if copy == route else self._spread(copy, size) or self._typical(route, size)
 
     def _spread(self, route: bytes, size: int) -> Spread | None:
         """Of orders of this size; else of the next larger ones, or of the next smaller ones in proportion."""
@@ -198,6 +209,8 @@ class Lateness:
         return Spread(known.mean_s * times, known.deviation_s * times)
 
     def _typical(self, but: bytes, size: int) -> Spread | None:
-        """The one in the middle of all connections but one."""
-        spreads = [spread for route in self._seen if route != but and (spread := self._spread(route, size))]
+        """The one in the middle of all connections but one, and but the slow ones where there are others."""
+        others = [route for route in self._seen if route != but]
+        well = [route for route in others if not self.is_slow(route)]
+        spreads = [spread for route in well or others if (spread := self._spread(route, size))]
         return sorted(spreads, key=lambda spread: spread.most_s)[len(spreads) // 2] if spreads else None

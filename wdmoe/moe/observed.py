@@ -79,12 +79,14 @@ class Observed:
             return np.full_like(device_of, -1)
         return standby_of if device_of is home_of else np.where(device_of == home_of, standby_of, home_of)
 
-    def may_be_asked(self, routing: Routing, other_of: Int32Array, prompt: bool) -> Int32Array:
-        """(experts,) as `other_of`, without devices that are paused or slow."""
-        if self.all_well:
+    def may_be_asked(self, routing: Routing, other_of: Int32Array) -> Int32Array:
+        """(experts,) as `other_of`, without devices that are paused. One that is slow may be faster than one that is late.
+
+        It may have recovered, and this would be how that is found out.
+        """
+        if self.health.all_well:
             return other_of
-        is_slow = self._is_slow(prompt)
-        good = np.array([self.health.usable(d) and not is_slow(d) for d in routing.devices] + [False])
+        good = np.array([self.health.usable(d) for d in routing.devices] + [False])
         return np.where(good[other_of], other_of, np.int32(-1))
 
     def _is_slow(self, prompt: bool) -> Callable[[DeviceRoute], bool]:
