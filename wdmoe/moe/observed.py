@@ -80,9 +80,9 @@ class Observed:
         return standby_of if device_of is home_of else np.where(device_of == home_of, standby_of, home_of)
 
     def may_be_asked(self, routing: Routing, other_of: Int32Array) -> Int32Array:
-        """(experts,) as `other_of`, without devices that are paused. One that is slow may be faster than one that is late.
+        """(experts,) as `other_of`, without devices that are paused.
 
-        It may have recovered, and this would be how that is found out.
+        A slow one may be faster than one that is late now: it may have recovered, and this is how that is found out.
         """
         if self.health.all_well:
             return other_of
