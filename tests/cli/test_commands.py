@@ -314,6 +314,25 @@ def test_a_second_signal_ends_a_clean_up_that_hangs(number):
     assert "clean\n" not in out
 
 
+def test_a_second_interrupt_wakes_a_loop_that_is_about_to_sleep():
+    """One in a thousand came after the last look for signals and before the sleep: nothing woke the loop for an hour."""
+    code = """
+        import asyncio, os, signal
+        from wdmoe.cli.running import run_until_stopped
+        async def program():
+            os.kill(os.getpid(), signal.SIGINT)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                pipe = signal.set_wakeup_fd(-1)
+                print(pipe >= 0, signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+                signal.set_wakeup_fd(pipe)
+        run_until_stopped(program())
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert result.stdout == "True True\n"
+
+
 def test_a_cancel_from_inside_is_not_taken_for_a_signal():
     code = """
         import asyncio

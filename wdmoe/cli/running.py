@@ -25,9 +25,12 @@ async def _supervise(program: Coroutine[Any, Any, None]) -> None:
 
     def stop() -> None:
         nonlocal stopped
+        if stopped:
+            return
         stopped = True
-        for number in _STOP_SIGNALS:
-            loop.remove_signal_handler(number)
+        loop.remove_signal_handler(signal.SIGTERM)
+        # By default too, but the loop keeps its pipe: a SIGINT that comes just before the loop sleeps wakes nobody else.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         work.cancel()
 
     for number in _STOP_SIGNALS:
