@@ -12,6 +12,8 @@ from wdmoe.errors import ConfigError
 POLICIES = ("topk", "cosine", "bottleneck", "budget")
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
 ALLOCATIONS = ("optimal", "equal")
+ENGINES = ("auto", "graphs", "transformers")
+STATION_PRECISIONS = ("fp32", "int8", "int4")
 JOIN_USES = 64  # devices that may join by one token, where nothing else is said
 MOST_HZ = 1e24  # a watt over the noise density of room temperature is 2.5e20 Hz
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -147,6 +149,9 @@ class StationSettings:
     max_queued: int = 16  # requests waiting behind them before new ones are turned away
     wait_for_experts_s: float = 20.0  # longest wait for experts that every device lost, between two tokens; 0: none
     lease_s: float = 3.0
+    engine: str = "auto"  # what computes attention and gate: graphs where there are some, else transformers
+    station_precision: str = "fp32"  # of its large matrices, in graphs
+    prefix_cache_bytes: int = 256 << 20  # of keys and values kept for requests that begin with the same tokens
     device: str = "auto"  # torch device of attention and gate
     dtype: str = "auto"
     threads: int = 0  # torch threads; 0: torch's own default
@@ -163,6 +168,8 @@ class StationSettings:
     def __post_init__(self) -> None:
         _one_of("policy", self.policy, POLICIES)
         _one_of("allocation", self.allocation, ALLOCATIONS)
+        _one_of("engine", self.engine, ENGINES)
+        _one_of("station_precision", self.station_precision, STATION_PRECISIONS)
         if self.bandwidth_hz and not is_hertz(self.bandwidth_hz):
             raise ConfigError(f"bandwidth must be from 1 Hz to {MOST_HZ:g} Hz, got {self.bandwidth_hz:g} Hz")
         check_budget(self.policy, self.budget_s, self.budget_per_token_s, self.max_dropped)
@@ -177,8 +184,8 @@ class StationSettings:
             raise ConfigError(f"wait_for_experts must be zero or positive, got {self.wait_for_experts_s}")
         if self.copies not in range(4):
             raise ConfigError(f"copies must be 1, 2 or 3, or 0 to let the base station decide, got {self.copies}")
-        if self.max_queued < 0 or self.deadline_per_token_s < 0 or self.threads < 0:
-            raise ConfigError("max_queued, deadline_per_token_s and threads must not be negative")
+        if min(self.max_queued, self.deadline_per_token_s, self.threads, self.prefix_cache_bytes) < 0:
+            raise ConfigError("max_queued, deadline_per_token_s, threads and prefix_cache must not be negative")
 
     @property
     def join_file(self) -> Path:

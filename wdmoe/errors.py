@@ -17,6 +17,10 @@ class BundleError(WdmoeError):
     """A model folder or bundle is unreadable, incomplete, tampered with, or of a kind that is not supported."""
 
 
+class UnsupportedModelError(BundleError):
+    """A model that an engine has no graphs for; another engine may serve it."""
+
+
 class ProtocolError(WdmoeError):
     """A frame that a correct peer would not send. Never trusted, never fatal to the node."""
 

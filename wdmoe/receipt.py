@@ -34,6 +34,7 @@ class Receipt:
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    reused_tokens: int = 0  # of the prompt, computed for a former request and kept
     policy: str = "topk"
     degraded: bool = False  # an expert the policy chose did not answer in time
     degraded_tokens: int = 0  # tokens (prompt included) computed without all their chosen experts, counted once
@@ -62,6 +63,7 @@ class Ledger:
     first_token_s: float = 0.0
     completion_tokens: int = 0
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     token_layers: int = 0  # (token, layer) pairs computed
     dropped_weight: float = 0.0  # summed over those pairs, each pair's weights summing to 1
     lost_weight: float = 0.0
@@ -146,6 +148,7 @@ class Ledger:
         suspect_answers = self.suspect_answers
         return Receipt(
             prompt_tokens=self.prompt_tokens,
+            reused_tokens=self.reused_tokens,
             completion_tokens=self.completion_tokens,
             policy=self.policy,
             degraded=self.lost_weight > 0 or self.degraded_tokens > 0,

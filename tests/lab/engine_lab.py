@@ -13,15 +13,15 @@ import numpy as np
 from wdmoe.arrays import Float32Array
 from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.backbone.runtime.engine import Engine
-from wdmoe.backbone.runtime.experts_seam import attach
 from wdmoe.backbone.runtime.model_thread import ModelThread
-from wdmoe.backbone.runtime.station import load_station
+from wdmoe.config import StationSettings
 from wdmoe.errors import ExpertError
 from wdmoe.layer_call import LayerCall
 from wdmoe.moe.expert import ExpertRunner
 from wdmoe.moe.layer import ExpertLayers, LayerRules
 from wdmoe.moe.providers import OnnxExpert, cpu_chain
 from wdmoe.moe.verification.inspector import Inspector
+from wdmoe.nodes.base_station.backbone import open_backbone
 from wdmoe.nodes.base_station.verification import norm_band, open_verifier
 from wdmoe.records import ExpertId
 from wdmoe.transport.codec.messages import Activations, Attach, Failure, Message, Result, Run
@@ -102,6 +102,7 @@ class Lab:
         copies: int = 1,
         verify: float | None = None,
         draw: Callable[[], float] | None = None,
+        engine: str = "transformers",
     ) -> None:
         """`verify`: share of answers to compute again, with every first one; None: nobody looks."""
         manifest = bundle.manifest
@@ -125,8 +126,9 @@ class Lab:
             draw=draw or random.Random(7).random,
         )
         self.layers = ExpertLayers(exchange, lambda: self.routing, all_rules, inspector)
-        self.station = load_station(bundle)
-        attach(self.station.model, self.station.experts, self.station.routers, self._run)
+        self.station: Any = open_backbone(
+            bundle, StationSettings(bundle=bundle.root, engine=engine, threads=1), self._run
+        )
         self.thread = ModelThread(exchange, max_active=2, max_waiting=2)
         self.engine = Engine(self.station, self.thread, dict, policy=all_rules.policy, prefill_chunk=self.prefill_chunk)
         for device in self.devices:

@@ -97,6 +97,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES = tuple(SETTINGS)
+# Those that the station's graphs know, with variants of each.
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}  # of 16, as the attention wants
+SIXTEEN = {"head_dim": 16}
+GRAPHS: dict[str, list[dict[str, Any]]] = {
+    "mixtral": [{}, {"sliding_window": 16}],
+    "qwen2_moe": [{}, {"norm_topk_prob": True, "mlp_only_layers": [1]}, {"mlp_only_layers": [2]}],
+    "qwen3_moe": [SIXTEEN],
+    "olmoe": [{}, {"clip_qkv": 0.5}],
+    "granitemoeshared": [
+        {},
+        {"residual_multiplier": 0.3, "embedding_multiplier": 7.0, "logits_scaling": 3.0, "attention_multiplier": 0.1},
+    ],
+    "gpt_oss": [SIXTEEN],
+}
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:

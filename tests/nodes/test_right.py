@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.lab.families import FAMILIES, reference, save_tiny
+from tests.lab.families import FAMILIES, GRAPHS, HEADS, VOCABULARY, reference, save_tiny
 from tests.lab.fleet import Fleet
 from wdmoe.backbone.export.export import ExportSettings, export_bundle
+from wdmoe.nodes.base_station.base_station import BaseStation
+from wdmoe.records import Finished, GenerationRequest, Sampling, TextDelta
 
 LOGITS_WITHIN = 1e-4
 NEW_TOKENS = 32
@@ -65,7 +67,7 @@ def test_the_answer_is_the_undivided_models(family: str, fleet: Fleet, tmp_path:
     checkpoint = save_tiny(family, tmp_path / "checkpoint", max_position_embeddings=512)
     export_bundle(checkpoint, tmp_path / "bundle", ExportSettings())
     undivided = reference(checkpoint)
-    with fleet.serve(tmp_path / "bundle", devices=3, copies=1) as station:
+    with fleet.serve(tmp_path / "bundle", devices=3, copies=1, engine="transformers") as station:
         for lengths in (LENGTHS, (LONG,)):
             work = station.engine.call(lambda s, ledger, at=lengths: (generate(s.model, at), ledger.receipt()))
             (tokens, logits), receipt = work.result(60)
@@ -74,3 +76,27 @@ def test_the_answer_is_the_undivided_models(family: str, fleet: Fleet, tmp_path:
             assert tokens.tolist() == want_tokens.tolist()
             np.testing.assert_allclose(logits.numpy(), want_logits.numpy(), atol=LOGITS_WITHIN)
             assert not receipt.degraded
+
+
+@pytest.mark.parametrize("family", GRAPHS)
+def test_the_graphs_answer_as_the_undivided_model(family: str, fleet: Fleet, tmp_path: Path) -> None:
+    checkpoint = save_tiny(family, tmp_path / "checkpoint", max_position_embeddings=512, **HEADS, **GRAPHS[family][0])
+    export_bundle(checkpoint, tmp_path / "bundle", ExportSettings())
+    model = reference(checkpoint)
+    with fleet.serve(tmp_path / "bundle", devices=3, copies=1, engine="graphs") as station:
+        for length in LENGTHS:
+            prompt = tuple(range(30, 30 + length))
+            with torch.no_grad():
+                want = model.generate(
+                    torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=VOCABULARY, pad_token_id=0
+                )
+            asked = GenerationRequest(request_id="t", prompt=prompt, sampling=Sampling(max_tokens=24, ignore_eos=True))
+            events = fleet.loop.run(_events(station, asked), 60)
+            tokens = [e.token_id for e in events if isinstance(e, TextDelta) and e.token_id >= 0]
+            assert tokens == want[0, length:].tolist()
+            assert isinstance(events[-1], Finished)
+            assert not events[-1].receipt.degraded
+
+
+async def _events(station: BaseStation, request: GenerationRequest) -> list[Any]:
+    return [event async for event in station.engine.stream(request)]

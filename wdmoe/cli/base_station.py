@@ -16,6 +16,7 @@ from wdmoe.cli.params import (
     LISTEN,
     SECRET,
     SHARE,
+    SIZE,
     TIME,
     USES,
     check_rank_flags,
@@ -26,9 +27,11 @@ from wdmoe.cli.running import run_until_stopped
 from wdmoe.cli.tokens import tell_address, tell_token
 from wdmoe.config import (
     ALLOCATIONS,
+    ENGINES,
     JOIN_USES,
     POLICIES,
     RANKS,
+    STATION_PRECISIONS,
     StationSettings,
     state_home,
 )
@@ -196,6 +199,30 @@ from wdmoe.transport.descriptors import raise_descriptor_limit
     help="Silence after which a device counts as lost.",
 )
 @click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default="auto",
+    show_default=True,
+    help="What computes attention and gate: graphs in ONNX Runtime, or transformers, which knows every family. auto: "
+    "graphs where there are some for the model.",
+)
+@click.option(
+    "--station-precision",
+    type=click.Choice(STATION_PRECISIONS),
+    default="fp32",
+    show_default=True,
+    help="Of the large matrices of attention, shared expert and vocabulary, in graphs.",
+)
+@click.option(
+    "--prefix-cache",
+    "prefix_cache_bytes",
+    type=SIZE,
+    default="256MiB",
+    show_default=True,
+    help="Memory for keys and values of former requests, in graphs: one that begins with the same tokens, as the next "
+    "turn of a chat, computes and sends only what is new. 0: none is kept.",
+)
+@click.option(
     "--device",
     default="auto",
     show_default=True,
@@ -211,7 +238,7 @@ from wdmoe.transport.descriptors import raise_descriptor_limit
     "--threads",
     type=click.IntRange(0, 1024),
     default=0,
-    help="CPU threads of attention and gate.  [default: torch's choice]",
+    help="CPU threads of attention and gate.  [default: one for each core, in graphs 4 at most]",
 )
 @click.option("--state", type=DIRECTORY, help="Folder of the base station's key and of the list of admitted devices.")
 @click.option(
@@ -256,6 +283,9 @@ def bs(
     lease_s: float,
     device: str,
     dtype: str,
+    engine: str,
+    station_precision: str,
+    prefix_cache_bytes: float,
     threads: int,
     state: Path | None,
     join_uses: int | None,
@@ -322,6 +352,9 @@ def bs(
         lease_s=lease_s,
         device=device,
         dtype=dtype,
+        engine=engine,
+        station_precision=station_precision,
+        prefix_cache_bytes=int(prefix_cache_bytes),
         threads=threads,
         placement=placement,
         copies=0 if copies == "auto" else int(copies),

@@ -74,6 +74,7 @@ def merge_receipts(receipts: Sequence[Receipt]) -> Receipt:
     return Receipt(
         prompt_tokens=sum(receipt.prompt_tokens for receipt in receipts),
         completion_tokens=sum(receipt.completion_tokens for receipt in receipts),
+        reused_tokens=sum(receipt.reused_tokens for receipt in receipts),
         policy=receipts[0].policy,
         degraded=any(receipt.degraded for receipt in receipts),
         degraded_tokens=sum(receipt.degraded_tokens for receipt in receipts),

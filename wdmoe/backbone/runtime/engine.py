@@ -6,13 +6,13 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
-from wdmoe.backbone.runtime.experts_seam import CURRENT_LEDGER
-from wdmoe.backbone.runtime.generation import Event, Job, generate
+from wdmoe.arrays import Float32Array, Int32Array
+from wdmoe.backbone.format.bundle import Manifest
+from wdmoe.backbone.runtime.job import Event, Job
 from wdmoe.backbone.runtime.model_thread import ModelThread, Task
 from wdmoe.backbone.runtime.prompt import encode_prompt
-from wdmoe.backbone.runtime.station import Station
 from wdmoe.errors import WdmoeError
 from wdmoe.receipt import Ledger
 from wdmoe.records import AnswerEvent, Finished, GenerationRequest
@@ -22,12 +22,47 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+class Backbone(Protocol):
+    """A model at work, by one of the two ways: transformers (`Station`) or graphs (`GraphStation`)."""
+
+    @property
+    def kind(self) -> str:
+        """Which of them."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """A fast transformers tokenizer."""
+        ...
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the bundle."""
+        ...
+
+    def begin(self, ledger: Ledger) -> None:
+        """What work of `Engine.call` computes in this greenlet from now on is booked there."""
+        ...
+
+    def forget(self) -> None:
+        """Drop what was kept of former requests: it may be wrong. On the model thread."""
+        ...
+
+    def answer(self, job: Job, prefill_chunk: int) -> Finished:
+        """Run a job to its end, in a greenlet of its own."""
+        ...
+
+    def nats(self, windows: Int32Array, ledger: Ledger) -> Float32Array:
+        """(windows, length) token ids -> (windows, length - 1) negative log-likelihood of every token but the first."""
+        ...
+
+
 class Engine:
     """Text in, text out. Every method may be called from any thread or event loop."""
 
     def __init__(
         self,
-        station: Station,
+        station: Backbone,
         thread: ModelThread,
         status: Callable[[], Mapping[str, object]],
         *,
@@ -89,13 +124,13 @@ class Engine:
         finally:
             job.cancel()
 
-    def call(self, work: Callable[[Station, Ledger], T]) -> Future[T]:
+    def call(self, work: Callable[[Any, Ledger], T]) -> Future[T]:
         """Run `work` on the model thread as a request of its own: for evaluation, and for tests."""
         future: Future[T] = Future()
         ledger = Ledger(policy=self.policy)
 
         def run() -> None:
-            CURRENT_LEDGER.set(ledger)
+            self._station.begin(ledger)
             try:
                 future.set_result(work(self._station, ledger))
             except Exception as error:
@@ -108,7 +143,7 @@ class Engine:
         if job.cancelled:
             return
         try:
-            job.emit(generate(self._station.model, self._station.tokenizer, job, self._prefill_chunk))
+            job.emit(self._station.answer(job, self._prefill_chunk))
         except WdmoeError as error:
             job.emit(error)
         except Exception as error:  # a bug in one request must not take the others down; it is logged whole

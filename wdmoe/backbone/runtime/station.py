@@ -6,16 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.initialization import no_init_weights
 
+from wdmoe.arrays import Float32Array, Int32Array
 from wdmoe.backbone.families import experts_modules, experts_on_meta, is_experts, router_of
 from wdmoe.backbone.format.bundle import Bundle, Manifest
 from wdmoe.backbone.meta_model import meta_model, read_config
+from wdmoe.backbone.perplexity import window_nats
+from wdmoe.backbone.runtime.experts_seam import CURRENT_LEDGER
+from wdmoe.backbone.runtime.generation import generate
+from wdmoe.backbone.runtime.job import Job
 from wdmoe.errors import BundleError, ConfigError
+from wdmoe.receipt import Ledger
+from wdmoe.records import Finished
 
 __all__ = ["Station", "experts_modules", "load_station", "router_of"]
 
@@ -33,6 +41,24 @@ class Station:
     routers: Mapping[int, nn.Module]  # decoder layer -> router, forward gives (logits, weights, indices)
     device: torch.device
     dtype: torch.dtype
+    kind: str = "transformers"
+
+    def begin(self, ledger: Ledger) -> None:
+        """See `Backbone`."""
+        CURRENT_LEDGER.set(ledger)
+
+    def forget(self) -> None:
+        """See `Backbone`. Nothing is kept here."""
+
+    def answer(self, job: Job, prefill_chunk: int) -> Finished:
+        """See `wdmoe.backbone.runtime.generation.generate`."""
+        return generate(self.model, self.tokenizer, job, prefill_chunk)
+
+    def nats(self, windows: Int32Array, ledger: Ledger) -> Float32Array:
+        """See `wdmoe.backbone.perplexity.window_nats`; `ledger` counts what the experts cost."""
+        CURRENT_LEDGER.set(ledger)
+        found: Float32Array = window_nats(self.model, torch.from_numpy(windows.astype(np.int64))).cpu().numpy()
+        return found
 
 
 def load_station(bundle: Bundle, device: str = "auto", dtype: str = "auto") -> Station:
@@ -63,7 +89,7 @@ def load_station(bundle: Bundle, device: str = "auto", dtype: str = "auto") -> S
     _move(model, place)
     return Station(
         model=model,
-        tokenizer=_tokenizer(bundle),
+        tokenizer=load_tokenizer(bundle),
         manifest=bundle.manifest,
         experts=experts,
         routers={layer: router_of(model, layer) for layer in experts},
@@ -156,7 +182,8 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _tokenizer(bundle: Bundle) -> Any:
+def load_tokenizer(bundle: Bundle) -> Any:
+    """A fast transformers tokenizer. Raises BundleError."""
     try:
         return transformers.AutoTokenizer.from_pretrained(
             bundle.station_folder, local_files_only=True, trust_remote_code=False

@@ -19,16 +19,15 @@ from typing import Any
 
 from wdmoe.backbone.evaluation.trace_recorder import TraceRecorder
 from wdmoe.backbone.format.bundle import Bundle
-from wdmoe.backbone.runtime.engine import Engine
-from wdmoe.backbone.runtime.experts_seam import attach
+from wdmoe.backbone.runtime.engine import Backbone, Engine
 from wdmoe.backbone.runtime.model_thread import ModelThread
-from wdmoe.backbone.runtime.station import Station, load_station
 from wdmoe.config import StationSettings
 from wdmoe.errors import ConfigError, TransportError, WdmoeError
 from wdmoe.moe.layer import ExpertLayers
 from wdmoe.moe.verification.inspector import Inspector
 from wdmoe.nodes.addresses import data_bind, dial_endpoints, remember_endpoints
 from wdmoe.nodes.authentication import Authentication, CurveAuthentication, NoAuthentication
+from wdmoe.nodes.base_station.backbone import open_backbone
 from wdmoe.nodes.base_station.catalogue import Wishes
 from wdmoe.nodes.base_station.control_plane import ControlPlane
 from wdmoe.nodes.base_station.layer_rules import layer_rules
@@ -161,13 +160,12 @@ class BaseStation(OpenedInSteps):
         if (trace := settings.record_trace) is not None and not trace.parent.is_dir():
             raise ConfigError(f"--record-trace {trace}: there is no folder {trace.parent}")
         self._open_sockets()
-        model = await asyncio.to_thread(load_station, self.bundle, settings.device, settings.dtype)
         self._exchange = Exchange(self._data, self._data_news, self._data_gone)
         self.layers = ExpertLayers(self._exchange, lambda: self._routing, rules, self._open_inspector())
-        attach(model.model, model.experts, model.routers, self.layers.run)
-        self._record(model.model)
+        self._backbone = await asyncio.to_thread(open_backbone, self.bundle, settings, self.layers.run)
+        self._record(self._backbone)
         self._start_control(pinned)
-        self._start_engine(model)
+        self._start_engine(self._backbone)
 
     def _open_inspector(self) -> Inspector:
         verifier = open_verifier(self.bundle, self._exchange.post)
@@ -200,7 +198,7 @@ class BaseStation(OpenedInSteps):
         self._control_task = asyncio.create_task(self.control.run())
         self._stack.push_async_callback(self._end_control)
 
-    def _start_engine(self, model: Station) -> None:
+    def _start_engine(self, backbone: Backbone) -> None:
         settings = self._settings
         thread = ModelThread(
             self._exchange,
@@ -208,7 +206,9 @@ class BaseStation(OpenedInSteps):
             max_waiting=settings.max_queued,
             torch_threads=settings.threads,
         )
-        self.engine = Engine(model, thread, self.overview, policy=settings.policy, prefill_chunk=settings.prefill_chunk)
+        self.engine = Engine(
+            backbone, thread, self.overview, policy=settings.policy, prefill_chunk=settings.prefill_chunk
+        )
         thread.start()
         self._stack.push_async_callback(asyncio.to_thread, thread.stop)
 
@@ -246,12 +246,12 @@ class BaseStation(OpenedInSteps):
         with contextlib.suppress(asyncio.CancelledError):
             await self._control_task
 
-    def _record(self, model: Any) -> None:
+    def _record(self, backbone: Any) -> None:
         """Listen to the gates from now on, and save what they said once the model thread has ended."""
         file = self._settings.record_trace
         if file is None:
             return
-        recorder = TraceRecorder(model, self.bundle.manifest.model, most_tokens=MOST_TRACED_TOKENS)
+        recorder = TraceRecorder(backbone.model, self.bundle.manifest.model, most_tokens=MOST_TRACED_TOKENS)
         self._stack.enter_context(recorder)
         self._stack.push_async_callback(asyncio.to_thread, _save_trace, recorder, file)
 
@@ -296,6 +296,7 @@ class BaseStation(OpenedInSteps):
         self._loop.call_soon_threadsafe(self.control.data_gone, route)
 
     def _barred(self, device: DeviceRoute, reason: str) -> None:
+        self._backbone.forget()  # what this device computed before it was found to lie
         self._loop.call_soon_threadsafe(self._bar, device.device_id)
 
     def _bar(self, device_id: str) -> None:
@@ -308,6 +309,7 @@ class BaseStation(OpenedInSteps):
         state = describe(
             self.bundle.manifest,
             self._settings,
+            self._backbone.kind,
             self.control,
             self.layers.observed.health,
             self.layers.observed.lateness,

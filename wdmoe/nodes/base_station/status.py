@@ -19,6 +19,7 @@ from wdmoe.transport.membership import Device
 def describe(
     manifest: Manifest,
     settings: StationSettings,
+    computed_by: str,
     control: ControlPlane,
     health: DeviceHealth,
     lateness: Lateness,
@@ -39,6 +40,8 @@ def describe(
         "state": state,
         "model": manifest.model,
         "family": manifest.family,
+        "computed_by": computed_by,
+        "station_precision": settings.station_precision,
         "policy": settings.policy,
         "rank": rank_of(settings, manifest),
         "whole_layers": settings.whole_layers,

@@ -1,0 +1,208 @@
+"""What the station's part of a model consists of, read from its config.json and its tensors' names. No torch, no I/O.
+
+A family that is not listed here, or that asks for something that has no graph here, is refused by name: it is served
+by the other engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from wdmoe.backbone.graphs.rope import Rope, rope_of
+from wdmoe.errors import UnsupportedModelError
+
+GATED = "silu"
+HEAD_STEP = 16  # of ONNX Runtime's GroupQueryAttention
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """Grouped-query attention of one decoder layer. Names are of tensors; "" where there is none."""
+
+    prefix: str
+    heads: int
+    kv_heads: int
+    head_size: int
+    scale: float
+    window: int  # how many tokens back it sees; 0: all
+    norm: str  # of queries and keys: "" none, "head" for each head, "row" over all of them
+    clip: float  # largest magnitude of queries, keys and values; 0: any
+    sinks: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Router:
+    """Scores of experts, the best of them, and their weights."""
+
+    prefix: str
+    top_k: int
+    rule: str  # "softmax": of all, then the best; "best": softmax of the best only
+    renormalise: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gated:
+    """A feed-forward network with a gate. `joined`: gate and up are one matrix."""
+
+    gate: str
+    up: str
+    down: str
+    scored: str = ""  # a matrix to one score, whose sigmoid multiplies the output
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One decoder layer. Either `router` (and maybe `shared`), or `dense`."""
+
+    number: int
+    prefix: str
+    attention: Attention
+    router: Router | None
+    shared: Gated | None
+    dense: Gated | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StationPlan:
+    """All that is needed to write the graphs."""
+
+    family: str
+    hidden: int
+    vocabulary: int
+    epsilon: float
+    layers: tuple[Layer, ...]
+    rope: Rope
+    embedding: str
+    head: str
+    embedding_multiplier: float
+    residual_multiplier: float
+    logits_divisor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Names:
+    """What a family calls its parts."""
+
+    block: str
+    router: str
+    rule: str
+    renormalise: bool | None = None  # None: as `norm_topk_prob` says
+    shared: str = ""
+    scored: str = ""
+    norm: str = ""  # of queries and keys
+    sinks: bool = False
+
+
+_FAMILIES = {
+    "mixtral": _Names(block="mlp", router="gate", rule="softmax", renormalise=True),
+    "qwen2_moe": _Names(
+        block="mlp", router="gate", rule="softmax", shared="mlp.shared_expert", scored="mlp.shared_expert_gate"
+    ),
+    "qwen3_moe": _Names(block="mlp", router="gate", rule="softmax", norm="head"),
+    "olmoe": _Names(block="mlp", router="gate", rule="softmax", norm="row"),
+    "granitemoe": _Names(block="block_sparse_moe", router="router", rule="best", renormalise=False),
+    "granitemoeshared": _Names(
+        block="block_sparse_moe", router="router", rule="best", renormalise=False, shared="shared_mlp"
+    ),
+    "gpt_oss": _Names(block="mlp", router="router", rule="best", renormalise=False, sinks=True),
+}
+SUPPORTED = tuple(_FAMILIES)
+
+
+def station_plan(config: Mapping[str, Any], tensors: Collection[str], moe_layers: Collection[int]) -> StationPlan:
+    """Read a plan.
+
+    Args:
+        config: the content of config.json.
+        tensors: names of the station's tensors.
+        moe_layers: decoder layers with experts.
+    Raises:
+        UnsupportedModelError: the family, or something that this config asks for, has no graph here.
+    """
+    family = str(config.get("model_type", ""))
+    names = _FAMILIES.get(family)
+    if names is None:
+        raise UnsupportedModelError(f"the graphs know {', '.join(SUPPORTED)}, and not {family or 'this family'}")
+    if config.get("hidden_act", GATED) != GATED:
+        raise UnsupportedModelError(f"the graphs know the activation {GATED}, not {config['hidden_act']}")
+    heads = int(config["num_attention_heads"])
+    head_size = int(config.get("head_dim") or config["hidden_size"] // heads)
+    if head_size % HEAD_STEP:
+        raise UnsupportedModelError(f"the graphs know heads of multiples of {HEAD_STEP}, not of {head_size}")
+    layers = tuple(
+        _layer(number, config, names, head_size, tensors, number in moe_layers)
+        for number in range(int(config["num_hidden_layers"]))
+    )
+    tied = "lm_head.weight" not in tensors
+    return StationPlan(
+        family=family,
+        hidden=int(config["hidden_size"]),
+        vocabulary=int(config["vocab_size"]),
+        epsilon=float(config.get("rms_norm_eps", 1e-5)),
+        layers=layers,
+        rope=rope_of(config, head_size),
+        embedding="model.embed_tokens.weight",
+        head="model.embed_tokens.weight" if tied else "lm_head.weight",
+        embedding_multiplier=float(config.get("embedding_multiplier") or 1.0),
+        residual_multiplier=float(config.get("residual_multiplier") or 1.0),
+        logits_divisor=float(config.get("logits_scaling") or 1.0),
+    )
+
+
+def _layer(
+    number: int, config: Mapping[str, Any], names: _Names, head_size: int, tensors: Collection[str], moe: bool
+) -> Layer:
+    prefix = f"model.layers.{number}."
+    heads = int(config["num_attention_heads"])
+    attention = Attention(
+        prefix=f"{prefix}self_attn.",
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_size=head_size,
+        scale=float(config.get("attention_multiplier") or head_size**-0.5),
+        window=_window(number, config),
+        norm=names.norm,
+        clip=float(config.get("clip_qkv") or 0.0),
+        sinks=names.sinks,
+    )
+    if not moe:
+        return Layer(
+            number=number, prefix=prefix, attention=attention, router=None, shared=None, dense=_gated(f"{prefix}mlp")
+        )
+    renormalise = bool(config.get("norm_topk_prob")) if names.renormalise is None else names.renormalise
+    router = Router(
+        prefix=f"{prefix}{names.block}.{names.router}.",
+        top_k=int(config["num_experts_per_tok"]),
+        rule=names.rule,
+        renormalise=renormalise,
+    )
+    shared = _shared(prefix, names, tensors) if names.shared else None
+    return Layer(number=number, prefix=prefix, attention=attention, router=router, shared=shared, dense=None)
+
+
+def _window(number: int, config: Mapping[str, Any]) -> int:
+    """As far back as a layer sees; 0: to the first token."""
+    size, kinds = int(config.get("sliding_window") or 0), config.get("layer_types")
+    if not size or config.get("use_sliding_window") is False:
+        return 0
+    if kinds is not None:
+        return size if kinds[number] == "sliding_attention" else 0
+    return 0 if number < int(config.get("max_window_layers") or 0) else size
+
+
+def _gated(prefix: str) -> Gated:
+    return Gated(gate=f"{prefix}.gate_proj.weight", up=f"{prefix}.up_proj.weight", down=f"{prefix}.down_proj.weight")
+
+
+def _shared(prefix: str, names: _Names, tensors: Collection[str]) -> Gated | None:
+    at = f"{prefix}{names.shared}"
+    joined = f"{at}.input_linear.weight"
+    if joined in tensors:  # gate and up one below the other
+        return Gated(gate=joined, up="", down=f"{at}.output_linear.weight")
+    if f"{at}.gate_proj.weight" not in tensors:
+        return None
+    found = _gated(at)
+    scored = f"{prefix}{names.scored}.weight" if names.scored else ""
+    return Gated(gate=found.gate, up=found.up, down=found.down, scored=scored)

@@ -1,0 +1,74 @@
+"""Keys and values of former requests, for later ones that begin with the same tokens: the next turn of a chat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from wdmoe.arrays import Int32Array
+from wdmoe.backbone.graphs.running import Cache
+
+LEAST_TOKENS = 16  # in common; for fewer a copy is not worth its while
+
+
+@dataclass(slots=True, eq=False)
+class _Kept:
+    tokens: Int32Array  # that the cache has seen
+    cache: Cache
+    size_bytes: int
+
+
+class Prefixes:
+    """The least recently used go first where there is no more room. One thread uses it."""
+
+    def __init__(self, most_bytes: int) -> None:
+        """`most_bytes`: of all that is kept; 0: nothing is."""
+        self._most_bytes = most_bytes
+        self._kept: list[_Kept] = []  # the most recently used last
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all that is kept."""
+        return sum(each.size_bytes for each in self._kept)
+
+    def begin(self, tokens: Int32Array, cache: Cache) -> int:
+        """Fill an empty cache with what is known of the tokens, but never of the last one: its scores are wanted.
+
+        Returns:
+            How many tokens that were.
+        """
+        best, longest = None, LEAST_TOKENS - 1
+        for each in self._kept:
+            common = _common(each.tokens, tokens[:-1])
+            if common > longest:
+                best, longest = each, common
+        if best is None:
+            return 0
+        cache.take(best.cache, longest)
+        self._kept.remove(best)
+        self._kept.append(best)
+        return longest
+
+    def forget(self) -> None:
+        """Keep nothing of what there is."""
+        self._kept.clear()
+
+    def keep(self, tokens: Int32Array, cache: Cache) -> None:
+        """Of a request that is over, whose cache nobody uses any more. `tokens`: those that it has seen."""
+        tokens = tokens[: cache.seen].copy()
+        size_bytes = cache.token_bytes * cache.capacity
+        if len(tokens) < LEAST_TOKENS or size_bytes > self._most_bytes:
+            return
+        # What begins it is in it.
+        self._kept = [each for each in self._kept if _common(each.tokens, tokens) < len(each.tokens)]
+        while self._kept and self.size_bytes + size_bytes > self._most_bytes:
+            del self._kept[0]
+        self._kept.append(_Kept(tokens, cache, size_bytes))
+
+
+def _common(one: Int32Array, other: Int32Array) -> int:
+    """So many first tokens are the same."""
+    length = min(len(one), len(other))
+    differ = np.flatnonzero(one[:length] != other[:length])
+    return int(differ[0]) if differ.size else length

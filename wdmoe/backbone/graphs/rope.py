@@ -1,0 +1,83 @@
+"""Rotary position embeddings as tables: cosines and sines of every position. Formulas as each paper states them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wdmoe.arrays import Float32Array
+from wdmoe.errors import UnsupportedModelError
+
+_DEFAULT_THETA = 10_000.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rope:
+    """`frequencies` (head_size / 2,) in radians a token; the tables are multiplied by `factor`."""
+
+    frequencies: npt.NDArray[np.float64]
+    factor: float = 1.0
+
+    def tables(self, positions: int) -> tuple[Float32Array, Float32Array]:
+        """(positions, head_size / 2) cosines and sines."""
+        angles = np.outer(np.arange(positions, dtype=np.float64), self.frequencies)
+        cos, sin = self.factor * np.cos(angles), self.factor * np.sin(angles)
+        return cos.astype(np.float32), sin.astype(np.float32)
+
+
+def rope_of(config: Mapping[str, Any], head_size: int) -> Rope:
+    """Of a model's config.json.
+
+    Raises:
+        UnsupportedModelError: a kind that is not known here.
+    """
+    asked = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = str(asked.get("rope_type", asked.get("type", "default")))
+    theta = float(asked.get("rope_theta", config.get("rope_theta", _DEFAULT_THETA)))
+    if float(asked.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) or 1.0) != 1.0:
+        raise UnsupportedModelError("the graphs know no partial rotary embedding")
+    plain = theta ** (-np.arange(0, head_size, 2, dtype=np.float64) / head_size)
+    if kind == "default":
+        return Rope(plain)
+    if kind == "linear":
+        return Rope(plain / float(asked["factor"]))
+    if kind == "llama3":
+        return Rope(_llama3(plain, asked))
+    if kind == "yarn":
+        return _yarn(plain, theta, head_size, asked, config)
+    raise UnsupportedModelError(f"the graphs know no rotary embedding of the kind {kind!r}")
+
+
+def _llama3(plain: npt.NDArray[np.float64], asked: Mapping[str, Any]) -> npt.NDArray[np.float64]:
+    """Long waves are stretched, short ones kept, those between are mixed [Llama 3, 2024]."""
+    factor, low, high = (float(asked[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    waves = float(asked["original_max_position_embeddings"]) * plain / (2 * math.pi)  # turns within the first context
+    share = np.clip((waves - low) / (high - low), 0, 1)
+    return (1 - share) * plain / factor + share * plain
+
+
+def _yarn(
+    plain: npt.NDArray[np.float64], theta: float, head_size: int, asked: Mapping[str, Any], config: Mapping[str, Any]
+) -> Rope:
+    """[Peng et al., YaRN, ICLR 2024], section 3: interpolation by parts, and a temperature."""
+    factor = float(asked["factor"])
+    if asked.get("mscale") or asked.get("mscale_all_dim"):
+        raise UnsupportedModelError("the graphs know no mscale of YaRN")
+    first = float(asked.get("original_max_position_embeddings") or config["max_position_embeddings"])
+
+    def place(turns: float) -> float:
+        return head_size * math.log(first / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = place(float(asked.get("beta_fast") or 32)), place(float(asked.get("beta_slow") or 1))
+    if asked.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_size - 1)
+    ramp = np.clip((np.arange(head_size // 2) - low) / max(high - low, 0.001), 0, 1)
+    said = asked.get("attention_factor")
+    temperature = float(said) if said is not None else 0.1 * math.log(max(factor, 1.0)) + 1
+    return Rope(plain / factor * ramp + plain * (1 - ramp), temperature)
