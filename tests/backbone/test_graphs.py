@@ -19,13 +19,13 @@ from wdmoe.arrays import Float32Array, Int32Array
 from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.families import experts_modules
 from wdmoe.backbone.format.bundle import Bundle
-from wdmoe.backbone.graphs.pieces import CONTRIB, OPERATORS
 from wdmoe.backbone.graphs.plan import SUPPORTED, station_plan
 from wdmoe.backbone.graphs.prefixes import Prefixes
 from wdmoe.backbone.graphs.quantise import quantised
 from wdmoe.backbone.graphs.running import GraphModel
 from wdmoe.backbone.graphs.segments import segments
 from wdmoe.backbone.graphs.tensors import StationTensors
+from wdmoe.backbone.graphs.writing import CONTRIB, OPERATORS
 from wdmoe.backbone.perplexity import window_nats
 from wdmoe.errors import BundleError, ConfigError, UnsupportedModelError
 from wdmoe.layer_call import Demand

@@ -29,7 +29,7 @@ async def _supervise(program: Coroutine[Any, Any, None]) -> None:
             return
         stopped = True
         loop.remove_signal_handler(signal.SIGTERM)
-        # By default too, but the loop keeps its pipe: a SIGINT that comes just before the loop sleeps wakes nobody else.
+        # By default, too; but the loop keeps its pipe, or a SIGINT that comes just before it sleeps would wake nobody.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         work.cancel()
 

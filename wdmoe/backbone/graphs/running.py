@@ -11,9 +11,9 @@ import numpy as np
 import onnxruntime
 
 from wdmoe.arrays import Float32Array, Int32Array
-from wdmoe.backbone.graphs.pieces import Weights, given
 from wdmoe.backbone.graphs.plan import StationPlan
 from wdmoe.backbone.graphs.segments import segments
+from wdmoe.backbone.graphs.writing import Weights, given
 from wdmoe.layer_call import Demand
 
 MOST_THREADS = 4  # unless asked for: each session has its own, and a step waits for memory, not for arithmetic

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from wdmoe.backbone.graphs.pieces import FLOAT, INT32, Graph, Weights
+from wdmoe.backbone.graphs import pieces
 from wdmoe.backbone.graphs.plan import Gated, Layer, StationPlan
+from wdmoe.backbone.graphs.writing import FLOAT, INT32, Graph, Weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,7 @@ def _segment(plan: StationPlan, weights: Weights, bits: int, layers: tuple[Layer
     for layer in layers:
         x, normed = _through(graph, plan, layer, x)
         if layer.router is not None:
-            graph.router(normed, layer.router)
+            pieces.router(graph, normed, layer.router)
             graph.tell(normed, "hidden", plan.hidden)
     graph.tell(x, "y", plan.hidden)
     last = layers[-1]
@@ -67,7 +68,7 @@ def _segment(plan: StationPlan, weights: Weights, bits: int, layers: tuple[Layer
 def _shared(plan: StationPlan, weights: Weights, bits: int, part: Gated) -> bytes:
     graph = Graph(weights, bits)
     x = graph.input("x", FLOAT, ("rows", "tokens", plan.hidden))
-    graph.tell(graph.gated(x, part), "y", plan.hidden)
+    graph.tell(pieces.gated(graph, x, part), "y", plan.hidden)
     return graph.finish("shared")
 
 
@@ -78,8 +79,8 @@ def _head(plan: StationPlan, weights: Weights, bits: int, layers: tuple[Layer, .
         _attention_inputs(graph, plan)
     for layer in layers:
         x, _ = _through(graph, plan, layer, x)
-    normed = graph.norm(x, "model.norm.weight", plan.epsilon)
-    logits = graph.scaled(graph.linear(normed, [plan.head]), 1 / plan.logits_divisor)
+    normed = pieces.norm(graph, x, "model.norm.weight", plan.epsilon)
+    logits = pieces.scaled(graph, pieces.linear(graph, normed, [plan.head]), 1 / plan.logits_divisor)
     graph.tell(logits, "logits", plan.vocabulary)
     return Segment(
         layer=-1, data=graph.finish("head"), caches=tuple(layer.number for layer in layers), takes_moe=takes_moe
@@ -104,13 +105,13 @@ def _attention_inputs(graph: Graph, plan: StationPlan) -> None:
 
 def _through(graph: Graph, plan: StationPlan, layer: Layer, x: str) -> tuple[str, str]:
     """The residual stream after a layer but for its experts, and what these start from."""
-    normed = graph.norm(x, f"{layer.prefix}input_layernorm.weight", plan.epsilon)
-    x = _added(graph, plan, x, graph.attention(normed, layer.attention, plan.epsilon))
-    normed = graph.norm(x, f"{layer.prefix}post_attention_layernorm.weight", plan.epsilon)
+    normed = pieces.norm(graph, x, f"{layer.prefix}input_layernorm.weight", plan.epsilon)
+    x = _added(graph, plan, x, pieces.attention(graph, normed, layer.attention, plan.epsilon))
+    normed = pieces.norm(graph, x, f"{layer.prefix}post_attention_layernorm.weight", plan.epsilon)
     if layer.dense is not None:
-        x = _added(graph, plan, x, graph.gated(normed, layer.dense))
+        x = _added(graph, plan, x, pieces.gated(graph, normed, layer.dense))
     return x, normed
 
 
 def _added(graph: Graph, plan: StationPlan, x: str, part: str) -> str:
-    return graph.node("Add", [x, graph.scaled(part, plan.residual_multiplier)])
+    return graph.node("Add", [x, pieces.scaled(graph, part, plan.residual_multiplier)])
