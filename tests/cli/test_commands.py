@@ -315,7 +315,7 @@ def test_a_second_signal_ends_a_clean_up_that_hangs(number):
 
 
 def test_a_second_interrupt_wakes_a_loop_that_is_about_to_sleep():
-    """One in a thousand comes between the last look for signals and the sleep. Nothing woke the loop for an hour then."""
+    """One in a thousand comes between the last look for signals and the sleep; nothing woke the loop for an hour."""
     code = """
         import asyncio, os, signal
         from wdmoe.cli.running import run_until_stopped
