@@ -151,7 +151,6 @@ def test_only_listed_operators_are_used() -> None:
         ({"hidden_act": "gelu"}, "gelu"),
         ({"head_dim": 8}, "heads of multiples of 16"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
-        ({"partial_rotary_factor": 0.5}, "partial"),
     ],
 )
 def test_what_has_no_graph_is_refused_by_name(change: dict[str, Any], says: str) -> None:

@@ -100,6 +100,7 @@ FAMILIES = tuple(SETTINGS)
 # Those that the station's graphs know, with variants of each.
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}  # of 16, as the attention wants
 SIXTEEN = {"head_dim": 16}
+WIDE = {"head_dim": 32}  # half of which glm4_moe rotates
 GRAPHS: dict[str, list[dict[str, Any]]] = {
     "mixtral": [{}, {"sliding_window": 16}],
     "qwen2_moe": [{}, {"norm_topk_prob": True, "mlp_only_layers": [1]}, {"mlp_only_layers": [2]}],
@@ -110,6 +111,13 @@ GRAPHS: dict[str, list[dict[str, Any]]] = {
         {"residual_multiplier": 0.3, "embedding_multiplier": 7.0, "logits_scaling": 3.0, "attention_multiplier": 0.1},
     ],
     "gpt_oss": [SIXTEEN],
+    "glm4_moe": [
+        WIDE,
+        {**WIDE, "use_qk_norm": True, "attention_bias": True, "norm_topk_prob": False},
+        {**WIDE, "n_group": 1, "routed_scaling_factor": 2.5},
+        {**WIDE, "n_group": 4, "topk_group": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ],
+    "ernie4_5_moe": [{}],
 }
 
 

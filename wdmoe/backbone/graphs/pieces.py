@@ -83,6 +83,7 @@ def attention(graph: Graph, x: str, part: Attention, epsilon: float) -> str:
         inputs += ["", "", graph.tensor(f"{part.prefix}sinks")]
     out = graph.name("attention")
     more: dict[str, Any] = {"local_window_size": part.window} if part.window else {}
+    more |= {"rotary_interleaved": 1} if part.interleaved else {}
     graph.nodes(
         "GroupQueryAttention", inputs, [out, *present], domain=CONTRIB, num_heads=part.heads,
         kv_num_heads=part.kv_heads, scale=part.scale, do_rotary=1, **more,
@@ -120,19 +121,48 @@ def router(graph: Graph, x: str, part: Router) -> None:
     biases = [f"{part.prefix}bias"] if graph.has(f"{part.prefix}bias") else []
     weight = f"{part.prefix}weight" if graph.has(f"{part.prefix}weight") else f"{part.prefix}layer.weight"
     scores = linear(graph, x, [weight], biases, exact=True)
-    ranked = scores if part.rule == "best" else graph.node("Softmax", [scores], axis=-1)
-    top, chosen = graph.name("top"), graph.name("chosen")
-    graph.nodes("TopK", [ranked, graph.constant("k", np.array([part.top_k], np.int64))], [top, chosen], axis=-1)
-    if part.rule == "best":
-        weights = graph.node("Softmax", [top], axis=-1)
-    elif part.renormalise:
-        weights = graph.node(
-            "Div", [top, graph.node("ReduceSum", [top, graph.constant("last", np.array([-1], np.int64))])]
-        )
-    else:
-        weights = top
     experts = len(graph.value(weight))
+    ranked = _ranked(graph, scores, part)
+    choice = ranked
+    if part.correction:
+        correction = graph.constant(part.correction, graph.value(part.correction).reshape(experts))
+        choice = graph.node("Add", [ranked, correction])
+    if part.groups > 1:
+        choice = _in_best_groups(graph, choice, part, experts)
+    top, chosen = graph.name("top"), graph.name("chosen")
+    graph.nodes("TopK", [choice, graph.constant("k", np.array([part.top_k], np.int64))], [top, chosen], axis=-1)
+    weights = top if choice == ranked else graph.node("GatherElements", [ranked, chosen], axis=-1)
+    if part.rule == "best":
+        weights = graph.node("Softmax", [weights], axis=-1)
+    elif part.renormalise:
+        total = graph.node("ReduceSum", [weights, graph.constant("last", np.array([-1], np.int64))])
+        weights = graph.node("Div", [weights, total])
+    weights = scaled(graph, weights, part.factor)
     graph.tell(scores, "gate", experts)
     graph.tell(weights, "weights", part.top_k)
     graph.node("Cast", [chosen], "experts", to=INT32)
     graph.output("experts", INT32, ("rows", "tokens", part.top_k))
+
+
+def _ranked(graph: Graph, scores: str, part: Router) -> str:
+    """What experts are ranked by."""
+    if part.rule == "best":
+        return scores
+    return graph.node("Softmax", [scores], axis=-1) if part.rule == "softmax" else graph.node("Sigmoid", [scores])
+
+
+def _in_best_groups(graph: Graph, choice: str, part: Router, experts: int) -> str:
+    """The same, without experts of groups that are not among the best by the sum of their two best."""
+    shape = graph.constant("grouped", np.array([0, 0, part.groups, experts // part.groups], np.int64))
+    grouped = graph.node("Reshape", [choice, shape])
+    best, of_group, least = graph.name("best"), graph.name("places"), graph.name("least")
+    graph.nodes("TopK", [grouped, graph.constant("two", np.array([2], np.int64))], [best, of_group], axis=-1)
+    last = graph.constant("last", np.array([-1], np.int64))
+    sums = graph.node("ReduceSum", [best, last])
+    k = graph.constant("groups", np.array([part.group_k], np.int64))
+    of_all = graph.constant("of", np.array([0, 0, part.groups], np.int64))
+    graph.nodes("TopK", [graph.node("Reshape", [sums, of_all]), k], [least, graph.name("places")], axis=-1)
+    worst = graph.node("ReduceMin", [least], axes=[-1], keepdims=1)
+    high = graph.node("GreaterOrEqual", [sums, graph.node("Unsqueeze", [worst, last])])
+    kept = graph.node("Where", [high, grouped, graph.constant("never", np.array(-np.inf, np.float32))])
+    return graph.node("Reshape", [kept, graph.constant("flat", np.array([0, 0, -1], np.int64))])

@@ -30,6 +30,7 @@ class Attention:
     norm: str  # of queries and keys: "" none, "head" for each head, "row" over all of them
     clip: float  # largest magnitude of queries, keys and values; 0: any
     sinks: bool
+    interleaved: bool  # its rotation is of neighbours, not of halves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +39,12 @@ class Router:
 
     prefix: str
     top_k: int
-    rule: str  # "softmax": of all, then the best; "best": softmax of the best only
+    rule: str  # "softmax" or "sigmoid" of all, then the best; "best": softmax of the best only
     renormalise: bool
+    correction: str = ""  # a tensor that is added to the scores for the choice, not for the weights
+    groups: int = 1  # the experts stand in so many groups,
+    group_k: int = 1  # of which so many are chosen first, by the sum of their two best
+    factor: float = 1.0  # of the weights, in the end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,10 +94,12 @@ class _Names:
     router: str
     rule: str
     renormalise: bool | None = None  # None: as `norm_topk_prob` says
+    correction: str = ""
     shared: str = ""
     scored: str = ""
-    norm: str = ""  # of queries and keys
+    norm: str = ""  # of queries and keys, where there is one
     sinks: bool = False
+    interleaved: bool = False  # rotation of neighbours, not of halves
 
 
 _FAMILIES = {
@@ -107,6 +114,23 @@ _FAMILIES = {
         block="block_sparse_moe", router="router", rule="best", renormalise=False, shared="shared_mlp"
     ),
     "gpt_oss": _Names(block="mlp", router="router", rule="best", renormalise=False, sinks=True),
+    "glm4_moe": _Names(
+        block="mlp",
+        router="gate",
+        rule="sigmoid",
+        correction="e_score_correction_bias",
+        shared="mlp.shared_experts",
+        norm="head",
+    ),
+    "ernie4_5_moe": _Names(
+        block="mlp",
+        router="gate",
+        rule="softmax",
+        renormalise=True,
+        correction="moe_statics.e_score_correction_bias",
+        shared="mlp.shared_experts",
+        interleaved=True,
+    ),
 }
 SUPPORTED = tuple(_FAMILIES)
 
@@ -129,8 +153,10 @@ def station_plan(config: Mapping[str, Any], tensors: Collection[str], moe_layers
         raise UnsupportedModelError(f"the graphs know the activation {GATED}, not {config['hidden_act']}")
     heads = int(config["num_attention_heads"])
     head_size = int(config.get("head_dim") or config["hidden_size"] // heads)
-    if head_size % HEAD_STEP:
-        raise UnsupportedModelError(f"the graphs know heads of multiples of {HEAD_STEP}, not of {head_size}")
+    rope = rope_of(config, head_size)
+    for size, what in ((head_size, "heads"), (2 * len(rope.frequencies), "rotations")):
+        if size % HEAD_STEP:
+            raise UnsupportedModelError(f"the graphs know {what} of multiples of {HEAD_STEP}, not of {size}")
     layers = tuple(
         _layer(number, config, names, head_size, tensors, number in moe_layers)
         for number in range(int(config["num_hidden_layers"]))
@@ -142,7 +168,7 @@ def station_plan(config: Mapping[str, Any], tensors: Collection[str], moe_layers
         vocabulary=int(config["vocab_size"]),
         epsilon=float(config.get("rms_norm_eps", 1e-5)),
         layers=layers,
-        rope=rope_of(config, head_size),
+        rope=rope,
         embedding="model.embed_tokens.weight",
         head="model.embed_tokens.weight" if tied else "lm_head.weight",
         embedding_multiplier=float(config.get("embedding_multiplier") or 1.0),
@@ -163,9 +189,10 @@ def _layer(
         head_size=head_size,
         scale=float(config.get("attention_multiplier") or head_size**-0.5),
         window=_window(number, config),
-        norm=names.norm,
+        norm=names.norm if f"{prefix}self_attn.q_norm.weight" in tensors else "",
         clip=float(config.get("clip_qkv") or 0.0),
         sinks=names.sinks,
+        interleaved=names.interleaved,
     )
     if not moe:
         return Layer(
@@ -174,9 +201,13 @@ def _layer(
     renormalise = bool(config.get("norm_topk_prob")) if names.renormalise is None else names.renormalise
     router = Router(
         prefix=f"{prefix}{names.block}.{names.router}.",
-        top_k=int(config["num_experts_per_tok"]),
+        top_k=int(config["num_experts_per_tok"] if "num_experts_per_tok" in config else config["moe_k"]),
         rule=names.rule,
         renormalise=renormalise,
+        correction=f"{prefix}{names.block}.{names.router}.{names.correction}" if names.correction else "",
+        groups=int(config.get("n_group") or 1),
+        group_k=int(config.get("topk_group") or 1),
+        factor=float(config.get("routed_scaling_factor") or 1.0),
     )
     shared = _shared(prefix, names, tensors) if names.shared else None
     return Layer(number=number, prefix=prefix, attention=attention, router=router, shared=shared, dense=None)

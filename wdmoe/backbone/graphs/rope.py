@@ -18,13 +18,16 @@ _DEFAULT_THETA = 10_000.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rope:
-    """`frequencies` (head_size / 2,) in radians a token; the tables are multiplied by `factor`."""
+    """`frequencies` in radians a token, one for each pair that is rotated; the tables are multiplied by `factor`.
+
+    There are head_size / 2 of them, or fewer where only the first part of a head is rotated.
+    """
 
     frequencies: npt.NDArray[np.float64]
     factor: float = 1.0
 
     def tables(self, positions: int) -> tuple[Float32Array, Float32Array]:
-        """(positions, head_size / 2) cosines and sines."""
+        """(positions, frequencies) cosines and sines."""
         angles = np.outer(np.arange(positions, dtype=np.float64), self.frequencies)
         cos, sin = self.factor * np.cos(angles), self.factor * np.sin(angles)
         return cos.astype(np.float32), sin.astype(np.float32)
@@ -39,9 +42,8 @@ def rope_of(config: Mapping[str, Any], head_size: int) -> Rope:
     asked = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = str(asked.get("rope_type", asked.get("type", "default")))
     theta = float(asked.get("rope_theta", config.get("rope_theta", _DEFAULT_THETA)))
-    if float(asked.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) or 1.0) != 1.0:
-        raise UnsupportedModelError("the graphs know no partial rotary embedding")
-    plain = theta ** (-np.arange(0, head_size, 2, dtype=np.float64) / head_size)
+    size = int(head_size * float(asked.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) or 1.0))
+    plain = theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
     if kind == "default":
         return Rope(plain)
     if kind == "linear":
@@ -49,7 +51,7 @@ def rope_of(config: Mapping[str, Any], head_size: int) -> Rope:
     if kind == "llama3":
         return Rope(_llama3(plain, asked))
     if kind == "yarn":
-        return _yarn(plain, theta, head_size, asked, config)
+        return _yarn(plain, theta, size, asked, config)
     raise UnsupportedModelError(f"the graphs know no rotary embedding of the kind {kind!r}")
 
 
@@ -62,7 +64,7 @@ def _llama3(plain: npt.NDArray[np.float64], asked: Mapping[str, Any]) -> npt.NDA
 
 
 def _yarn(
-    plain: npt.NDArray[np.float64], theta: float, head_size: int, asked: Mapping[str, Any], config: Mapping[str, Any]
+    plain: npt.NDArray[np.float64], theta: float, size: int, asked: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Rope:
     """[Peng et al., YaRN, ICLR 2024], section 3: interpolation by parts, and a temperature."""
     factor = float(asked["factor"])
@@ -71,13 +73,13 @@ def _yarn(
     first = float(asked.get("original_max_position_embeddings") or config["max_position_embeddings"])
 
     def place(turns: float) -> float:
-        return head_size * math.log(first / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return size * math.log(first / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = place(float(asked.get("beta_fast") or 32)), place(float(asked.get("beta_slow") or 1))
     if asked.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_size - 1)
-    ramp = np.clip((np.arange(head_size // 2) - low) / max(high - low, 0.001), 0, 1)
+    low, high = max(low, 0), min(high, size - 1)
+    ramp = np.clip((np.arange(size // 2) - low) / max(high - low, 0.001), 0, 1)
     said = asked.get("attention_factor")
     temperature = float(said) if said is not None else 0.1 * math.log(max(factor, 1.0)) + 1
     return Rope(plain / factor * ramp + plain * (1 - ramp), temperature)

@@ -96,7 +96,7 @@ def _begin(graph: Graph, plan: StationPlan, takes_moe: bool) -> str:
 
 
 def _attention_inputs(graph: Graph, plan: StationPlan) -> None:
-    size = plan.layers[0].attention.head_size // 2
+    size = len(plan.rope.frequencies)
     graph.input("seen", INT32, ("rows",))
     graph.input("longest", INT32, (1,))
     graph.input("cos", FLOAT, ("positions", size))

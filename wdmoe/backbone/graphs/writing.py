@@ -17,9 +17,10 @@ CONTRIB = "com.microsoft"
 IR_VERSION = 8
 OPERATORS = frozenset(
     {
-        ("", "Add"), ("", "Cast"), ("", "Clip"), ("", "Div"), ("", "MatMul"), ("", "Mul"), ("", "ReduceSum"),
-        ("", "Reshape"), ("", "Sigmoid"), ("", "SimplifiedLayerNormalization"), ("", "Softmax"), ("", "Split"),
-        ("", "TopK"), (CONTRIB, "GroupQueryAttention"), (CONTRIB, "MatMulNBits"),
+        ("", "Add"), ("", "Cast"), ("", "Clip"), ("", "Div"), ("", "GatherElements"), ("", "GreaterOrEqual"),
+        ("", "MatMul"), ("", "Mul"), ("", "ReduceMin"), ("", "ReduceSum"), ("", "Reshape"), ("", "Sigmoid"),
+        ("", "SimplifiedLayerNormalization"), ("", "Softmax"), ("", "Split"), ("", "TopK"), ("", "Unsqueeze"),
+        ("", "Where"), (CONTRIB, "GroupQueryAttention"), (CONTRIB, "MatMulNBits"),
     }
 )  # fmt: skip
 
