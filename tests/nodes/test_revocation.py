@@ -76,10 +76,10 @@ def cell(tmp_path: Path, bundle: Path) -> Iterator[Cell]:
     cell.close()
 
 
-def until(condition: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool], tell: Callable[[], str] = str) -> None:
     limit_s = time.monotonic() + PATIENCE_S
     while not condition():
-        assert time.monotonic() < limit_s
+        assert time.monotonic() < limit_s, tell()
         time.sleep(0.05)
 
 
@@ -122,7 +122,7 @@ def test_trouble_with_the_lists_sends_nobody_away_and_a_revocation_does(cell: Ce
     # It goes on asking, so it is back when it is admitted again, without anybody going there.
     name = kitchen_file(state)
     name.rename(devices / name.name)
-    until(lambda: cell.joined() == 2)
+    until(lambda: cell.joined() == 2, lambda: f"{cell.said()}\n{kitchen.said()}")
     assert kitchen.process.poll() is None
 
 

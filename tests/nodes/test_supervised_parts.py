@@ -182,6 +182,27 @@ def test_the_link_to_an_engine_that_never_opens_is_cut(tmp_path: Path, monkeypat
         ends[0].close()
 
 
+def test_a_source_tree_in_the_working_folder_is_not_taken_for_wdmoe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After `pip install .` in a clone, which compiles somewhere else: the README's own commands."""
+    (tmp_path / "wdmoe").mkdir()
+    (tmp_path / "wdmoe" / "__init__.py").write_text("raise ImportError('not compiled')")
+    monkeypatch.chdir(tmp_path)
+
+    async def open_and_close() -> None:
+        await (await SpawnerLink.open()).close()
+
+    asyncio.run(open_and_close())
+
+
+def test_what_an_engine_cannot_import_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "zmq.py").write_text("raise ImportError('libzmq is not for this machine')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="ImportError: libzmq is not for this machine"):
+        asyncio.run(SpawnerLink.open())
+
+
 def test_the_front_holds_neither_torch_nor_libzmq() -> None:
     """What can abort is somewhere else."""
     modules = "wdmoe.nodes.supervised.supervisor, wdmoe.nodes.supervised.command_lines, wdmoe.serving.server"

@@ -120,7 +120,7 @@ def main() -> None:
     try:
         importlib.import_module("wdmoe.nodes.supervised.engine_process")
     except Exception as error:
-        orders.sendall(pack(("failed", told(error))))
+        orders.sendall(pack(("failed", *told(error))))
         raise
     spawner = _Spawner(orders)
     try:
