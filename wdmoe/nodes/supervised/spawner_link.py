@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import wdmoe
 from wdmoe.config import StationSettings
 from wdmoe.errors import EngineLostError
 from wdmoe.nodes.supervised.plain import heard, pack, unpacker
@@ -100,9 +99,9 @@ class SpawnerLink:
 
 
 def _spawn(orders: int) -> subprocess.Popen[bytes]:
-    # The working folder may hold wdmoe's source without what was compiled, as after pip install in a clone. Python would
-    # look there first (-P: not), while the settings' relative paths need this folder.
-    here = Path(wdmoe.__file__).resolve().parents[1] == Path.cwd().resolve()
+    # The working folder may hold wdmoe's source without what was compiled, as after pip install in a clone. Python
+    # would look there first (-P: not), while the settings' relative paths need this folder.
+    here = Path(__file__).resolve().parents[3] == Path.cwd().resolve()
     words = [sys.executable, *([] if here else ["-P"]), "-m", MODULE, str(os.getpid()), str(orders)]
     # In a session of its own: Ctrl-C in a terminal is for the front, which ends the others in order.
     return subprocess.Popen(words, stdin=subprocess.DEVNULL, pass_fds=[orders], start_new_session=True)
