@@ -13,14 +13,17 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from tests.lab.device_station import Station, ids, running, station
 from tests.lab.expert_files import constant_expert, make_expert
+from tests.lab.flooded_station import REPORT
 from wdmoe.config import DeviceSettings, LinkEmulation
-from wdmoe.errors import ConfigError
+from wdmoe.errors import ConfigError, RefusedError, TransportError
+from wdmoe.nodes.device import device as device_module
 from wdmoe.nodes.device.device import run_device
 from wdmoe.records import ExpertId
 from wdmoe.transport.codec.messages import Chunk, Failure, Goodbye, Hello, Ping, Ready, Result
@@ -280,6 +283,48 @@ def test_is_ready_at_once_when_the_base_station_still_knows_it(tmp_path, experts
             assert isinstance(await bs.run(0, token(rng)), Result)
 
     run_async(work)
+
+
+def test_an_enrolment_that_hears_nothing_keeps_no_admitted_key_from_its_turn(monkeypatch):
+    """Refused once, the device tried its token, which was revoked meanwhile: for good, where no refusal came back."""
+    tried = []
+
+    class Link:
+        def __init__(self, kind):
+            self.kind = kind
+
+        def close(self):
+            pass
+
+    class Dialer:
+        must_enrol, can_enrol, public_key, endpoint = False, True, "k", "tcp://x:1"
+
+        def turn_to(self, attempt):
+            pass
+
+        def control(self):
+            return Link("own key")
+
+        def enrolment(self):
+            return Link("token")
+
+    async def introduce(link, hello):
+        tried.append(link.kind)
+        if len(tried) == 5:
+            raise asyncio.CancelledError
+        raise RefusedError("revoked") if link.kind == "own key" else TransportError("no answer")
+
+    async def nothing(link):
+        pass
+
+    monkeypatch.setattr(device_module, "introduce", introduce)
+    monkeypatch.setattr(device_module, "_say_goodbye", nothing)
+    monkeypatch.setattr("wdmoe.nodes.device.rules.FIRST_RETRY_S", 1e-4)
+    compute = SimpleNamespace(hang_up=lambda: None)
+    member = device_module._Member(Dialer(), REPORT, None, compute, None)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(member.stay_joined())
+    assert tried == ["own key", "token", "own key", "token", "own key"]
 
 
 def test_comes_back_slowly_when_sent_away(tmp_path, experts, settings, monkeypatch, caplog):

@@ -125,6 +125,7 @@ class _Member:
         self._chance = random.Random(self._session)  # noqa: S311  # jitter, no secret
         self._retries = Retries(self._chance)
         self._enrol_next = dialer.must_enrol
+        self._enrolled = not dialer.must_enrol  # the own key may be known to the base station
         self._live: DeviceSession | None = None
         self._place: Place | None = None  # last one followed, of the bundle below
         self._manifest_sha256 = ""
@@ -142,6 +143,8 @@ class _Member:
                 self._enrol_next = self._dialer.can_enrol and not self._enrol_next
             except (TransportError, ProtocolError) as error:
                 reason = str(error)
+                if self._enrolled:  # an enrolment that hears nothing must not keep the own key from its turn
+                    self._enrol_next = False
             delay_s, tell = self._retries.failed(reason, refused, time.monotonic())
             log.log(logging.WARNING if tell else logging.DEBUG, "%s; trying again in %.1f s", reason, delay_s)
             await asyncio.sleep(delay_s)
@@ -188,7 +191,7 @@ class _Member:
             await introduce(link, hello)
         finally:
             link.close()
-        self._enrol_next = False
+        self._enrol_next, self._enrolled = False, True
         log.info("enrolled at %s", self._dialer.endpoint)
 
     async def _serve(self, link: ControlLink, welcome: Welcome) -> None:
