@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import gc
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,13 @@ from wdmoe.arrays import Float32Array, Int32Array
 from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.families import experts_modules
 from wdmoe.backbone.format.bundle import Bundle
+from wdmoe.backbone.graphs.buffers import Span
+from wdmoe.backbone.graphs.cache import Former, Row, Rows
 from wdmoe.backbone.graphs.plan import SUPPORTED, station_plan
 from wdmoe.backbone.graphs.prefixes import Prefixes
 from wdmoe.backbone.graphs.quantise import quantised
 from wdmoe.backbone.graphs.running import GraphModel
-from wdmoe.backbone.graphs.segments import segments
+from wdmoe.backbone.graphs.segments import attention_graph, head_graph, layer_graphs
 from wdmoe.backbone.graphs.tensors import StationTensors
 from wdmoe.backbone.graphs.writing import CONTRIB, OPERATORS
 from wdmoe.backbone.perplexity import window_nats
@@ -59,7 +64,8 @@ class Pair:
         tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
         self.tensors = {name: value for name, value in every.items() if ".experts." not in name and name not in tied}
         self.plan = station_plan(config.to_dict(), self.tensors, set(self._modules))
-        self.graphs = GraphModel(self.plan, self.tensors.get, bits=bits, threads=1, positions=256)
+        self.graphs = GraphModel(self.plan, self.tensors, bits=bits, threads=1, positions=256)
+        self.rows = Rows(self.plan, self.graphs.forget)
 
     def experts(
         self, layer: int, tokens: Float32Array, demand: Demand, meanwhile: Callable[[], object] | None
@@ -70,6 +76,11 @@ class Pair:
         with torch.no_grad():
             out: Float32Array = self._modules[layer](torch.from_numpy(np.array(tokens)), *chosen).numpy()
         return out
+
+    def step(self, ids: Int32Array, row: Row, scored: Any = (-1,)) -> Float32Array:
+        """Some more tokens of one request."""
+        wanted = None if scored is None else (np.arange(len(ids))[list(scored)] if scored else np.arange(0))
+        return self.graphs.run(ids, [Span([row], len(ids))], self.experts, wanted)
 
     def logits(self, ids: Int32Array) -> Float32Array:
         with torch.no_grad():
@@ -82,14 +93,14 @@ def test_logits_are_those_of_transformers(family: str, more: dict[str, Any], rng
     """A prompt in chunks, then token by token, past every sliding window."""
     pair = Pair(family, more)
     ids = rng.integers(0, 250, 60).astype(np.int32)
-    want, cache, got = pair.logits(ids), pair.graphs.new_cache(60), {}
-    pair.graphs.step(ids[:7], cache, pair.experts, scored="none")
-    got[39] = pair.graphs.step(ids[7:40], cache, pair.experts)
+    want, row, got = pair.logits(ids), pair.rows.enter(60), {}
+    assert pair.step(ids[:7], row, scored=()).size == 0
+    got[39] = pair.step(ids[7:40], row)
     for at in range(40, 60):
-        got[at] = pair.graphs.step(ids[at : at + 1], cache, pair.experts)
+        got[at] = pair.step(ids[at : at + 1], row)
     for at, scores in got.items():
         np.testing.assert_allclose(scores[0], want[at], atol=WITHIN)
-    whole = pair.graphs.step(ids, pair.graphs.new_cache(60), pair.experts, scored="all")
+    whole = pair.step(ids, pair.rows.enter(60), scored=None)
     np.testing.assert_allclose(whole, want, atol=WITHIN)
 
 
@@ -97,21 +108,63 @@ def test_every_family_is_tested() -> None:
     assert set(SUPPORTED) - {"granitemoe"} == set(GRAPHS)  # that one is granitemoeshared without a shared expert
 
 
-def test_two_requests_do_not_mix(rng: np.random.Generator) -> None:
+def test_requests_of_any_length_share_a_pass(rng: np.random.Generator) -> None:
+    """Rows of one token and pieces of prompts together, in every order of coming and going."""
+    pair = Pair("gpt_oss", GRAPHS["gpt_oss"][0])
+    texts = [rng.integers(0, 250, size).astype(np.int32) for size in (40, 33, 52, 45, 60, 38, 41, 57, 50, 36)]
+    want = [pair.logits(ids) for ids in texts]
+    rows = [pair.rows.enter(len(ids)) for ids in texts]
+    checked = 0
+    while any(row.seen < len(ids) for row, ids in zip(rows, texts, strict=True)):
+        going = [at for at in rng.permutation(len(texts)) if rows[at].seen < len(texts[at]) and rng.random() < 0.7]
+        sizes = [min(int(rng.choice((1, 1, 9))), len(texts[at]) - rows[at].seen) for at in going]
+        if not going:
+            continue
+        before = [rows[at].seen for at in going]
+        ids = np.concatenate(
+            [texts[at][seen : seen + size] for at, seen, size in zip(going, before, sizes, strict=True)]
+        )
+        spans = [Span([rows[at]], size) for at, size in zip(going, sizes, strict=True)]
+        scores = pair.graphs.run(ids, spans, pair.experts)
+        expected = [want[at][seen : seen + size] for at, seen, size in zip(going, before, sizes, strict=True)]
+        np.testing.assert_allclose(scores, np.concatenate(expected), atol=WITHIN)
+        checked += len(scores)
+    assert checked == sum(map(len, texts))
+
+
+def test_neighbours_are_decoded_as_one(rng: np.random.Generator) -> None:
     pair = Pair("mixtral", {})
-    texts = [rng.integers(0, 250, size).astype(np.int32) for size in (20, 33)]
-    caches = [pair.graphs.new_cache(40) for _ in texts]
-    for at in range(20):
-        for ids, cache in zip(texts, caches, strict=True):
-            scores = pair.graphs.step(ids[at : at + 1], cache, pair.experts)
-            np.testing.assert_allclose(scores[0], pair.logits(ids[: at + 1])[-1], atol=WITHIN)
+    texts = [rng.integers(0, 250, size).astype(np.int32) for size in (20, 7, 33)]
+    rows = [pair.rows.enter(40) for _ in texts]
+    for ids, row in zip(texts, rows, strict=True):
+        pair.step(ids[:-1], row)
+    scores = pair.graphs.run(np.array([ids[-1] for ids in texts], np.int32), [Span(rows, 1)], pair.experts)
+    for ids, got in zip(texts, scores, strict=True):
+        np.testing.assert_allclose(got, pair.logits(ids)[-1], atol=WITHIN)
+
+
+def test_rows_come_and_go_and_leave_no_memory() -> None:
+    pair = Pair("mixtral", {})
+    rows = [pair.rows.enter(tokens) for tokens in (10, 256, 257, 1024)]
+    assert [row.slab.capacity for row in rows] == [256, 256, 512, 1024]
+    assert (rows[0].index, rows[1].index, pair.rows.slabs) == (0, 1, 3)
+    pair.rows.leave(rows[0])
+    assert pair.rows.enter(5).index == 0
+    many = [pair.rows.enter(1) for _ in range(7)]
+    assert pair.rows.slabs == 4
+    slab = weakref.ref(many[-1].slab)
+    pair.step(np.array([1, 2], np.int32), many[-1])
+    pair.rows.leave(many.pop())
+    assert pair.rows.slabs == 3
+    gc.collect()
+    assert slab() is None
 
 
 @pytest.mark.parametrize(("bits", "most"), [(8, 0.02), (4, 0.25)])
 def test_fewer_bits_are_nearly_the_same(bits: int, most: float, rng: np.random.Generator) -> None:
     pair = Pair("qwen2_moe", {"num_experts_per_tok": 8}, bits)  # all of them: no choice turns on a small difference
     ids = rng.integers(0, 250, 30).astype(np.int32)
-    got = pair.graphs.step(ids, pair.graphs.new_cache(30), pair.experts, scored="all")
+    got = pair.step(ids, pair.rows.enter(30), scored=None)
     want = pair.logits(ids)
     assert 0 < np.linalg.norm(got - want) / np.linalg.norm(want) < most
 
@@ -136,11 +189,13 @@ def test_only_listed_operators_are_used() -> None:
     for family, more in CASES:
         pair = Pair(family, more)
         for bits in (32, 8):
-            for segment in segments(pair.plan, pair.tensors.get, bits):
-                for data in filter(None, (segment.data, segment.shared)):
-                    model = onnx.load_model_from_string(data)
-                    seen |= {(node.domain, node.op_type) for node in model.graph.node}
-                    assert {(each.domain, each.version) for each in model.opset_import} == {("", 17), (CONTRIB, 1)}
+            made = [head_graph(pair.plan, pair.tensors, bits)]
+            made += [attention_graph(each.attention.shape, 8) for each in pair.plan.layers]
+            for graphs in layer_graphs(pair.plan, pair.tensors, bits):
+                made += filter(None, (graphs.before, graphs.after, graphs.shared))
+            for model in map(onnx.load_model_from_string, made):
+                seen |= {(node.domain, node.op_type) for node in model.graph.node}
+                assert {(each.domain, each.version) for each in model.opset_import} == {("", 17), (CONTRIB, 1)}
     assert seen == OPERATORS
 
 
@@ -188,13 +243,7 @@ def test_an_answer_is_the_undivided_models(lab: Lab, checkpoint: Path) -> None:
         assert receipt.completion_tokens == len(ids)
         stages = receipt.stages
         assert stages.bs_compute > 0
-        assert sum(vars(stages).values() if hasattr(stages, "__dict__") else _seconds(stages)) == pytest.approx(
-            receipt.elapsed_s, rel=0.05
-        )
-
-
-def _seconds(stages: Any) -> list[float]:
-    return [getattr(stages, name) for name in stages.__slots__]
+        assert sum(dataclasses.astuple(stages)) == pytest.approx(receipt.elapsed_s, rel=0.05)
 
 
 def test_answers_at_the_same_time_are_each_right(lab: Lab, checkpoint: Path) -> None:
@@ -233,14 +282,13 @@ def test_tensors_come_out_as_they_went_in(tmp_path: Path) -> None:
     made = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.randn(2, 2).half(), "n": torch.arange(3)}
     save_file(made, tmp_path / "x.safetensors")
     read = StationTensors([tmp_path / "x.safetensors"])
-    assert read.names == set(made)
+    assert set(read) == set(made)
     for name in "abc":
-        got = read.get(name)
-        assert got is not None
-        np.testing.assert_array_equal(got, made[name].float().numpy())
-    assert read.get("nowhere") is None
+        np.testing.assert_array_equal(read[name], made[name].float().numpy())
+    assert "nowhere" not in read
+    assert "n" in read
     with pytest.raises(BundleError, match="I64"):
-        read.get("n")
+        read["n"]
 
 
 @pytest.mark.parametrize("spoil", ["short", "header", "offsets", "text"])
@@ -292,28 +340,30 @@ def test_what_is_degraded_is_not_kept(bundle: Bundle) -> None:
 def test_what_is_kept_is_bounded_and_the_oldest_goes_first() -> None:
     pair = Pair("mixtral", {})
     texts = [np.arange(start, start + 20, dtype=np.int32) for start in (0, 50, 100, 150)]
-    size_bytes = pair.graphs.new_cache(20).token_bytes * 20
+
+    def former(tokens: int = 20) -> Former:
+        row = pair.rows.enter(tokens)
+        row.seen = tokens
+        return row.copy()
+
+    size_bytes = former().size_bytes
     prefixes = Prefixes(3 * size_bytes)
 
     def known(ids: Int32Array) -> int:
-        return prefixes.begin(np.append(ids, 7).astype(np.int32), pair.graphs.new_cache(30))
-
-    def keep(ids: Int32Array) -> None:
-        cache = pair.graphs.new_cache(20)
-        cache.seen = len(ids)
-        prefixes.keep(ids, cache)
+        return prefixes.begin(np.append(ids, 7).astype(np.int32), pair.rows.enter(30))
 
     for ids in texts[:3]:
-        keep(ids)
+        prefixes.keep(ids, former())
     assert known(texts[0]) == 20  # used again, so it is not the oldest
-    keep(texts[3])
+    prefixes.keep(texts[3], former())
     assert [known(ids) for ids in texts] == [20, 0, 20, 20]
     assert prefixes.size_bytes == 3 * size_bytes
-    keep(texts[3])
+    prefixes.keep(texts[3], former())
     assert prefixes.size_bytes == 3 * size_bytes  # once only
     assert known(texts[0][:10]) == 0  # too little in common
-    small = Prefixes(size_bytes - 1)
-    cache = pair.graphs.new_cache(20)
-    cache.seen = 20
-    small.keep(texts[0], cache)
-    assert small.size_bytes == 0
+    row = pair.rows.enter(20)
+    row.seen = 20
+    assert prefixes.wants(row, size_bytes)
+    assert not Prefixes(size_bytes - 1).wants(row, size_bytes)
+    row.seen = 15
+    assert not prefixes.wants(row, size_bytes)

@@ -103,6 +103,7 @@ class Lab:
         verify: float | None = None,
         draw: Callable[[], float] | None = None,
         engine: str = "transformers",
+        max_active: int = 2,
     ) -> None:
         """`verify`: share of answers to compute again, with every first one; None: nobody looks."""
         manifest = bundle.manifest
@@ -126,11 +127,10 @@ class Lab:
             draw=draw or random.Random(7).random,
         )
         self.layers = ExpertLayers(exchange, lambda: self.routing, all_rules, inspector)
-        self.station: Any = open_backbone(
-            bundle, StationSettings(bundle=bundle.root, engine=engine, threads=1), self._run
-        )
-        self.thread = ModelThread(exchange, max_active=2, max_waiting=2)
-        self.engine = Engine(self.station, self.thread, dict, policy=all_rules.policy, prefill_chunk=self.prefill_chunk)
+        settings = StationSettings(bundle=bundle.root, engine=engine, threads=1, prefill_chunk=self.prefill_chunk)
+        self.station: Any = open_backbone(bundle, settings, self._run, exchange)
+        self.thread = ModelThread(exchange, max_active=max_active, max_waiting=2)
+        self.engine = Engine(self.station, self.thread, dict, policy=all_rules.policy)
         for device in self.devices:
             device.start()
         self.route()

@@ -211,7 +211,7 @@ def test_holders_of_copies_together_stand_for_one_late_device(ring: Ring) -> Non
     assert all(len(devices) == 1 for devices in got.values())
     assert {device for devices in got.values() for device in devices} == {"B", "C"}
     assert [part.device.name for part in outcome.losers] == ["A"]
-    assert (outcome.hedges, ring.exchange.counters.hedges, ring.exchange.counters.hedges_won) == (2, 2, 1)
+    assert (len(outcome.hedges), ring.exchange.counters.hedges, ring.exchange.counters.hedges_won) == (2, 2, 1)
     ring.release.set()
     until = time.monotonic() + 10
     while outcome.losers[0].reply.open and time.monotonic() < until:
@@ -247,7 +247,7 @@ def test_who_cannot_be_replaced_whole_is_waited_for(ring: Ring, hedging: Hedging
     outcome = ring.run(hedging)
     release.join()
     assert {name for names in shares(outcome).values() for name in names} == {"A"}
-    assert (outcome.hedges, ring.asked["B"], ring.asked["C"]) == (0, [], [])
+    assert (len(outcome.hedges), ring.asked["B"], ring.asked["C"]) == (0, [], [])
 
 
 def test_a_device_that_fails_after_it_was_late_is_covered_and_known_as_failed(ring: Ring) -> None:

@@ -21,7 +21,7 @@ from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.cli.main import cli
 from wdmoe.config import POLICIES, RANKS, StationSettings
 from wdmoe.errors import BundleError, ConfigError
-from wdmoe.layer_call import Demand, LayerCall
+from wdmoe.layer_call import Caller, Callers, Demand, LayerCall
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.moe.select import Costs, choose
 from wdmoe.nodes.base_station.layer_rules import layer_rules
@@ -172,8 +172,10 @@ def test_a_rehearsal_decides_as_in_an_answer(bundle: Bundle) -> None:
         gate = np.random.default_rng(1).normal(size=(12, 8)).astype(np.float32)
         experts = np.argsort(-gate, axis=1)[:, :2].astype(np.int32)
         layer = lab.station.manifest.moe_layers[0]
-        whole = LayerCall(layer, tokens, Demand(experts, np.full((12, 2), 0.5, np.float32), gate), together)
-        parts = [replace(whole.of(np.array([row])), ledger=alone) for row in range(12)]
+        demand = Demand(experts, np.full((12, 2), 0.5, np.float32), gate)
+        whole = LayerCall(layer, tokens, demand, Callers([Caller(together)], [12]))
+        one = Callers([Caller(alone)], [1])
+        parts = [replace(whole.of(np.array([row])), callers=one) for row in range(12)]
         price = copy.deepcopy(lab.layers._price)
         chosen = lab.layers._choose(lab.routing, whole).experts
         lab.layers._price = price

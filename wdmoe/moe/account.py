@@ -1,4 +1,4 @@
-"""Books what a layer cost and lost in the account of its request."""
+"""Books what a layer cost and lost in the accounts of its requests."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from wdmoe.arrays import Float32Array
-from wdmoe.receipt import Ledger
-from wdmoe.transport.exchange import Reply
+from wdmoe.layer_call import Callers
+from wdmoe.moe.dispatch import Outcome, Part
+from wdmoe.receipt import StageSeconds
 
 
 class Busy:
@@ -27,24 +28,47 @@ class Busy:
             self.seconds = time.monotonic() - started_s
 
 
-def book(ledger: Ledger, served: Sequence[tuple[str, Reply]], elapsed_s: float, busy_s: float) -> None:
-    """Split the time the base station waited by what the device that answered last says of it.
+def book(callers: Callers, outcome: Outcome, elapsed_s: float, busy_s: float) -> None:
+    """Write down what a layer's exchange took: to each request the whole time, and its part of the bytes."""
+    stages = split(outcome.parts, elapsed_s - busy_s, busy_s)
+    for caller in callers.each:
+        ledger = caller.ledger
+        ledger.wire_down_s += stages.wire_down
+        ledger.device_compute_s += stages.device_compute
+        ledger.wire_up_s += stages.wire_up
+        ledger.wait_s += stages.wait
+    for part in outcome.parts:
+        _book_bytes(callers, part)
+        if part.reply.result is not None:
+            for caller, _ in callers.among(part.token_rows):
+                caller.ledger.step_devices[part.device.name] += 1
+    for part in outcome.losers:
+        _book_bytes(callers, part)
+    for part in outcome.hedges:
+        for caller, _ in callers.among(part.token_rows):
+            caller.ledger.hedges += 1
+
+
+def _book_bytes(callers: Callers, part: Part) -> None:
+    """To each request by its tokens, so that all together have what was sent."""
+    begin, tokens = 0, len(part.token_rows)
+    for caller, count in callers.among(part.token_rows):
+        end = begin + count
+        caller.ledger.bytes_down += part.reply.bytes_down * end // tokens - part.reply.bytes_down * begin // tokens
+        caller.ledger.bytes_up += part.reply.bytes_up * end // tokens - part.reply.bytes_up * begin // tokens
+        begin = end
+
+
+def split(parts: Sequence[Part], elapsed_s: float, busy_s: float) -> StageSeconds:
+    """Split the time that the base station waited by what the device that answered last says of it.
 
     What passed while the base station computed something else (`busy_s`) hides part of the trip: it counts as the base
     station's, and the wire is what remains of the trip without it.
     """
-    elapsed_s -= busy_s
-    last = None
-    for device, reply in served:
-        ledger.bytes_down += reply.bytes_down
-        ledger.bytes_up += reply.bytes_up
-        if reply.result is not None:
-            ledger.step_devices[device] += 1
-            if last is None or reply.answered_s > last.answered_s:
-                last = reply
+    answered = [part.reply for part in parts if part.reply.result is not None]
+    last = max(answered, key=lambda reply: reply.answered_s, default=None)
     if last is None or last.result is None:
-        ledger.wait_s += elapsed_s
-        return
+        return StageSeconds(wait=elapsed_s)
     result = last.result
     trip_s = last.answered_s - last.sent_s
     # Clocks are not shared, so what neither side saw is the wire's, half each way.
@@ -55,14 +79,12 @@ def book(ledger: Ledger, served: Sequence[tuple[str, Reply]], elapsed_s: float, 
     down_share = result.link_down_s / max(result.link_down_s + result.link_up_s, 1e-12)
     down_s, up_s = link_s * down_share + wire_s / 2, link_s * (1 - down_share) + wire_s / 2
     compute_s = min(result.compute_s, left_s - link_s)
-    ledger.wire_down_s += down_s
-    ledger.wire_up_s += up_s
-    ledger.device_compute_s += compute_s
-    ledger.wait_s += max(elapsed_s - down_s - up_s - compute_s, 0.0)
+    wait_s = max(elapsed_s - down_s - up_s - compute_s, 0.0)
+    return StageSeconds(wire_down=down_s, device_compute=compute_s, wire_up=up_s, wait=wait_s)
 
 
 def record(
-    ledger: Ledger,
+    callers: Callers,
     weights: Float32Array,
     dropped: Float32Array | None,
     lost: Float32Array | None,
@@ -71,22 +93,29 @@ def record(
     """Write down what was dropped on purpose and what was lost in a layer.
 
     Args:
-        ledger: of the request.
+        callers: whose tokens these are.
         weights: (tokens, top_k) what was asked for.
         dropped: (tokens,) share of the gate weight that the policy left out; None: nothing.
         lost: (tokens,) share that no device serves; None: nothing.
         owed: (tokens,) weight that was asked for and did not come; None: nothing.
     """
-    tokens = len(weights)
-    ledger.token_layers += tokens
-    if dropped is not None:
-        ledger.dropped_weight += float(dropped.sum())
-    if lost is None and owed is None:
-        return
-    missing = np.zeros(tokens, np.float32) if lost is None else lost
-    if owed is not None:
-        wanted = weights.sum(axis=1)
-        missing = (missing + (1 - missing) * owed / np.where(wanted > 0, wanted, 1)).astype(np.float32)
-    ledger.lost_weight += float(missing.sum())
-    ledger.dropped_weight += float(missing.sum())
-    ledger.step_degraded = max(ledger.step_degraded, int(np.count_nonzero(missing)))
+    missing = _missing(weights, lost, owed)
+    for caller, its in callers.parts():
+        ledger = caller.ledger
+        ledger.token_layers += its.stop - its.start
+        if dropped is not None:
+            ledger.dropped_weight += float(dropped[its].sum())
+        if missing is not None:
+            ledger.lost_weight += float(missing[its].sum())
+            ledger.dropped_weight += float(missing[its].sum())
+            ledger.step_degraded = max(ledger.step_degraded, int(np.count_nonzero(missing[its])))
+
+
+def _missing(weights: Float32Array, lost: Float32Array | None, owed: Float32Array | None) -> Float32Array | None:
+    """(tokens,) share of the gate weight that was not computed without anybody's wish; None: nothing."""
+    if owed is None:
+        return lost
+    missing = np.zeros(len(weights), np.float32) if lost is None else lost
+    wanted = weights.sum(axis=1)
+    found: Float32Array = (missing + (1 - missing) * owed / np.where(wanted > 0, wanted, 1)).astype(np.float32)
+    return found

@@ -62,10 +62,8 @@ class Asking:
             band = PartOfBand(band, (1 - TRIAL_BAND) * band.total_hz)
         outcome = dispatch(self._exchange, question.work, wait_s, busy, band, question.hedging)
         self._budget.earn(len(outcome.parts))
-        self._observed.learn(outcome, call.ledger)
-        call.ledger.hedges += outcome.hedges
-        served = [(part.device.name, part.reply) for part in outcome.parts]
-        book(call.ledger, served, time.monotonic() - started_s, busy.seconds)
+        self._observed.learn(outcome, call.callers)
+        book(call.callers, outcome, time.monotonic() - started_s, busy.seconds)
         return outcome.parts
 
     def _question(

@@ -73,7 +73,7 @@ class Outcome:
 
     parts: list[Part]  # each share of the layer once, from whoever was first
     losers: list[Part] = field(default_factory=list)  # asked in vain: another was first
-    hedges: int = 0  # orders that went to holders of copies
+    hedges: list[Part] = field(default_factory=list)  # of all these: what holders of copies were asked
 
 
 @dataclass(slots=True, eq=False)
@@ -169,10 +169,10 @@ def _first_answers(
     exchange: Exchange, batch: Batch, work: Work, band: Band | None, hedging: Hedging, parts: list[Part]
 ) -> Outcome:
     shares = [_Share(part, part.reply.sent_s + part.order.expected.copy_s) for part in parts]
-    hedges = 0
+    hedges: list[Part] = []
     while batch.open:
         due_s = min((share.due_s for share in shares if share.first.reply.open), default=math.inf)
-        exchange.wait(batch, due_s, every=hedges > 0)
+        exchange.wait(batch, due_s, every=bool(hedges))
         now_s = time.monotonic()
         if hedges and all(share.settled for share in shares):
             break
@@ -182,7 +182,7 @@ def _first_answers(
             if share.due_s <= now_s and share.first.reply.open:
                 share.due_s = math.inf
                 share.seconds = _ask_copies(exchange, batch, work, band, hedging, share.first)
-                hedges += len(share.seconds)
+                hedges += share.seconds
     exchange.counters.hedges_won += sum(share.won_by_copies for share in shares)
     return _outcome(shares, hedges)
 
@@ -249,7 +249,7 @@ class PartOfBand:
         return self._band.token_s(hertz)
 
 
-def _outcome(shares: Sequence[_Share], hedges: int) -> Outcome:
+def _outcome(shares: Sequence[_Share], hedges: list[Part]) -> Outcome:
     parts: list[Part] = []
     losers: list[Part] = []
     for share in shares:

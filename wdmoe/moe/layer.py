@@ -2,7 +2,7 @@
 
     gate's demand -> select -> dispatch -> combine -> the layer's output
 
-Everything here runs on the model thread, in the greenlet of the request.
+Everything here runs on the model thread, in the greenlet of whoever runs a pass.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from wdmoe.moe.observed import Observed
 from wdmoe.moe.select import Bound, Chosen, Costs, choose, joined, substitute
 from wdmoe.moe.verification.inspector import Inspector
 from wdmoe.moe.waiting import WaitForExperts
+from wdmoe.receipt import Ledger
 from wdmoe.transport.codec.messages import Activations
 from wdmoe.transport.exchange import Exchange
 from wdmoe.transport.routing import Routing
@@ -102,7 +103,7 @@ class ExpertLayers:
         if owed is not None or not parts:
             parts += self._rescue(routing, call, chosen, owed)
         answers = [Answer(part.reply.result.partial, part.token_rows) for part in parts if part.reply.result]
-        record(call.ledger, chosen.weights, chosen.dropped, chosen.lost, owed)
+        record(call.callers, chosen.weights, chosen.dropped, chosen.lost, owed)
         return combine(len(call.tokens), call.tokens.shape[1], answers, self._scale(chosen, owed))
 
     def _whole(self, layer: int) -> bool:
@@ -115,6 +116,9 @@ class ExpertLayers:
     def _choose(self, routing: Routing, call: LayerCall) -> Chosen:
         if self.rules.rehearsal and self.rules.policy != "topk" and len(call.tokens) > 1:
             return joined([self._choose(routing, call.of(np.array([row]))) for row in range(len(call.tokens))])
+        if self.rules.max_dropped and len(call.callers.each) > 1:  # each has an account of its own
+            rows = np.arange(len(call.tokens))
+            return joined([self._choose(routing, call.of(rows[its])) for _, its in call.callers.parts()])
         all_served = self.observed.health.all_well and call.layer in routing.complete
         device_of = self.observed.device_of(routing, call.layer, is_prompt(call))
         policy = "topk" if call.layer in self.rules.whole_layers else self.rules.policy
@@ -124,7 +128,7 @@ class ExpertLayers:
             call.demand,
             policy=policy,
             costs=costs,
-            budget_s=self.rules.budget_s + (len(call.tokens) - 1) * self.rules.budget_per_token_s,
+            budget_s=self.rules.budget_s + (_longest(call) - 1) * self.rules.budget_per_token_s,
             available=None if all_served else self.observed.health.available(routing.devices, device_of),
             renormalise=self.rules.renormalise,
             gate_temperature=self.rules.gate_temperature,
@@ -137,13 +141,13 @@ class ExpertLayers:
 
     def _bound(self, routing: Routing, call: LayerCall) -> Bound:
         share, price = self.rules.max_dropped, self._price
-        allowance, unspent = share * len(routing.device_of), call.ledger.unspent
+        allowance, unspent = share * len(routing.device_of), _ledger(call).unspent
         price_s = price.seconds(unspent, allowance)
         return Bound(share, unspent, SAVED_TOKENS * allowance, price.mean_worth(call.layer), price_s)
 
     def _pay(self, call: LayerCall, chosen: Chosen, bound: Bound, layer_s: float) -> None:
         """Book what a layer was worth and what it dropped of that, and learn the price that answers pay."""
-        call.ledger.unspent = chosen.unspent
+        _ledger(call).unspent = chosen.unspent
         self._price.saw(call.layer, chosen.worth, len(call.tokens))
         if len(call.tokens) == 1:
             self._price.spent(chosen.unspent, bound.most / SAVED_TOKENS, layer_s)
@@ -200,9 +204,7 @@ class ExpertLayers:
             return []
         experts = np.where(wanted, chosen.experts, np.int32(-1))[rows]
         weights = np.where(wanted, chosen.weights, np.float32(0))[rows]
-        parts = self._ask(routing, call.of(rows), Chosen(experts, weights))
-        call.ledger.retries += len(parts)
-        return _of_rows(parts, rows)
+        return self._ask_again(routing, call, rows, Chosen(experts, weights))
 
     def _rescue(self, routing: Routing, call: LayerCall, chosen: Chosen, owed: Float32Array | None) -> list[Part]:
         """Ask once more, elsewhere, for the tokens that would go without any expert."""
@@ -213,11 +215,20 @@ class ExpertLayers:
             return []
         available = self.observed.health.available(routing.devices, self.observed.device_of(routing, call.layer))
         replacement = substitute(call.demand, empty, available)
-        parts = [] if replacement is None else self._ask(routing, call.of(empty), replacement)
-        call.ledger.retries += len(parts)
+        parts = [] if replacement is None else self._ask_again(routing, call, empty, replacement)
         if empty.size == len(call.tokens) and not any(part.reply.result for part in parts):
             raise ExpertsUnavailableError(f"layer {call.layer}: none of its experts answered, and no other could")
-        return _of_rows(parts, empty)
+        return parts
+
+    def _ask_again(
+        self, routing: Routing, call: LayerCall, rows: npt.NDArray[np.integer[Any]], chosen: Chosen
+    ) -> list[Part]:
+        """Ask for some of the tokens once more, elsewhere."""
+        parts = _of_rows(self._ask(routing, call.of(rows), chosen), rows)
+        for part in parts:
+            for caller, _ in call.callers.among(part.token_rows):
+                caller.ledger.retries += 1
+        return parts
 
     def _scale(self, chosen: Chosen, owed: Float32Array | None) -> Float32Array | None:
         """(tokens,) factor that makes up for what did not come, where the model wants it so."""
@@ -228,6 +239,17 @@ class ExpertLayers:
         partly = (owed > 0) & (arrived > NOTHING * wanted)
         scale: Float32Array = np.where(partly, wanted / np.where(partly, arrived, 1), 1).astype(np.float32)
         return scale
+
+
+def _longest(call: LayerCall) -> int:
+    """The most tokens of one request: all are computed together, and each request has its budget."""
+    return max(call.callers.sizes)
+
+
+def _ledger(call: LayerCall) -> Ledger:
+    """Of a call for one request."""
+    (caller,) = call.callers.each
+    return caller.ledger
 
 
 def _of_rows(parts: list[Part], rows: npt.NDArray[np.integer[Any]]) -> list[Part]:

@@ -15,12 +15,12 @@ import numpy as np
 
 from wdmoe.arrays import Int32Array
 from wdmoe.errors import ExpertsUnavailableError
+from wdmoe.layer_call import Callers
 from wdmoe.moe.dispatch import Outcome, Part
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.moe.lateness import Lateness
 from wdmoe.moe.serving_speed import ServingSpeed
 from wdmoe.moe.verification.inspector import Inspector
-from wdmoe.receipt import Ledger
 from wdmoe.solver.combining import is_finite
 from wdmoe.transport.exchange import Order, Reply
 from wdmoe.transport.routing import DeviceRoute, Routing
@@ -95,16 +95,16 @@ class Observed:
 
     # ---- what became of orders
 
-    def learn(self, outcome: Outcome, ledger: Ledger) -> None:
+    def learn(self, outcome: Outcome, callers: Callers) -> None:
         """Take in what each device answered and how fast it was, and what was asked in vain."""
         now_s = time.monotonic()
         for part in outcome.parts:
-            self._judge(part, ledger)
+            self._judge(part, callers)
             if part.reply.result is not None:
                 self._clock(part.order, part.reply)
                 self.lateness.answered(part.order.route, part.order.expected, part.reply.least_s, now_s)
         for part in outcome.losers:
-            self._learn_of_loser(part, ledger, now_s)
+            self._learn_of_loser(part, callers, now_s)
         self._tell_slow()
 
     def learn_aside(self, order: Order, reply: Reply) -> None:
@@ -123,30 +123,29 @@ class Observed:
             self.lateness.tried(order.route, order.expected, took_s, time.monotonic())
             self._tell_slow()
 
-    def _learn_of_loser(self, part: Part, ledger: Ledger, now_s: float) -> None:
+    def _learn_of_loser(self, part: Part, callers: Callers, now_s: float) -> None:
         """Of who was asked in vain, since another was first."""
         order, reply = part.order, part.reply
-        ledger.bytes_down += reply.bytes_down
-        ledger.bytes_up += reply.bytes_up
         if reply.open:  # `learn_aside` hears of the rest
             if now_s - reply.sent_s > order.expected.late_s:
                 self.lateness.answered(order.route, order.expected, math.inf, now_s)
         elif reply.result is not None:
             self._clock(order, reply)
         elif not reply.timed_out:
-            self._judge(part, ledger)
+            self._judge(part, callers)
 
-    def _judge(self, part: Part, ledger: Ledger) -> None:
+    def _judge(self, part: Part, callers: Callers) -> None:
         """Take a reply in or refuse it, and remember which."""
         reply, device = part.reply, part.device
+        ledgers = tuple(caller.ledger for caller, _ in callers.among(part.token_rows))
         if reply.result is not None:
-            judged = self.inspector.judge(device, part.order, reply.result.partial, ledger)
+            judged = self.inspector.judge(device, part.order, reply.result.partial, ledgers)
             if judged.partial is None:
                 reply.result, reply.reason = None, judged.reason
             elif judged.partial is not reply.result.partial:
                 reply.result = replace(reply.result, partial=judged.partial)
         elif reply.malformed:
-            self.inspector.malformed(device, part.order, reply.reason, ledger)
+            self.inspector.malformed(device, part.order, reply.reason, ledgers)
         if reply.result is not None:
             link_s = reply.result.link_down_s + reply.result.link_up_s
             self.health.answered(device.route, reply.answered_s - reply.sent_s, len(part.token_rows), link_s)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from wdmoe.arrays import Float32Array
 from wdmoe.errors import CancelledRequestError, ExpertsUnavailableError
-from wdmoe.layer_call import LayerCall
+from wdmoe.layer_call import Callers, LayerCall
 from wdmoe.transport.routing import Routing
 
 LOOK_EVERY_S = 0.05
@@ -55,14 +55,16 @@ class WaitForExperts:
         while True:
             if call.layer in self._lost and not self._whole(call.layer):
                 self._wait(call, longest_s)
-            unspent = call.ledger.unspent
+            ledgers = [caller.ledger for caller in call.callers.each]
+            unspent = [ledger.unspent for ledger in ledgers]
             try:
                 out = self._serve(call)
             except ExpertsUnavailableError as error:
-                call.ledger.unspent = unspent
+                for ledger, before in zip(ledgers, unspent, strict=True):
+                    ledger.unspent = before
                 if not longest_s or not self._routing().was_served:
                     raise
-                if call.ledger.step_waited_s >= longest_s:
+                if _waited_s(call.callers) >= longest_s:
                     raise ExpertsUnavailableError(f"{error}; nor for {longest_s:g} s after") from error
                 self._lost.add(call.layer)
                 call = replace(call, meanwhile=None)  # that was done
@@ -73,19 +75,30 @@ class WaitForExperts:
     def _wait(self, call: LayerCall, longest_s: float) -> None:
         """Wait until a layer is whole, or the time is over; then what there is must do, for others too."""
         begun_s = told_s = time.monotonic()
-        left_s = longest_s - call.ledger.step_waited_s
+        left_s = longest_s - _waited_s(call.callers)
         try:
             while not self._whole(call.layer):
                 now_s = time.monotonic()
-                if call.client is not None:
-                    if call.client.cancelled:
-                        raise CancelledRequestError("the client went away")
-                    if now_s >= told_s:
-                        call.client.tell_waiting(begun_s + left_s - now_s)
-                        told_s = now_s + TELL_EVERY_S
+                if all(caller.ledger.cancelled for caller in call.callers.each):
+                    raise CancelledRequestError("the client went away")
+                if now_s >= told_s:
+                    _tell(call.callers, begun_s + left_s - now_s)
+                    told_s = now_s + TELL_EVERY_S
                 if now_s >= begun_s + left_s:
                     self._lost.discard(call.layer)
                     return
                 self._pause(min(LOOK_EVERY_S, begun_s + left_s - now_s))
         finally:
-            call.ledger.waited(time.monotonic() - begun_s)
+            for caller in call.callers.each:
+                caller.ledger.waited(time.monotonic() - begun_s)
+
+
+def _waited_s(callers: Callers) -> float:
+    """Since the last token: of who waited longest, as all of a call wait together and end together."""
+    return max(caller.ledger.step_waited_s for caller in callers.each)
+
+
+def _tell(callers: Callers, longest_s: float) -> None:
+    for caller in callers.each:
+        if caller.client is not None:
+            caller.client.tell_waiting(longest_s)

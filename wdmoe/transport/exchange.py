@@ -247,6 +247,14 @@ class Exchange:
         """Start `work` in a greenlet of its own at the next `run_ready`. It must not let exceptions out."""
         self._ready.append(greenlet(work))
 
+    def park(self) -> None:
+        """In a greenlet that `spawn` started: let others run until somebody resumes this one."""
+        getcurrent().parent.switch()
+
+    def resume(self, waiter: greenlet) -> None:
+        """Have a parked greenlet go on at the next `run_ready`."""
+        self._ready.append(waiter)
+
     def run_ready(self) -> None:
         """Resume every greenlet whose wait is over, and run posted actions."""
         while self._posted:

@@ -7,7 +7,7 @@ by the other engine.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from wdmoe.backbone.graphs.rope import Rope, rope_of
@@ -32,6 +32,17 @@ class Attention:
     sinks: bool
     interleaved: bool  # its rotation is of neighbours, not of halves
 
+    @property
+    def widths(self) -> Mapping[str, int]:
+        """What attention takes of a token: queries, keys and values in one, or apart where they are normalised."""
+        query, other = self.heads * self.head_size, self.kv_heads * self.head_size
+        return {"query": query, "key": other, "value": other} if self.norm else {"query": query + 2 * other}
+
+    @property
+    def shape(self) -> Attention:
+        """The same for all layers that can share a graph."""
+        return replace(self, prefix="", clip=0.0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Router:
@@ -49,9 +60,9 @@ class Router:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gated:
-    """A feed-forward network with a gate. `joined`: gate and up are one matrix."""
+    """A feed-forward network with a gate."""
 
-    gate: str
+    gate: str  # with `up` below it, where that has no name
     up: str
     down: str
     scored: str = ""  # a matrix to one score, whose sigmoid multiplies the output
@@ -73,7 +84,6 @@ class Layer:
 class StationPlan:
     """All that is needed to write the graphs."""
 
-    family: str
     hidden: int
     vocabulary: int
     epsilon: float
@@ -84,6 +94,10 @@ class StationPlan:
     embedding_multiplier: float
     residual_multiplier: float
     logits_divisor: float
+
+    def has_experts_below(self, number: int) -> bool:
+        """Whether the layer before this one ends in experts. `number`: that of the head is the count of layers."""
+        return number > 0 and self.layers[number - 1].router is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +177,6 @@ def station_plan(config: Mapping[str, Any], tensors: Collection[str], moe_layers
     )
     tied = "lm_head.weight" not in tensors
     return StationPlan(
-        family=family,
         hidden=int(config["hidden_size"]),
         vocabulary=int(config["vocab_size"]),
         epsilon=float(config.get("rms_norm_eps", 1e-5)),

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from wdmoe.arrays import Int32Array
-from wdmoe.backbone.graphs.running import Cache
+from wdmoe.backbone.graphs.cache import Former, Row
 
 LEAST_TOKENS = 16  # in common; for fewer a copy is not worth its while
 
 
 @dataclass(slots=True, eq=False)
 class _Kept:
-    tokens: Int32Array  # that the cache has seen
-    cache: Cache
-    size_bytes: int
+    tokens: Int32Array
+    former: Former
 
 
 class Prefixes:
@@ -30,10 +29,10 @@ class Prefixes:
     @property
     def size_bytes(self) -> int:
         """Of all that is kept."""
-        return sum(each.size_bytes for each in self._kept)
+        return sum(each.former.size_bytes for each in self._kept)
 
-    def begin(self, tokens: Int32Array, cache: Cache) -> int:
-        """Fill an empty cache with what is known of the tokens, but never of the last one: its scores are wanted.
+    def begin(self, tokens: Int32Array, row: Row) -> int:
+        """Fill an empty row with what is known of the tokens, but never of the last one: its scores are wanted.
 
         Returns:
             How many tokens that were.
@@ -45,7 +44,7 @@ class Prefixes:
                 best, longest = each, common
         if best is None:
             return 0
-        cache.take(best.cache, longest)
+        row.take(best.former, longest)
         self._kept.remove(best)
         self._kept.append(best)
         return longest
@@ -54,17 +53,17 @@ class Prefixes:
         """Keep nothing of what there is."""
         self._kept.clear()
 
-    def keep(self, tokens: Int32Array, cache: Cache) -> None:
-        """Of a request that is over, whose cache nobody uses any more. `tokens`: those that it has seen."""
-        tokens = tokens[: cache.seen].copy()
-        size_bytes = cache.token_bytes * cache.capacity
-        if len(tokens) < LEAST_TOKENS or size_bytes > self._most_bytes:
-            return
+    def wants(self, row: Row, size_bytes: int) -> bool:
+        """Whether there is room for what is in a row, so many bytes, and it is worth its while."""
+        return row.seen >= LEAST_TOKENS and size_bytes <= self._most_bytes
+
+    def keep(self, tokens: Int32Array, former: Former) -> None:
+        """What a request left. tokens: those that it has seen."""
         # What begins it is in it.
         self._kept = [each for each in self._kept if _common(each.tokens, tokens) < len(each.tokens)]
-        while self._kept and self.size_bytes + size_bytes > self._most_bytes:
+        while self._kept and self.size_bytes + former.size_bytes > self._most_bytes:
             del self._kept[0]
-        self._kept.append(_Kept(tokens, cache, size_bytes))
+        self._kept.append(_Kept(tokens, former))
 
 
 def _common(one: Int32Array, other: Int32Array) -> int:

@@ -1,9 +1,9 @@
-"""The station's part of a pass, cut where the experts work: a graph from each layer's experts to the next gate.
+"""The station's part of a pass, cut where others work: the experts, and the attention over each request's cache.
 
-    embedding -> [layers up to the first gate] -> experts -> [on to the next gate] -> ... -> experts -> [head]
+    embedding -> before -> (attention) -> after -> (experts) -> before -> ... -> (experts) -> head
 
-Every segment takes the residual stream `x` and what the experts before it gave, `moe`. Shapes are (rows, tokens,
-width): rows are requests.
+`before` and `after` take the tokens of all requests of a pass, one below the other: (tokens, width). Attention takes
+some requests at a time, (rows, tokens, width), and holds no weights: layers of the same shape share one graph.
 """
 
 from __future__ import annotations
@@ -12,105 +12,103 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from wdmoe.backbone.graphs import pieces
-from wdmoe.backbone.graphs.plan import Gated, Layer, StationPlan
+from wdmoe.backbone.graphs.plan import Attention, Gated, Layer, StationPlan
 from wdmoe.backbone.graphs.writing import FLOAT, INT32, Graph, Weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Segment:
-    """One graph. `layer`: whose experts follow it; -1: the head. `caches`: layers whose caches it reads and writes."""
+class LayerGraphs:
+    """The graphs of one decoder layer, each with its ends."""
 
-    layer: int
-    data: bytes
-    caches: tuple[int, ...]
-    takes_moe: bool
-    shared: bytes | None = None  # the shared expert of `layer`, x -> y, to be computed while the others are away
+    before: bytes  # x -> query, and key and value where they are apart; where experts are below: x, moe -> y, query ...
+    after: bytes  # x, attention -> y, and where experts follow: hidden, gate, weights, experts
+    shared: bytes | None  # the shared expert: x -> y, to be computed while the others are away
 
 
-def segments(plan: StationPlan, weights: Weights, bits: int = 32) -> Iterator[Segment]:
-    """Write all graphs, one after the other, so that only one holds its weights twice.
+def layer_graphs(plan: StationPlan, weights: Weights, bits: int = 32) -> Iterator[LayerGraphs]:
+    """Write the graphs of all layers, one after the other, so that only one holds its weights twice.
 
     Args:
         plan: of the model.
-        weights: gives its tensors.
+        weights: its tensors.
         bits: of the large matrices: 32, 8 or 4.
     """
-    begun: list[Layer] = []
-    takes_moe = False
     for layer in plan.layers:
-        begun.append(layer)
-        if layer.router is not None:
-            yield _segment(plan, weights, bits, tuple(begun), takes_moe)
-            begun, takes_moe = [], True
-    yield _head(plan, weights, bits, tuple(begun), takes_moe)
+        yield LayerGraphs(
+            before=_before(plan, Graph(weights, bits), layer),
+            after=_after(plan, Graph(weights, bits), layer),
+            shared=None if layer.shared is None else _shared(plan, Graph(weights, bits), layer.shared),
+        )
 
 
-def _segment(plan: StationPlan, weights: Weights, bits: int, layers: tuple[Layer, ...], takes_moe: bool) -> Segment:
+def head_graph(plan: StationPlan, weights: Weights, bits: int = 32) -> bytes:
+    """x, and moe where there are experts below -> logits."""
     graph = Graph(weights, bits)
-    x = _begin(graph, plan, takes_moe)
-    _attention_inputs(graph, plan)
-    for layer in layers:
-        x, normed = _through(graph, plan, layer, x)
-        if layer.router is not None:
-            pieces.router(graph, normed, layer.router)
-            graph.tell(normed, "hidden", plan.hidden)
+    x = _residual(graph, plan, len(plan.layers))
+    normed = pieces.norm(graph, x, "model.norm.weight", plan.epsilon)
+    logits = pieces.scaled(graph, pieces.linear(graph, normed, [plan.head]), 1 / plan.logits_divisor)
+    graph.tell(logits, "logits", plan.vocabulary)
+    return graph.finish("head")
+
+
+def attention_graph(part: Attention, rotations: int) -> bytes:
+    """query, key, value, past -> attention, present. `rotations`: pairs of each head that are rotated."""
+    graph = Graph({}, 32)
+    for name, width in part.widths.items():
+        graph.input(name, FLOAT, ("rows", "tokens", width))
+    for name in ("past_key", "past_value"):
+        graph.input(name, FLOAT, ("rows", part.kv_heads, "capacity", part.head_size))
+    graph.input("seen", INT32, ("rows",))
+    graph.input("longest", INT32, (1,))
+    graph.input("cos", FLOAT, ("positions", rotations))
+    graph.input("sin", FLOAT, ("positions", rotations))
+    if part.sinks:
+        graph.input("sinks", FLOAT, (part.heads,))
+    pieces.attention(graph, part)
+    graph.output("attention", FLOAT, ("rows", "tokens", part.heads * part.head_size))
+    for name in ("present_key", "present_value"):
+        graph.output(name, FLOAT, ("rows", part.kv_heads, "capacity", part.head_size))
+    return graph.finish("attention")
+
+
+def _before(plan: StationPlan, graph: Graph, layer: Layer) -> bytes:
+    x = _residual(graph, plan, layer.number)
+    normed = pieces.norm(graph, x, f"{layer.prefix}input_layernorm.weight", plan.epsilon)
+    values = pieces.query_key_value(graph, normed, layer.attention, plan.epsilon)
+    for value, (name, width) in zip(values, layer.attention.widths.items(), strict=True):
+        graph.tell(value, name, width)
+    if plan.has_experts_below(layer.number):
+        graph.tell(x, "y", plan.hidden)
+    return graph.finish(f"before{layer.number}")
+
+
+def _after(plan: StationPlan, graph: Graph, layer: Layer) -> bytes:
+    part = layer.attention
+    x = graph.input("x", FLOAT, ("tokens", plan.hidden))
+    attended = graph.input("attention", FLOAT, ("tokens", part.heads * part.head_size))
+    x = _added(graph, plan, x, pieces.biased(graph, attended, f"{part.prefix}o_proj"))
+    normed = pieces.norm(graph, x, f"{layer.prefix}post_attention_layernorm.weight", plan.epsilon)
+    if layer.dense is not None:
+        x = _added(graph, plan, x, pieces.gated(graph, normed, layer.dense))
     graph.tell(x, "y", plan.hidden)
-    last = layers[-1]
-    return Segment(
-        layer=last.number,
-        data=graph.finish(f"layer{last.number}"),
-        caches=tuple(layer.number for layer in layers),
-        takes_moe=takes_moe,
-        shared=None if last.shared is None else _shared(plan, weights, bits, last.shared),
-    )
+    if layer.router is not None:
+        pieces.router(graph, normed, layer.router)
+        graph.tell(normed, "hidden", plan.hidden)
+    return graph.finish(f"after{layer.number}")
 
 
-def _shared(plan: StationPlan, weights: Weights, bits: int, part: Gated) -> bytes:
-    graph = Graph(weights, bits)
-    x = graph.input("x", FLOAT, ("rows", "tokens", plan.hidden))
+def _shared(plan: StationPlan, graph: Graph, part: Gated) -> bytes:
+    x = graph.input("x", FLOAT, ("tokens", plan.hidden))
     graph.tell(pieces.gated(graph, x, part), "y", plan.hidden)
     return graph.finish("shared")
 
 
-def _head(plan: StationPlan, weights: Weights, bits: int, layers: tuple[Layer, ...], takes_moe: bool) -> Segment:
-    graph = Graph(weights, bits)
-    x = _begin(graph, plan, takes_moe)
-    if layers:
-        _attention_inputs(graph, plan)
-    for layer in layers:
-        x, _ = _through(graph, plan, layer, x)
-    normed = pieces.norm(graph, x, "model.norm.weight", plan.epsilon)
-    logits = pieces.scaled(graph, pieces.linear(graph, normed, [plan.head]), 1 / plan.logits_divisor)
-    graph.tell(logits, "logits", plan.vocabulary)
-    return Segment(
-        layer=-1, data=graph.finish("head"), caches=tuple(layer.number for layer in layers), takes_moe=takes_moe
-    )
-
-
-def _begin(graph: Graph, plan: StationPlan, takes_moe: bool) -> str:
-    x = graph.input("x", FLOAT, ("rows", "tokens", plan.hidden))
-    if not takes_moe:
+def _residual(graph: Graph, plan: StationPlan, number: int) -> str:
+    """The residual stream above a layer, with what the experts of the layer below gave."""
+    x = graph.input("x", FLOAT, ("tokens", plan.hidden))
+    if not plan.has_experts_below(number):
         return x
-    moe = graph.input("moe", FLOAT, ("rows", "tokens", plan.hidden))
-    return _added(graph, plan, x, moe)
-
-
-def _attention_inputs(graph: Graph, plan: StationPlan) -> None:
-    size = len(plan.rope.frequencies)
-    graph.input("seen", INT32, ("rows",))
-    graph.input("longest", INT32, (1,))
-    graph.input("cos", FLOAT, ("positions", size))
-    graph.input("sin", FLOAT, ("positions", size))
-
-
-def _through(graph: Graph, plan: StationPlan, layer: Layer, x: str) -> tuple[str, str]:
-    """The residual stream after a layer but for its experts, and what these start from."""
-    normed = pieces.norm(graph, x, f"{layer.prefix}input_layernorm.weight", plan.epsilon)
-    x = _added(graph, plan, x, pieces.attention(graph, normed, layer.attention, plan.epsilon))
-    normed = pieces.norm(graph, x, f"{layer.prefix}post_attention_layernorm.weight", plan.epsilon)
-    if layer.dense is not None:
-        x = _added(graph, plan, x, pieces.gated(graph, normed, layer.dense))
-    return x, normed
+    return _added(graph, plan, x, graph.input("moe", FLOAT, ("tokens", plan.hidden)))
 
 
 def _added(graph: Graph, plan: StationPlan, x: str, part: str) -> str:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from wdmoe.arrays import Float32Array, Int32Array
 from wdmoe.backbone.format.bundle import Bundle, Manifest
+from wdmoe.backbone.graphs.cache import Row, Rows
 from wdmoe.backbone.graphs.choosing import Chooser
+from wdmoe.backbone.graphs.passes import Passes, RunLayer, Turns
 from wdmoe.backbone.graphs.plan import station_plan
 from wdmoe.backbone.graphs.prefixes import Prefixes
-from wdmoe.backbone.graphs.running import GraphModel, RunExperts
+from wdmoe.backbone.graphs.running import GraphModel
 from wdmoe.backbone.graphs.tensors import StationTensors
 from wdmoe.backbone.runtime.job import Job, Telling
+from wdmoe.backbone.runtime.station import load_tokenizer
 from wdmoe.errors import BundleError, CancelledRequestError
 from wdmoe.heap import return_memory
-from wdmoe.layer_call import Client, Demand, LayerCall
+from wdmoe.layer_call import Caller
 from wdmoe.receipt import Ledger
 from wdmoe.records import Finished
 
-RunLayer = Callable[[LayerCall], Float32Array]
 BITS = {"fp32": 32, "int8": 8, "int4": 4}
 
 
@@ -38,15 +39,19 @@ class GraphStation:
         manifest: Manifest,
         eos: tuple[int, ...],
         run: RunLayer,
-        prefix_bytes: int = 0,
+        turns: Turns,
+        *,
+        prefill_chunk: int,
+        prefix_bytes: int,
     ) -> None:
-        """`run`: computes the experts of a layer. `prefix_bytes`: for what is kept of former requests."""
+        """What others say of the arguments: `load_graph_station`."""
         self.model = model
         self.tokenizer = tokenizer
         self.manifest = manifest
         self.eos = eos
-        self._run = run
         self.prefixes = Prefixes(prefix_bytes)
+        self._rows = Rows(model.plan, model.forget)
+        self._passes = Passes(model, run, turns, prefill_chunk)
 
     def begin(self, ledger: Ledger) -> None:
         """See `Backbone`. Nothing to do: each call here says what it is booked on."""
@@ -55,74 +60,79 @@ class GraphStation:
         """See `Backbone`."""
         self.prefixes.forget()
 
-    def answer(self, job: Job, prefill_chunk: int) -> Finished:
+    def size_bytes(self, tokens: int) -> int:
+        """See `Backbone`."""
+        return self._rows.size_bytes(tokens)
+
+    def answer(self, job: Job) -> Finished:
         """Run a job to its end.
 
         Raises:
-            CancelledRequestError: `job.cancel` was called; noticed at the next layer, or while it waits.
+            CancelledRequestError: `job.cancel` was called; noticed between two passes, or while it waits.
             ExpertsUnavailableError: from a layer that has no expert left.
             NotFiniteError: the model's scores are no numbers.
         """
-        telling, chooser = Telling(job, self.tokenizer, self.eos), Chooser(job.sampling)
-        cache = self.model.new_cache(len(job.prompt_ids) + job.sampling.max_tokens)
-        experts = self._experts(job.ledger, job)
-        ids = seen = np.array(job.prompt_ids + job.begun, np.int32)
-        job.ledger.reused_tokens = self.prefixes.begin(ids, cache)
-        ids = ids[cache.seen :]
+        telling = Telling(job, self.tokenizer, self.eos)
+        row = self._rows.enter(len(job.prompt_ids) + job.sampling.max_tokens)
+        try:
+            seen = self._answer(job, telling, row)
+            kept = row.copy() if self.prefixes.wants(row, self._rows.size_bytes(row.seen)) else None
+        finally:
+            self._rows.leave(row)
+        finished = telling.finish()
+        if kept is not None and not (
+            finished.receipt.degraded or finished.receipt.suspect
+        ):  # what was wrong would stay
+            self.prefixes.keep(seen, kept)
+        return finished
+
+    def _answer(self, job: Job, telling: Telling, row: Row) -> Int32Array:
+        """Make and tell all tokens that are left. Returns those that the row has seen."""
+        chooser, caller = Chooser(job.sampling), Caller(job.ledger, job)
+        known = [*job.prompt_ids, *job.begun]
+        job.ledger.reused_tokens = self.prefixes.begin(np.array(known, np.int32), row)
         while not telling.over:
-            while len(ids) > prefill_chunk:  # a long prompt must not hold up other requests
-                self.model.step(ids[:prefill_chunk], cache, experts, scored="none")
-                ids = ids[prefill_chunk:]
-            scores = self.model.step(ids, cache, experts)
+            scores = self._passes.step(np.array(known[row.seen :], np.int32), row, caller)
             if job.cancelled:
                 raise CancelledRequestError("the client went away")
             token = chooser.choose(scores[0], job.ledger.completion_tokens)
             telling.tell(token)
-            ids = np.array([token], np.int32)
-            seen = np.append(seen, ids)
-        finished = telling.finish()
-        if not (finished.receipt.degraded or finished.receipt.suspect):  # else what was wrong would stay so
-            self.prefixes.keep(seen, cache)
-        return finished
+            known.append(token)
+        return np.array(known[: row.seen], np.int32)
 
     def nats(self, windows: Int32Array, ledger: Ledger) -> Float32Array:
         """(windows, length) token ids -> (windows, length - 1) negative log-likelihood of every token but the first."""
-        return np.stack([self._nats(window, ledger) for window in windows])
+        return np.stack([self._nats(window.astype(np.int32), ledger) for window in windows])
 
     def _nats(self, window: Int32Array, ledger: Ledger) -> Float32Array:
-        cache = self.model.new_cache(len(window))
-        scores = self.model.step(window.astype(np.int32), cache, self._experts(ledger, None), scored="all")[:-1]
+        row = self._rows.enter(len(window))
+        try:
+            scores = self._passes.step(window, row, Caller(ledger), every=True)[:-1]
+        finally:
+            self._rows.leave(row)
         largest = scores.max(axis=1, keepdims=True)
         total = np.log(np.exp(scores - largest).sum(axis=1)) + largest[:, 0]
         nats: Float32Array = total - scores[np.arange(len(scores)), window[1:]]
         return nats
 
-    def _experts(self, ledger: Ledger, client: Client | None) -> RunExperts:
-        first = self.manifest.moe_layers[0]
-
-        def experts(
-            layer: int, tokens: Float32Array, demand: Demand, meanwhile: Callable[[], object] | None
-        ) -> Float32Array:
-            if ledger.cancelled:  # here too: the layers of a pass may each wait for a deadline
-                raise CancelledRequestError("the client went away")
-            if layer == first:
-                ledger.open_pass()
-            call = LayerCall(
-                layer=layer, tokens=tokens, demand=demand, ledger=ledger, meanwhile=meanwhile, client=client
-            )
-            return self._run(call)
-
-        return experts
-
 
 def load_graph_station(
-    bundle: Bundle, run: RunLayer, *, precision: str = "fp32", threads: int = 0, prefix_bytes: int = 0
+    bundle: Bundle,
+    run: RunLayer,
+    turns: Turns,
+    *,
+    prefill_chunk: int,
+    precision: str = "fp32",
+    threads: int = 0,
+    prefix_bytes: int = 0,
 ) -> GraphStation:
     """Make the graphs of a bundle's station.
 
     Args:
         bundle: an opened bundle.
         run: computes the experts of a layer.
+        turns: of the requests' greenlets.
+        prefill_chunk: most tokens of prompts in a pass.
         precision: of the large matrices, a key of `BITS`.
         threads: of a step; 0: one for each core, a few at most.
         prefix_bytes: for what is kept of former requests; 0: nothing is.
@@ -132,18 +142,26 @@ def load_graph_station(
     """
     config = _json(bundle, "config.json")
     tensors = StationTensors(bundle.station_weights())
-    plan = station_plan(config, tensors.names, bundle.manifest.moe_layers)
+    plan = station_plan(config, tensors, bundle.manifest.moe_layers)
+    positions = bundle.manifest.context_tokens
     try:
-        model = GraphModel(
-            plan, tensors.get, bits=BITS[precision], threads=threads, positions=bundle.manifest.context_tokens
-        )
+        model = GraphModel(plan, tensors, bits=BITS[precision], threads=threads, positions=positions)
     except KeyError as error:
         raise BundleError(f"{bundle.root}: the station lacks {error}; export it again") from error
     return_memory()  # what the graphs were made of
     generation = _json(bundle, "generation_config.json", optional=True)
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
     ends = () if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
-    return GraphStation(model, _tokenizer(bundle), bundle.manifest, ends, run, prefix_bytes)
+    return GraphStation(
+        model,
+        load_tokenizer(bundle),
+        bundle.manifest,
+        ends,
+        run,
+        turns,
+        prefill_chunk=prefill_chunk,
+        prefix_bytes=prefix_bytes,
+    )
 
 
 def _json(bundle: Bundle, name: str, *, optional: bool = False) -> dict[str, Any]:
@@ -159,9 +177,3 @@ def _json(bundle: Bundle, name: str, *, optional: bool = False) -> dict[str, Any
     if not isinstance(content, dict):
         raise BundleError(f"{bundle.root}: {name} is no JSON object")
     return content
-
-
-def _tokenizer(bundle: Bundle) -> Any:
-    from wdmoe.backbone.runtime.station import load_tokenizer
-
-    return load_tokenizer(bundle)

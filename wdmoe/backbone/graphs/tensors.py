@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ _DTYPES: Mapping[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16,
 _MOST_HEADER_BYTES = 100 << 20  # as the format says
 
 
-class StationTensors:
+class StationTensors(Mapping[str, Float32Array]):
     """Names and values. The files stay mapped: what is not asked for takes no memory."""
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -31,21 +31,23 @@ class StationTensors:
             for name, entry, data in _entries(file):
                 self._found[name] = (data, entry["dtype"], tuple(entry["shape"]))
 
-    @property
-    def names(self) -> frozenset[str]:
-        """Of all tensors."""
-        return frozenset(self._found)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
 
-    def get(self, name: str) -> Float32Array | None:
-        """One tensor, widened to float32; None where there is none of this name.
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._found  # without its values
+
+    def __getitem__(self, name: str) -> Float32Array:
+        """One tensor, widened to float32.
 
         Raises:
+            KeyError: there is none of this name.
             BundleError: it holds no floating-point numbers.
         """
-        found = self._found.get(name)
-        if found is None:
-            return None
-        data, dtype, shape = found
+        data, dtype, shape = self._found[name]
         if dtype not in _DTYPES:
             raise BundleError(f"{name!r} of the station has the dtype {dtype}, which no graph takes")
         values = data.view(_DTYPES[dtype]).reshape(shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from wdmoe.arrays import Float32Array
+from wdmoe.backbone.format.onnx_graph import IR_VERSION, OPSET
 
-OPSET = 17
 CONTRIB = "com.microsoft"
-IR_VERSION = 8
 OPERATORS = frozenset(
     {
         ("", "Add"), ("", "Cast"), ("", "Clip"), ("", "Div"), ("", "GatherElements"), ("", "GreaterOrEqual"),
@@ -24,20 +23,8 @@ OPERATORS = frozenset(
     }
 )  # fmt: skip
 
-Weights = Callable[[str], "Float32Array | None"]  # a tensor by name, widened to float32; None where there is none
+Weights = Mapping[str, Float32Array]  # a model's tensors, widened to float32
 FLOAT, INT32 = TensorProto.FLOAT, TensorProto.INT32
-
-
-def given(weights: Weights, name: str) -> Float32Array:
-    """A tensor that has to be there.
-
-    Raises:
-        KeyError: it is not.
-    """
-    found = weights(name)
-    if found is None:
-        raise KeyError(name)
-    return found
 
 
 class Graph:
@@ -73,13 +60,13 @@ class Graph:
         return data
 
     def tell(self, value: str, name: str, width: int) -> None:
-        """Make a value an output, (rows, tokens, width) float32, by this name."""
+        """Make a value an output, (tokens, width) float32, by this name."""
         for node in self._nodes:
             for names in (node.input, node.output):
                 for place, each in enumerate(names):
                     if each == value:
                         names[place] = name
-        self.output(name, FLOAT, ("rows", "tokens", width))
+        self.output(name, FLOAT, ("tokens", width))
 
     # ---- parts of nodes
 
@@ -99,6 +86,10 @@ class Graph:
             self._stored[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
         return name
 
+    def shape(self, name: str) -> Sequence[int]:
+        """Of a stored value."""
+        return tuple(self._stored[name].dims)
+
     def name(self, kind: str) -> str:
         """A name that no other value has."""
         self._fresh += 1
@@ -110,8 +101,8 @@ class Graph:
 
     def value(self, name: str) -> Float32Array:
         """A tensor's numbers, which has to be there."""
-        return given(self._weights, name)
+        return self._weights[name]
 
     def has(self, name: str) -> bool:
         """Whether the model has this tensor."""
-        return self._weights(name) is not None
+        return name in self._weights

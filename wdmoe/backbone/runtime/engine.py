@@ -48,7 +48,11 @@ class Backbone(Protocol):
         """Drop what was kept of former requests: it may be wrong. On the model thread."""
         ...
 
-    def answer(self, job: Job, prefill_chunk: int) -> Finished:
+    def size_bytes(self, tokens: int) -> int:
+        """The most that keys and values of a request of so many tokens take."""
+        ...
+
+    def answer(self, job: Job) -> Finished:
         """Run a job to its end, in a greenlet of its own."""
         ...
 
@@ -67,13 +71,11 @@ class Engine:
         status: Callable[[], Mapping[str, object]],
         *,
         policy: str,
-        prefill_chunk: int,
     ) -> None:
         self._station = station
         self._thread = thread
         self._status = status
         self.policy = policy  # named in receipts; may be set anew
-        self._prefill_chunk = prefill_chunk
 
     @property
     def model_name(self) -> str:
@@ -112,7 +114,8 @@ class Engine:
             completion_tokens=len(begun),
         )
         job = Job(prompt_ids=prompt_ids, begun=begun, sampling=request.sampling, ledger=ledger, emit=emit)
-        self._thread.submit(Task(run=lambda: self._serve(job), fail=emit, cancel=job.cancel))
+        size_bytes = self._station.size_bytes(len(prompt_ids) + request.sampling.max_tokens)
+        self._thread.submit(Task(run=lambda: self._serve(job), fail=emit, cancel=job.cancel, size_bytes=size_bytes))
         try:
             while True:
                 event = await events.get()
@@ -143,7 +146,7 @@ class Engine:
         if job.cancelled:
             return
         try:
-            job.emit(self._station.answer(job, self._prefill_chunk))
+            job.emit(self._station.answer(job))
         except WdmoeError as error:
             job.emit(error)
         except Exception as error:  # a bug in one request must not take the others down; it is logged whole

@@ -19,7 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from wdmoe.arrays import Float32Array
 from wdmoe.backbone.runtime.shared_expert import SharedExpert, wrap_shared_expert
 from wdmoe.errors import CancelledRequestError
-from wdmoe.layer_call import Client, Demand, LayerCall
+from wdmoe.layer_call import Caller, Callers, Client, Demand, LayerCall
 from wdmoe.receipt import Ledger
 
 IMPLEMENTATION = "wdmoe"
@@ -98,13 +98,13 @@ def _experts_forward(
     if outside.any():
         experts, weights = np.where(outside, -1, experts), np.where(outside, 0, weights)
     scores = None if gate is None or len(gate) != len(experts) else _to_numpy(gate, torch.float32)
+    tokens = _to_numpy(hidden_states, torch.float32)
     call = LayerCall(
         layer=seat.layer,
-        tokens=_to_numpy(hidden_states, torch.float32),
+        tokens=tokens,
         demand=Demand(experts, weights, scores),
-        ledger=ledger,
+        callers=Callers([Caller(ledger, CURRENT_CLIENT.get())], [len(tokens)]),
         meanwhile=None if seat.shared is None else seat.shared.ahead(),
-        client=CURRENT_CLIENT.get(),
     )
     out = seat.run(call)
     return torch.from_numpy(out).to(hidden_states.device, hidden_states.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -27,13 +28,24 @@ class Task:
     run: Callable[[], None]  # in a greenlet of its own; must not let exceptions out
     fail: Callable[[Exception], None]  # the task was never started, or its thread died under it
     cancel: Callable[[], None]  # asks a running task to end soon
+    size_bytes: int = 0  # that it takes while it runs
 
 
 class ModelThread:
-    """Runs up to `max_active` tasks at the same time and keeps up to `max_waiting` behind them."""
+    """Runs up to `max_active` tasks at the same time, as far as they fit, and keeps up to `max_waiting` behind them."""
 
-    def __init__(self, exchange: Exchange, *, max_active: int, max_waiting: int, torch_threads: int = 0) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        *,
+        max_active: int,
+        max_waiting: int,
+        room_bytes: float = math.inf,
+        torch_threads: int = 0,
+    ) -> None:
+        """`room_bytes`: for all tasks that run at the same time."""
         self._exchange = exchange
+        self._room_bytes = room_bytes
         self._max_active = max_active
         self._most = max_active + max_waiting
         self._torch_threads = torch_threads
@@ -66,13 +78,18 @@ class ModelThread:
 
         Raises:
             OverloadedError: as many tasks as allowed are running and waiting.
-            RequestError: the thread is stopping.
+            RequestError: the thread is stopping, or the task will never fit.
             TransportError: the thread has failed.
         """
         if self._failure is not None:
             raise TransportError(f"the model thread has failed: {self._failure}")
         if self._stopping or not self._thread.is_alive():
             raise RequestError("the base station is shutting down")
+        if task.size_bytes > self._room_bytes:
+            raise RequestError(
+                f"its keys and values take {task.size_bytes / 2**20:.0f} MiB, and the base station has "
+                f"{self._room_bytes / 2**20:.0f} MiB for them: ask for fewer tokens"
+            )
         with self._lock:
             if self._load >= self._most:
                 raise OverloadedError(f"{self._load} requests are being served already; try again later")
@@ -107,10 +124,14 @@ class ModelThread:
             self._exchange.pump(IDLE_S)
 
     def _start_waiting(self) -> None:
-        while self._waiting and len(self._active) < self._max_active:
+        while self._waiting and len(self._active) < self._max_active and self._fits(self._waiting[0]):
             task = self._waiting.popleft()
             self._active.add(task)
             self._exchange.spawn(lambda task=task: self._run(task))  # type: ignore[misc]
+
+    def _fits(self, task: Task) -> bool:
+        """Whether there is room for it now. The first one waits, and with it all behind: none is passed for ever."""
+        return task.size_bytes + sum(each.size_bytes for each in self._active) <= self._room_bytes
 
     def _run(self, task: Task) -> None:
         try:

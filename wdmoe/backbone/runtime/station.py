@@ -41,6 +41,7 @@ class Station:
     routers: Mapping[int, nn.Module]  # decoder layer -> router, forward gives (logits, weights, indices)
     device: torch.device
     dtype: torch.dtype
+    prefill_chunk: int = 128
     kind: str = "transformers"
 
     def begin(self, ledger: Ledger) -> None:
@@ -50,9 +51,13 @@ class Station:
     def forget(self) -> None:
         """See `Backbone`. Nothing is kept here."""
 
-    def answer(self, job: Job, prefill_chunk: int) -> Finished:
+    def size_bytes(self, tokens: int) -> int:
+        """See `Backbone`. Not known here: transformers takes memory as a request grows."""
+        return 0
+
+    def answer(self, job: Job) -> Finished:
         """See `wdmoe.backbone.runtime.generation.generate`."""
-        return generate(self.model, self.tokenizer, job, prefill_chunk)
+        return generate(self.model, self.tokenizer, job, self.prefill_chunk)
 
     def nats(self, windows: Int32Array, ledger: Ledger) -> Float32Array:
         """See `wdmoe.backbone.perplexity.window_nats`; `ledger` counts what the experts cost."""
@@ -61,13 +66,14 @@ class Station:
         return found
 
 
-def load_station(bundle: Bundle, device: str = "auto", dtype: str = "auto") -> Station:
+def load_station(bundle: Bundle, device: str = "auto", dtype: str = "auto", prefill_chunk: int = 128) -> Station:
     """Load a bundle's station part.
 
     Args:
         bundle: an opened bundle; call `verify` before if its bytes are not trusted.
         device: a torch device, or "auto": CUDA where there is one, else CPU.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on CPU; bfloat16, else float16 on CUDA.
+        prefill_chunk: tokens of a prompt that are computed before another request gets its turn.
     Raises:
         ConfigError: no such device or dtype.
         BundleError: the station's files do not make up the model.
@@ -95,6 +101,7 @@ def load_station(bundle: Bundle, device: str = "auto", dtype: str = "auto") -> S
         routers={layer: router_of(model, layer) for layer in experts},
         device=place,
         dtype=kind,
+        prefill_chunk=prefill_chunk,
     )
 
 

@@ -5,6 +5,7 @@ norms in band? -> trust: take, look later, look now -> the answer, the right one
 
 from __future__ import annotations
 
+import functools
 import logging
 import secrets
 import time
@@ -78,7 +79,7 @@ class _Answer:
     device: _Device
     order: Order
     partial: Activations
-    ledger: Ledger
+    ledgers: tuple[Ledger, ...]  # of the requests that it is for
     odd: Oddity
     row: int  # that is odd
 
@@ -142,11 +143,11 @@ class Inspector:
             self._allowed = known = (routing, self._quarantined, without(routing, self._quarantined))
         return known[2]
 
-    def judge(self, route: DeviceRoute, order: Order, partial: Activations, ledger: Ledger) -> Judged:
+    def judge(self, route: DeviceRoute, order: Order, partial: Activations, ledgers: tuple[Ledger, ...]) -> Judged:
         """Look at an answer, as closely as its device deserves."""
         device = self._device(route)
         odd, row = self._oddity(order, partial)
-        answer = _Answer(route, device, order, partial, ledger, odd, row)
+        answer = _Answer(route, device, order, partial, ledgers, odd, row)
         number, fresh = device.answers, device.fresh
         device.answers, device.fresh = number + 1, fresh + 1
         if odd is Oddity.NOT_FINITE:
@@ -162,15 +163,15 @@ class Inspector:
             return self._look_now(self._verifier, answer)
         if how is Look.LATER:
             given = sample(order, partial, self._some(len(partial), ROWS_LATER))
-            self._verifier.later(given, lambda verdict: self._learned(answer, given, verdict), ledger)
+            self._verifier.later(given, lambda verdict: self._learned(answer, given, verdict), ledgers)
         self._take(answer)
         return Judged(partial)
 
-    def malformed(self, route: DeviceRoute, order: Order, reason: str, ledger: Ledger) -> None:
+    def malformed(self, route: DeviceRoute, order: Order, reason: str, ledgers: tuple[Ledger, ...]) -> None:
         """A device answered with something that no right answer looks like."""
         device = self._device(route)
         device.answers += 1
-        self._lied(_Answer(route, device, order, order.tokens, ledger, Oddity.NONE, 0), reason)
+        self._lied(_Answer(route, device, order, order.tokens, ledgers, Oddity.NONE, 0), reason)
 
     def figures(self) -> Mapping[str, DeviceFigures]:
         """device id -> its figures. Any thread."""
@@ -242,25 +243,35 @@ class Inspector:
 
     def _take(self, answer: _Answer) -> None:
         """It counts, and nobody has computed all of it again."""
-        ledger, verifier = answer.ledger, self._verifier
-        sampled = verifier if self._rate > 0 else None
-        if not ledger.unverified:
-            self._requests.append(ledger)
-            if sampled is not None:
-                ledger.settle = lambda: self._settle(sampled, ledger)
-        ledger.take_unverified(answer.route.device_id, self._lies)
-        if sampled is not None:
-            self._put_off(sampled, answer)
+        sampled = self._verifier if self._rate > 0 else None
+        looks = None if sampled is None else self._look_once(sampled, answer)
+        for ledger in answer.ledgers:
+            if not ledger.unverified:
+                self._requests.append(ledger)
+                if sampled is not None:
+                    ledger.settle = functools.partial(self._settle, sampled, ledger)
+            ledger.take_unverified(answer.route.device_id, self._lies)
+            if looks is not None:
+                self._put_off(ledger, answer.route.device_id, looks)
 
-    def _put_off(self, verifier: Verifier, answer: _Answer) -> None:
-        """Keep it until its request ends, as the newest of its device, or maybe in place of an older one.
+    def _look_once(self, verifier: Verifier, answer: _Answer) -> Callable[[], None]:
+        """Computes some of it again, when first called."""
+        given: Sample | None = sample(answer.order, answer.partial, self._some(len(answer.partial), ROWS_LATER))
+
+        def look_once() -> None:
+            nonlocal given
+            if given is not None:
+                its, given = given, None  # before others run, who may have the same
+                self._learned(answer, its, verifier.now(its))
+
+        return look_once
+
+    def _put_off(self, ledger: Ledger, device_id: str, newest: Callable[[], None]) -> None:
+        """Keep an answer until its request ends, as the newest of its device, or maybe in place of an older one.
 
         Of the older ones each is as likely to be kept. So a device that lies in most of an answer is found while that
         is open, whatever its length, and one that lies from some point on is, too.
         """
-        ledger, device_id = answer.ledger, answer.route.device_id
-        given = sample(answer.order, answer.partial, self._some(len(answer.partial), ROWS_LATER))
-        newest = lambda: self._learned(answer, given, verifier.now(given))  # noqa: E731
         kept = ledger.put_off.setdefault(device_id, [newest])
         before, kept[0] = kept[0], newest
         older = ledger.unverified[device_id] - 1

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Enum
 from queue import SimpleQueue
@@ -44,7 +44,7 @@ class Verdict:
 class _Job:
     sample: Sample | None  # None: only tells that all before it is done
     done: Callable[[Verdict], None]  # on the verifier's thread
-    of: object = None
+    of: Collection[object] = ()
 
 
 class Verifier:
@@ -78,11 +78,11 @@ class Verifier:
         """Wait for the verdict. Other greenlets run meanwhile."""
         return self._wait(lambda done: self._add(self._urgent, _Job(given, done)))
 
-    def later(self, given: Sample, done: Callable[[Verdict], None], of: object) -> bool:
+    def later(self, given: Sample, done: Callable[[Verdict], None], of: Collection[object]) -> bool:
         """Have `done` called with the verdict, on the model thread, some time. False: too much is waiting, skipped.
 
         Args:
-            of: what `settle` will name.
+            of: what `settle` will name any of.
         """
         if len(self._waiting) >= MOST_WAITING:
             self.skipped += 1
@@ -93,7 +93,7 @@ class Verifier:
     def settle(self, of: object) -> None:
         """Wait until what was given to `later` for `of` is known, as far as that takes no longer than SETTLE_S."""
         with self._news:
-            mine = [job for job in self._waiting if job.of is of]
+            mine = [job for job in self._waiting if any(each is of for each in job.of)]
             most = int(SETTLE_S / self._mean_s) if self._mean_s else len(mine)
             for job in mine[:most]:
                 self._waiting.remove(job)
@@ -134,7 +134,7 @@ class Verifier:
             spent_s = time.monotonic() - started_s
             if job.sample is not None:
                 self._mean_s += 0.1 * (spent_s - self._mean_s)
-            if job.of is not None:
+            if job.of:
                 self._rest_until_s = time.monotonic() + spent_s * (1 / DUTY - 1)
 
     def _next(self) -> _Job | None:

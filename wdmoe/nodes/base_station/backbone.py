@@ -7,7 +7,8 @@ import logging
 import torch
 
 from wdmoe.backbone.format.bundle import Bundle
-from wdmoe.backbone.graphs.station import RunLayer, load_graph_station
+from wdmoe.backbone.graphs.passes import RunLayer, Turns
+from wdmoe.backbone.graphs.station import load_graph_station
 from wdmoe.backbone.runtime.engine import Backbone
 from wdmoe.backbone.runtime.experts_seam import attach
 from wdmoe.backbone.runtime.station import load_station
@@ -17,8 +18,8 @@ from wdmoe.errors import ConfigError, UnsupportedModelError
 log = logging.getLogger(__name__)
 
 
-def open_backbone(bundle: Bundle, settings: StationSettings, run: RunLayer) -> Backbone:
-    """Load a bundle's station.
+def open_backbone(bundle: Bundle, settings: StationSettings, run: RunLayer, turns: Turns) -> Backbone:
+    """Load a bundle's station. `turns`: of the requests' greenlets.
 
     Raises:
         ConfigError: `--engine graphs` for what has none.
@@ -30,6 +31,8 @@ def open_backbone(bundle: Bundle, settings: StationSettings, run: RunLayer) -> B
             return load_graph_station(
                 bundle,
                 run,
+                turns,
+                prefill_chunk=settings.prefill_chunk,
                 precision=settings.station_precision,
                 threads=settings.threads,
                 prefix_bytes=settings.prefix_cache_bytes,
@@ -39,7 +42,7 @@ def open_backbone(bundle: Bundle, settings: StationSettings, run: RunLayer) -> B
     if settings.engine == "graphs" or settings.station_precision != "fp32":
         raise ConfigError(f"there are no graphs for this base station: {reason}; leave --engine and its precision out")
     log.info("transformers computes attention and gate: %s", reason)
-    station = load_station(bundle, settings.device, settings.dtype)
+    station = load_station(bundle, settings.device, settings.dtype, settings.prefill_chunk)
     attach(station.model, station.experts, station.routers, run)
     return station
 

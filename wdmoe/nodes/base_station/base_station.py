@@ -139,6 +139,7 @@ class BaseStation(OpenedInSteps):
         """
         rules = layer_rules(settings, self.bundle.manifest)
         self.layers.rules = replace(rules, rehearsal=rehearsal)
+        self._exchange.post(self._backbone.forget)  # what other rules computed
         self.engine.policy = settings.policy
         self._settings = settings
 
@@ -162,7 +163,7 @@ class BaseStation(OpenedInSteps):
         self._open_sockets()
         self._exchange = Exchange(self._data, self._data_news, self._data_gone)
         self.layers = ExpertLayers(self._exchange, lambda: self._routing, rules, self._open_inspector())
-        self._backbone = await asyncio.to_thread(open_backbone, self.bundle, settings, self.layers.run)
+        self._backbone = await asyncio.to_thread(open_backbone, self.bundle, settings, self.layers.run, self._exchange)
         self._record(self._backbone)
         self._start_control(pinned)
         self._start_engine(self._backbone)
@@ -206,9 +207,7 @@ class BaseStation(OpenedInSteps):
             max_waiting=settings.max_queued,
             torch_threads=settings.threads,
         )
-        self.engine = Engine(
-            backbone, thread, self.overview, policy=settings.policy, prefill_chunk=settings.prefill_chunk
-        )
+        self.engine = Engine(backbone, thread, self.overview, policy=settings.policy)
         thread.start()
         self._stack.push_async_callback(asyncio.to_thread, thread.stop)
 
