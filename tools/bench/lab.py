@@ -61,6 +61,7 @@ async def served(
         "deadline_s": 30.0,
         "threads": 1,
         "join_uses": None,
+        "prefix_cache_bytes": 0,  # what was asked before must not answer
     }
     async with BaseStation(StationSettings(bundle=bundle, **{**defaults, **settings})) as station:
         token = station.join_text

@@ -92,7 +92,7 @@ class Passes:
         self._alternation = Alternation()
         self._wishes: list[_Wish] = []
         self._drivers = 0
-        self._under_way = 0  # wishes in passes now
+        self._under_way: list[_Taken] = []  # in passes now
 
     def step(self, ids: Int32Array, row: Row, caller: Caller, every: bool = False) -> Float32Array:
         """Compute the next tokens of a request.
@@ -127,11 +127,11 @@ class Passes:
     def _drive(self) -> None:
         """Pass after pass, as long as anything is wished for."""
         while taken := self._gather():
-            self._under_way += len(taken)
+            self._under_way += taken
             if self._wishes:
                 self._call_driver()
             over = self._compute(taken)
-            self._under_way -= len(taken)
+            self._under_way = [part for part in self._under_way if part not in taken]
             for wish in over:
                 self._turns.resume(wish.greenlet)
             self._turns.resume(getcurrent())  # after them: they ask for their next tokens first
@@ -145,15 +145,21 @@ class Passes:
     def _gather(self) -> list[_Taken]:
         """What the next pass computes: answers' tokens, and a share of each prompt."""
         self._drop_cancelled()
-        active = len(self._wishes) + self._under_way
+        streams = self._answers
+        active = len(self._wishes) + len(self._under_way)
         most = -(-active // self._alternation.groups)
         wishes, self._wishes = self._wishes[:most], self._wishes[most:]
         answers = [wish for wish in wishes if wish.is_answer]
         prompts = sorted((wish for wish in wishes if not wish.is_answer), key=lambda wish: wish.asked_s)
-        given = shares(self._pace.room(len(answers)), [wish.left for wish in prompts])
+        given = shares(self._pace.room(streams), [wish.left for wish in prompts])
         parts = [_Taken(wish, tokens) for wish, tokens in zip(prompts, given, strict=True)]
         self._wishes += [part.wish for part in parts if not part.tokens]
         return [*(_Taken(wish, 1) for wish in answers), *(part for part in parts if part.tokens)]
+
+    @property
+    def _answers(self) -> int:
+        """Requests that are answered now, in all groups."""
+        return sum(wish.is_answer for wish in (*self._wishes, *(part.wish for part in self._under_way)))
 
     def _drop_cancelled(self) -> None:
         for wish in [wish for wish in self._wishes if wish.caller.ledger.cancelled]:
@@ -177,9 +183,9 @@ class Passes:
         now_s = time.monotonic()
         rows = sum(part.wish.is_answer for part in ordered)
         tokens = sum(part.tokens for part in ordered)
-        self._pace.took(rows, tokens - rows, now_s - begun_s)
-        answers = self._under_way + sum(wish.is_answer for wish in self._wishes)
-        self._alternation.took(answers, rows, away.seconds, now_s - begun_s, now_s)
+        if len(self._under_way) == len(ordered):  # no other pass was computed meanwhile
+            self._pace.took(rows, tokens - rows, now_s - begun_s)
+        self._alternation.took(self._answers, rows, away.seconds, now_s - begun_s, now_s)
         unfinished = [part.wish for part in ordered if part.wish.left]
         for wish in unfinished:
             wish.asked_s = now_s
