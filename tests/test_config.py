@@ -35,7 +35,7 @@ def test_a_device_refuses(changes, says):
         ({"wait_for_experts_s": -1}, "wait_for_experts"),
         ({"wait_for_experts_s": float("nan")}, "wait_for_experts"),
         ({"prefill_chunk": 0}, "prefill_chunk"),
-        ({"max_active": 0}, "max_active"),
+        ({"max_active": -1}, "max_active"),
         ({"max_queued": -1}, "max_queued"),
         ({"threads": -1}, "threads"),
     ],

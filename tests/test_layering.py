@@ -46,7 +46,7 @@ INNER_ORDER = {
     "backbone": "format, checkpoint, cached_folder, text_windows, perplexity < families < meta_model, split < distil"
     " < evaluation < export, runtime < graphs < default < record_trace",
     "broadcast": "codec, datasets < quality < baselines, training < study",
-    "nodes": "authentication, addresses, join_token_file, local, outbox < sessions, device"
+    "nodes": "authentication, addresses, join_token_file, local, memory, outbox < sessions, device"
     " < base_station, broadcast_station, demo < supervised",
     "simulation": "* < reports",
 }

@@ -145,12 +145,13 @@ class StationSettings:
     deadline_s: float = 1.0  # longest wait for experts of one layer, plus deadline_per_token_s for each token
     deadline_per_token_s: float = 0.02
     prefill_chunk: int = 128  # tokens of a prompt in one forward pass
-    max_active: int = 4  # requests computed at the same time
+    max_active: int = 0  # requests computed at the same time; 0: as many as the engine is good for
     max_queued: int = 16  # requests waiting behind them before new ones are turned away
     wait_for_experts_s: float = 20.0  # longest wait for experts that every device lost, between two tokens; 0: none
     lease_s: float = 3.0
     engine: str = "auto"  # what computes attention and gate: graphs where there are some, else transformers
     station_precision: str = "fp32"  # of its large matrices, in graphs
+    kv_bytes: int = 0  # for keys and values of active requests; 0: half of what is free once the model is loaded
     prefix_cache_bytes: int = 256 << 20  # of keys and values kept for requests that begin with the same tokens
     device: str = "auto"  # torch device of attention and gate
     dtype: str = "auto"
@@ -174,7 +175,7 @@ class StationSettings:
             raise ConfigError(f"bandwidth must be from 1 Hz to {MOST_HZ:g} Hz, got {self.bandwidth_hz:g} Hz")
         check_budget(self.policy, self.budget_s, self.budget_per_token_s, self.max_dropped)
         check_ranking(self.policy, self.rank, self.whole_layers)
-        for name in ("deadline_s", "prefill_chunk", "max_active", "lease_s"):
+        for name in ("deadline_s", "prefill_chunk", "lease_s"):
             _positive(name, getattr(self, name))
         if self.join_uses is not None:
             _positive("join_uses", self.join_uses)
@@ -184,8 +185,9 @@ class StationSettings:
             raise ConfigError(f"wait_for_experts must be zero or positive, got {self.wait_for_experts_s}")
         if self.copies not in range(4):
             raise ConfigError(f"copies must be 1, 2 or 3, or 0 to let the base station decide, got {self.copies}")
-        if min(self.max_queued, self.deadline_per_token_s, self.threads, self.prefix_cache_bytes) < 0:
-            raise ConfigError("max_queued, deadline_per_token_s, threads and prefix_cache must not be negative")
+        for name in ("max_active", "max_queued", "deadline_per_token_s", "threads", "kv_bytes", "prefix_cache_bytes"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
 
     @property
     def join_file(self) -> Path:

@@ -181,7 +181,16 @@ from wdmoe.transport.descriptors import raise_descriptor_limit
 @click.option(
     "--max-active",
     type=click.IntRange(min=1),
-    help="Requests that are computed at the same time.  [default: 4; 1 with --bandwidth: a layer uses the whole band]",
+    help="Requests that are computed at the same time, as far as --kv-memory has room.  [default: 32 in graphs, where "
+    "all share each pass; by transformers 4, and 1 with --bandwidth]",
+)
+@click.option(
+    "--kv-memory",
+    "kv_bytes",
+    type=SIZE,
+    default=0,
+    help="Memory for keys and values of these requests, in graphs. Who does not fit waits.  [default: half of what is "
+    "free once the model is loaded]",
 )
 @click.option(
     "--max-queued",
@@ -279,6 +288,7 @@ def bs(
     wait_for_experts_s: float,
     prefill_chunk: int,
     max_active: int | None,
+    kv_bytes: float,
     max_queued: int,
     lease_s: float,
     device: str,
@@ -347,7 +357,8 @@ def bs(
         deadline_per_token_s=deadline_per_token_s,
         wait_for_experts_s=wait_for_experts_s,
         prefill_chunk=prefill_chunk,
-        max_active=max_active or (1 if bandwidth_hz else 4),
+        max_active=max_active or 0,
+        kv_bytes=int(kv_bytes),
         max_queued=max_queued,
         lease_s=lease_s,
         device=device,

@@ -17,8 +17,9 @@ LEAST_REQUESTS = 2
 class Alternation:
     """Told of each pass; says how many groups there shall be."""
 
-    def __init__(self) -> None:
+    def __init__(self, allowed: bool = True) -> None:
         self.groups = 1
+        self._allowed = allowed
         self._requests = 0
         self._stays = 0  # windows
         self._alone_rate = 0.0  # tokens a second in one group
@@ -61,7 +62,7 @@ class Alternation:
                 self.groups = 1
         elif self.groups == 1:
             self._alone_rate = rate
-            if self._requests >= LEAST_REQUESTS and away > WAITS:
+            if self._allowed and self._requests >= LEAST_REQUESTS and away > WAITS:
                 self.groups = 2
         else:
             self._stays = STAYS

@@ -83,13 +83,23 @@ class _Away:
 class Passes:
     """Used on the model thread only."""
 
-    def __init__(self, model: GraphModel, run: RunLayer, turns: Turns, most_prompt_tokens: int) -> None:
-        """`run` computes the experts of a layer. `most_prompt_tokens`: of a pass."""
+    def __init__(
+        self, model: GraphModel, run: RunLayer, turns: Turns, most_prompt_tokens: int, alternates: bool = True
+    ) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            model: computes.
+            run: computes the experts of a layer.
+            turns: of the requests' greenlets.
+            most_prompt_tokens: of a pass.
+            alternates: whether two passes may be under way, where that pays.
+        """
         self._model = model
         self._run_layer = run
         self._turns = turns
         self._pace = Pace(most_prompt_tokens)
-        self._alternation = Alternation()
+        self._alternation = Alternation(allowed=alternates)
         self._wishes: list[_Wish] = []
         self._drivers = 0
         self._under_way: list[_Taken] = []  # in passes now

@@ -43,6 +43,7 @@ class GraphStation:
         *,
         prefill_chunk: int,
         prefix_bytes: int,
+        alternates: bool,
     ) -> None:
         """What others say of the arguments: `load_graph_station`."""
         self.model = model
@@ -51,7 +52,7 @@ class GraphStation:
         self.eos = eos
         self.prefixes = Prefixes(prefix_bytes)
         self._rows = Rows(model.plan, model.forget)
-        self._passes = Passes(model, run, turns, prefill_chunk)
+        self._passes = Passes(model, run, turns, prefill_chunk, alternates)
 
     def begin(self, ledger: Ledger) -> None:
         """See `Backbone`. Nothing to do: each call here says what it is booked on."""
@@ -125,6 +126,7 @@ def load_graph_station(
     precision: str = "fp32",
     threads: int = 0,
     prefix_bytes: int = 0,
+    alternates: bool = True,
 ) -> GraphStation:
     """Make the graphs of a bundle's station.
 
@@ -136,6 +138,7 @@ def load_graph_station(
         precision: of the large matrices, a key of `BITS`.
         threads: of a step; 0: one for each core, a few at most.
         prefix_bytes: for what is kept of former requests; 0: nothing is.
+        alternates: whether two groups of requests may take turns with the devices.
     Raises:
         UnsupportedModelError: there are no graphs for this model.
         BundleError: the station's files do not make up the model.
@@ -161,6 +164,7 @@ def load_graph_station(
         turns,
         prefill_chunk=prefill_chunk,
         prefix_bytes=prefix_bytes,
+        alternates=alternates,
     )
 
 

@@ -14,12 +14,19 @@ from wdmoe.backbone.runtime.experts_seam import attach
 from wdmoe.backbone.runtime.station import load_station
 from wdmoe.config import StationSettings
 from wdmoe.errors import ConfigError, UnsupportedModelError
+from wdmoe.nodes.memory import free_memory_bytes
 
 log = logging.getLogger(__name__)
 
+TOGETHER = 32  # requests in one pass: further ones hardly add tokens a second
+BY_TURNS = 4  # requests that each have passes of their own
 
-def open_backbone(bundle: Bundle, settings: StationSettings, run: RunLayer, turns: Turns) -> Backbone:
+
+def open_backbone(bundle: Bundle, settings: StationSettings, run: RunLayer, turns: Turns) -> tuple[Backbone, str]:
     """Load a bundle's station. `turns`: of the requests' greenlets.
+
+    Returns:
+        What computes, and why that.
 
     Raises:
         ConfigError: `--engine graphs` for what has none.
@@ -28,7 +35,7 @@ def open_backbone(bundle: Bundle, settings: StationSettings, run: RunLayer, turn
     reason = _why_not(settings)
     if not reason:
         try:
-            return load_graph_station(
+            station = load_graph_station(
                 bundle,
                 run,
                 turns,
@@ -36,15 +43,31 @@ def open_backbone(bundle: Bundle, settings: StationSettings, run: RunLayer, turn
                 precision=settings.station_precision,
                 threads=settings.threads,
                 prefix_bytes=settings.prefix_cache_bytes,
+                alternates=not settings.bandwidth_hz,  # a layer has the whole band
             )
+            return station, f"there are graphs for {bundle.manifest.family}"
         except UnsupportedModelError as error:
             reason = str(error)
     if settings.engine == "graphs" or settings.station_precision != "fp32":
         raise ConfigError(f"there are no graphs for this base station: {reason}; leave --engine and its precision out")
     log.info("transformers computes attention and gate: %s", reason)
-    station = load_station(bundle, settings.device, settings.dtype, settings.prefill_chunk)
-    attach(station.model, station.experts, station.routers, run)
-    return station
+    fallback = load_station(bundle, settings.device, settings.dtype, settings.prefill_chunk)
+    attach(fallback.model, fallback.experts, fallback.routers, run)
+    return fallback, reason
+
+
+def most_active(backbone: Backbone, settings: StationSettings) -> int:
+    """Requests that are computed at the same time."""
+    if settings.max_active:
+        return settings.max_active
+    if backbone.kind == "graphs":
+        return TOGETHER
+    return 1 if settings.bandwidth_hz else BY_TURNS  # requests by turns would each take a layer for the whole band
+
+
+def room_bytes(settings: StationSettings) -> int:
+    """For keys and values of these requests, now that the model is loaded."""
+    return settings.kv_bytes or free_memory_bytes() // 2
 
 
 def _why_not(settings: StationSettings) -> str:

@@ -27,7 +27,7 @@ from wdmoe.moe.layer import ExpertLayers
 from wdmoe.moe.verification.inspector import Inspector
 from wdmoe.nodes.addresses import data_bind, dial_endpoints, remember_endpoints
 from wdmoe.nodes.authentication import Authentication, CurveAuthentication, NoAuthentication
-from wdmoe.nodes.base_station.backbone import open_backbone
+from wdmoe.nodes.base_station.backbone import most_active, open_backbone, room_bytes
 from wdmoe.nodes.base_station.catalogue import Wishes
 from wdmoe.nodes.base_station.control_plane import ControlPlane
 from wdmoe.nodes.base_station.layer_rules import layer_rules
@@ -163,7 +163,9 @@ class BaseStation(OpenedInSteps):
         self._open_sockets()
         self._exchange = Exchange(self._data, self._data_news, self._data_gone)
         self.layers = ExpertLayers(self._exchange, lambda: self._routing, rules, self._open_inspector())
-        self._backbone = await asyncio.to_thread(open_backbone, self.bundle, settings, self.layers.run, self._exchange)
+        self._backbone, self._why = await asyncio.to_thread(
+            open_backbone, self.bundle, settings, self.layers.run, self._exchange
+        )
         self._record(self._backbone)
         self._start_control(pinned)
         self._start_engine(self._backbone)
@@ -203,8 +205,9 @@ class BaseStation(OpenedInSteps):
         settings = self._settings
         thread = ModelThread(
             self._exchange,
-            max_active=settings.max_active,
+            max_active=most_active(backbone, settings),
             max_waiting=settings.max_queued,
+            room_bytes=room_bytes(settings),
             torch_threads=settings.threads,
         )
         self.engine = Engine(backbone, thread, self.overview, policy=settings.policy)
@@ -308,7 +311,7 @@ class BaseStation(OpenedInSteps):
         state = describe(
             self.bundle.manifest,
             self._settings,
-            self._backbone.kind,
+            {"computed_by": self._backbone.kind, "computed_why": self._why},
             self.control,
             self.layers.observed.health,
             self.layers.observed.lateness,

@@ -19,7 +19,7 @@ from wdmoe.transport.membership import Device
 def describe(
     manifest: Manifest,
     settings: StationSettings,
-    computed_by: str,
+    engine: Mapping[str, str],
     control: ControlPlane,
     health: DeviceHealth,
     lateness: Lateness,
@@ -40,7 +40,7 @@ def describe(
         "state": state,
         "model": manifest.model,
         "family": manifest.family,
-        "computed_by": computed_by,
+        **engine,
         "station_precision": settings.station_precision,
         "policy": settings.policy,
         "rank": rank_of(settings, manifest),

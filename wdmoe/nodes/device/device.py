@@ -28,6 +28,7 @@ from wdmoe.nodes.device.expert_store import ExpertStore
 from wdmoe.nodes.device.join import Dialer, introduce, open_dialer
 from wdmoe.nodes.device.rules import Retries
 from wdmoe.nodes.device.session import DeviceSession
+from wdmoe.nodes.memory import free_memory_bytes
 from wdmoe.records import DeviceReport
 from wdmoe.tasks import in_thread, run_together
 from wdmoe.transport.channel import ControlLink
@@ -85,7 +86,7 @@ def _report(settings: DeviceSettings, opener: ExpertOpener) -> DeviceReport:
         system=hardware.system_name(),
         provider=opener.provider,
         threads=settings.threads,
-        memory_bytes=settings.memory_bytes or hardware.free_memory_bytes() // 2,
+        memory_bytes=settings.memory_bytes or free_memory_bytes() // 2,
         flops=opener.flops,
         downlink_snr_hz=settings.link.downlink_snr_hz,
         uplink_snr_hz=settings.link.uplink_snr_hz,

@@ -67,11 +67,6 @@ def system_name() -> str:
     return f"{platform.system()} {platform.release()} {platform.machine()}"
 
 
-def free_memory_bytes() -> int:
-    """Memory that could be used without swapping."""
-    return int(psutil.virtual_memory().available)
-
-
 def resident_bytes() -> int:
     """Memory of this process."""
     return int(psutil.Process(os.getpid()).memory_info().rss)
