@@ -91,12 +91,12 @@ def test_the_graphs_answer_as_the_undivided_model(family: str, fleet: Fleet, tmp
                     torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=VOCABULARY, pad_token_id=0
                 )
             asked = GenerationRequest(request_id="t", prompt=prompt, sampling=Sampling(max_tokens=24, ignore_eos=True))
-            events = fleet.loop.run(_events(station, asked), 60)
+            events = fleet.loop.run(events_of(station, asked), 60)
             tokens = [e.token_id for e in events if isinstance(e, TextDelta) and e.token_id >= 0]
             assert tokens == want[0, length:].tolist()
             assert isinstance(events[-1], Finished)
             assert not events[-1].receipt.degraded
 
 
-async def _events(station: BaseStation, request: GenerationRequest) -> list[Any]:
+async def events_of(station: BaseStation, request: GenerationRequest) -> list[Any]:
     return [event async for event in station.engine.stream(request)]

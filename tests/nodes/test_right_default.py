@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +12,10 @@ import torch
 
 from tests.lab.families import reference
 from tests.lab.fleet import Fleet
-from tests.nodes.test_right import LENGTHS, LOGITS_WITHIN, LONG, generate
+from tests.nodes.test_right import LENGTHS, LOGITS_WITHIN, LONG, events_of, generate
 from wdmoe.backbone.default.bundle import default_bundle
 from wdmoe.backbone.default.model import default_checkpoint
 from wdmoe.backbone.perplexity import window_nats
-from wdmoe.nodes.base_station.base_station import BaseStation
 from wdmoe.records import Finished, GenerationRequest, Sampling, TextDelta
 
 pytestmark = [
@@ -53,7 +51,7 @@ def test_the_graphs_answer_as_the_undivided_model(fleet: Fleet, bundle: Path) ->
                     torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=49_151, pad_token_id=0
                 )
             asked = GenerationRequest(request_id="t", prompt=prompt, sampling=Sampling(max_tokens=24, ignore_eos=True))
-            events = fleet.loop.run(_events(station, asked), 240)
+            events = fleet.loop.run(events_of(station, asked), 240)
             assert [e.token_id for e in events if isinstance(e, TextDelta)] == want[0, len(prompt) :].tolist()
             assert isinstance(events[-1], Finished)
             assert not events[-1].receipt.degraded
@@ -61,10 +59,6 @@ def test_the_graphs_answer_as_the_undivided_model(fleet: Fleet, bundle: Path) ->
     # Random tokens are unlikely: 30 layers of sums in another order show in the fifth digit of 20 nats.
     want_nats = window_nats(undivided, torch.from_numpy(ids)).numpy()
     np.testing.assert_allclose(nats, want_nats, rtol=5e-5, atol=LOGITS_WITHIN)
-
-
-async def _events(station: BaseStation, request: GenerationRequest) -> list[Any]:
-    return [event async for event in station.engine.stream(request)]
 
 
 def test_the_answer_is_the_undivided_models(fleet: Fleet, bundle: Path) -> None:

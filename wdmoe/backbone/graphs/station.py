@@ -10,12 +10,12 @@ import numpy as np
 from wdmoe.arrays import Float32Array, Int32Array
 from wdmoe.backbone.format.bundle import Bundle, Manifest
 from wdmoe.backbone.graphs.cache import Row, Rows
-from wdmoe.backbone.graphs.choosing import Chooser
 from wdmoe.backbone.graphs.passes import Passes, RunLayer, Turns
 from wdmoe.backbone.graphs.plan import station_plan
 from wdmoe.backbone.graphs.prefixes import Prefixes
 from wdmoe.backbone.graphs.running import GraphModel
 from wdmoe.backbone.graphs.tensors import StationTensors
+from wdmoe.backbone.runtime.choosing import Chooser
 from wdmoe.backbone.runtime.job import Job, Telling
 from wdmoe.backbone.runtime.station import load_tokenizer
 from wdmoe.errors import BundleError, CancelledRequestError

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from wdmoe.backbone.runtime.choosing import Chooser
 from wdmoe.backbone.runtime.experts_seam import CURRENT_CLIENT, CURRENT_LEDGER
 from wdmoe.backbone.runtime.job import Job, Telling
-from wdmoe.backbone.runtime.sampling import processors
 from wdmoe.errors import CancelledRequestError
 from wdmoe.records import Finished
 
@@ -40,7 +40,7 @@ def _generate(model: Any, job: Job, config: GenerationConfig, telling: Telling) 
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         generation_config=config,
-        logits_processor=processors(job.sampling, device, drawn=len(job.begun)),
+        logits_processor=LogitsProcessorList([_Choose(job)]),
         stopping_criteria=StoppingCriteriaList([_TellEachToken(job, telling)]),
     )
     if job.cancelled:
@@ -52,7 +52,7 @@ def _config(job: Job, eos: list[int], prefill_chunk: int) -> GenerationConfig:
     long = len(job.prompt_ids) + len(job.begun) > prefill_chunk
     return GenerationConfig(
         max_new_tokens=job.sampling.max_tokens - len(job.begun),
-        do_sample=False,  # sampling is a logits processor here, see sampling.py
+        do_sample=False,  # sampling is a logits processor here
         eos_token_id=eos,
         pad_token_id=0,  # nothing is padded here
         use_cache=True,
@@ -65,6 +65,24 @@ def _eos_ids(model: Any) -> tuple[int, ...]:
     if eos is None:
         return ()
     return tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+
+
+class _Choose(LogitsProcessor):  # type: ignore[misc]
+    """Leaves only the token that `Chooser` chooses: a seed means the same in both engines, whatever runs beside it.
+
+    transformers samples from torch's global generator, which concurrent requests would share.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._chooser = Chooser(job.sampling)
+        self._prompt_tokens = len(job.prompt_ids)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """(1, tokens so far), (1, vocabulary) -> (1, vocabulary)."""
+        token = self._chooser.choose(scores[0].float().cpu().numpy(), input_ids.shape[1] - self._prompt_tokens)
+        only = torch.full_like(scores, -torch.inf)
+        only[0, token] = 0
+        return only
 
 
 class _TellEachToken(StoppingCriteria):  # type: ignore[misc]

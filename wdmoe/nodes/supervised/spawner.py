@@ -122,12 +122,16 @@ def main() -> None:
     except Exception as error:
         orders.sendall(pack(("failed", *told(error))))
         raise
-    spawner = _Spawner(orders)
+    spawner, code = _Spawner(orders), 1
     try:
         spawner.obey()
+        code = 0
+    except BaseException:
+        _log.exception("the process that starts engines failed")
     finally:
         spawner.reap()
-        os._exit(0)  # as the engine: tearing down what was imported takes a second and is of no use
+        logging.shutdown()
+        os._exit(code)  # as the engine: tearing down what was imported takes a second and is of no use
 
 
 if __name__ == "__main__":
