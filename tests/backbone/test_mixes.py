@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.errors import OverloadedError
 from wdmoe.records import Finished, GenerationRequest, Sampling, TextDelta
+from wdmoe.transport.codec.messages import Activations, Run
 
 MIXES = int(os.environ.get("WDMOE_MIXES", "40"))  # the figure in docs/performance.md is of 200
 FAMILY = "gpt_oss"  # sliding windows, sinks
@@ -173,5 +175,44 @@ def test_a_burst_beyond_the_queue_is_refused_and_the_rest_is_answered(bundle: Bu
         answers = [each.tokens for each in told if isinstance(each, Told)]
         assert (len(refused), len(answers)) == (5, 4)
         assert all(tokens == answers[0] for tokens in answers)
+    finally:
+        lab.close()
+
+
+def test_two_groups_take_turns_where_devices_are_far_and_nothing_changes(bundle: Bundle, alone: Lab) -> None:
+    lab = Lab(bundle, engine="graphs", max_active=4, devices=1)
+    run, passes = lab.devices[0].run, lab.station._passes
+
+    def far(order: Run) -> Activations:
+        time.sleep(0.01 * len(order.tokens))  # the air
+        return run(order)
+
+    lab.devices[0].run = far
+    asked = [
+        Asked(
+            GenerationRequest(
+                request_id=f"r{n}", prompt=(40 + n, 50), sampling=Sampling(max_tokens=70, ignore_eos=True)
+            ),
+            0,
+        )
+        for n in range(4)
+    ]
+    groups, took = set(), passes._alternation.took
+
+    def seen(*facts: Any) -> None:
+        took(*facts)
+        groups.add(passes._alternation.groups)
+
+    passes._alternation.took = seen
+    try:
+        told = asyncio.run(Mix(lab).run(asked))
+        assert groups == {1, 2}
+        for each, got in zip(asked, told, strict=True):
+            alone.station.forget()
+            (want,) = asyncio.run(Mix(alone).run([each]))
+            assert got.tokens == want.tokens
+            assert got.end is not None
+            stages = got.end.receipt.stages
+            assert sum(dataclasses.astuple(stages)) == pytest.approx(got.end.receipt.elapsed_s, rel=0.05)
     finally:
         lab.close()
