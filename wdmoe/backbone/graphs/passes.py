@@ -25,6 +25,8 @@ from wdmoe.errors import CancelledRequestError
 from wdmoe.layer_call import Caller, Callers, Demand, LayerCall
 
 RunLayer = Callable[[LayerCall], Float32Array]
+COMPANY_S = 0.004  # that an idle model waits after each request for others that come with it,
+MOST_COMPANY_S = 0.025  # and in all
 
 
 class Turns(Protocol):
@@ -40,6 +42,10 @@ class Turns(Protocol):
 
     def resume(self, waiter: greenlet) -> None:
         """Have a parked greenlet go on, soon."""
+        ...
+
+    def pause(self, seconds: float) -> None:
+        """Let others run for a while."""
         ...
 
 
@@ -136,6 +142,8 @@ class Passes:
 
     def _drive(self) -> None:
         """Pass after pass, as long as anything is wished for."""
+        if not self._under_way:
+            self._wait_for_company()
         while taken := self._gather():
             self._under_way += taken
             if self._wishes:
@@ -151,6 +159,16 @@ class Passes:
         self._drivers -= 1
         if self._wishes:
             self._call_driver()
+
+    def _wait_for_company(self) -> None:
+        """Requests that come together have their first tokens together: the first would else be alone in a pass."""
+        begun_s = now_s = time.monotonic()
+        while self._wishes and now_s < begun_s + MOST_COMPANY_S:
+            left_s = max(wish.asked_s for wish in self._wishes) + COMPANY_S - now_s
+            if left_s <= 0:
+                return
+            self._turns.pause(left_s)
+            now_s = time.monotonic()
 
     def _gather(self) -> list[_Taken]:
         """What the next pass computes: answers' tokens, and a share of each prompt."""
