@@ -17,7 +17,7 @@ from tests.lab.engine_lab import Lab
 from tests.lab.families import GRAPHS, HEADS, save_tiny
 from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.format.bundle import Bundle
-from wdmoe.errors import OverloadedError
+from wdmoe.errors import OverloadedError, RequestError
 from wdmoe.records import Finished, GenerationRequest, Sampling, TextDelta
 from wdmoe.transport.codec.messages import Activations, Run
 
@@ -214,5 +214,31 @@ def test_two_groups_take_turns_where_devices_are_far_and_nothing_changes(bundle:
             assert got.end is not None
             stages = got.end.receipt.stages
             assert sum(dataclasses.astuple(stages)) == pytest.approx(got.end.receipt.elapsed_s, rel=0.05)
+    finally:
+        lab.close()
+
+
+def test_who_does_not_fit_into_memory_waits_and_what_never_fits_is_refused(bundle: Bundle) -> None:
+    lab = Lab(bundle, engine="graphs", max_active=4)
+    request = GenerationRequest(request_id="r", prompt=(40, 50, 60), sampling=Sampling(max_tokens=20, ignore_eos=True))
+    long = replace(request, sampling=Sampling(max_tokens=300, ignore_eos=True))
+    lab.thread._room_bytes = 2 * lab.station.size_bytes(23)
+    active = []
+    run = lab.station._passes._through
+
+    def counted(parts: Any, *words: Any) -> None:
+        active.append(len(parts))
+        run(parts, *words)
+
+    lab.station._passes._through = counted
+    try:
+        told = asyncio.run(Mix(lab).run([Asked(request, 0)] * 4))
+        assert max(active) == 2
+        assert all(each.tokens == told[0].tokens for each in told)
+        assert lab.station.size_bytes(303) == 2 * lab.station.size_bytes(23)
+        assert asyncio.run(Mix(lab).run([Asked(long, 0)]))[0].tokens[:20] == told[0].tokens
+        lab.thread._room_bytes -= 1
+        with pytest.raises(RequestError, match=r"MiB, and the base station has .* MiB for them: ask for fewer tokens"):
+            asyncio.run(Mix(lab).run([Asked(long, 0)]))
     finally:
         lab.close()
