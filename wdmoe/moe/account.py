@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from wdmoe.arrays import Float32Array
+from wdmoe.arrays import Float32Array, Int32Array
 from wdmoe.layer_call import Callers
-from wdmoe.moe.dispatch import Outcome, Part
 from wdmoe.receipt import StageSeconds
+from wdmoe.transport.exchange import Reply
 
 
 class Busy:
@@ -28,44 +29,57 @@ class Busy:
             self.seconds = time.monotonic() - started_s
 
 
-def book(callers: Callers, outcome: Outcome, elapsed_s: float, busy_s: float) -> None:
-    """Write down what a layer's exchange took: to each request the whole time, and its part of the bytes."""
-    stages = split(outcome.parts, elapsed_s - busy_s, busy_s)
+class Told(NamedTuple):
+    """What a device was asked for, and what it said."""
+
+    device: str
+    rows: Int32Array  # (n,) the layer's tokens in it
+    reply: Reply
+
+
+def book(callers: Callers, served: Sequence[Told], in_vain: Sequence[Told], elapsed_s: float, busy_s: float) -> None:
+    """Write down what a layer's exchange took: to each request the whole time, and its part of the bytes.
+
+    Args:
+        callers: whose tokens these are.
+        served: each part of the layer once.
+        in_vain: what was asked besides, and was too late.
+        elapsed_s: that the exchange took,
+        busy_s: and the part of it in which the base station computed something else.
+    """
+    stages = split([told.reply for told in served], elapsed_s - busy_s, busy_s)
     for caller in callers.each:
         ledger = caller.ledger
         ledger.wire_down_s += stages.wire_down
         ledger.device_compute_s += stages.device_compute
         ledger.wire_up_s += stages.wire_up
         ledger.wait_s += stages.wait
-    for part in outcome.parts:
-        _book_bytes(callers, part)
-        if part.reply.result is not None:
-            for caller, _ in callers.among(part.token_rows):
-                caller.ledger.step_devices[part.device.name] += 1
-    for part in outcome.losers:
-        _book_bytes(callers, part)
-    for part in outcome.hedges:
-        for caller, _ in callers.among(part.token_rows):
-            caller.ledger.hedges += 1
+    for told in served:
+        _book_bytes(callers, told)
+        if told.reply.result is not None:
+            for caller, _ in callers.among(told.rows):
+                caller.ledger.step_devices[told.device] += 1
+    for told in in_vain:
+        _book_bytes(callers, told)
 
 
-def _book_bytes(callers: Callers, part: Part) -> None:
+def _book_bytes(callers: Callers, told: Told) -> None:
     """To each request by its tokens, so that all together have what was sent."""
-    begin, tokens = 0, len(part.token_rows)
-    for caller, count in callers.among(part.token_rows):
+    begin, tokens, reply = 0, len(told.rows), told.reply
+    for caller, count in callers.among(told.rows):
         end = begin + count
-        caller.ledger.bytes_down += part.reply.bytes_down * end // tokens - part.reply.bytes_down * begin // tokens
-        caller.ledger.bytes_up += part.reply.bytes_up * end // tokens - part.reply.bytes_up * begin // tokens
+        caller.ledger.bytes_down += reply.bytes_down * end // tokens - reply.bytes_down * begin // tokens
+        caller.ledger.bytes_up += reply.bytes_up * end // tokens - reply.bytes_up * begin // tokens
         begin = end
 
 
-def split(parts: Sequence[Part], elapsed_s: float, busy_s: float) -> StageSeconds:
+def split(replies: Sequence[Reply], elapsed_s: float, busy_s: float) -> StageSeconds:
     """Split the time that the base station waited by what the device that answered last says of it.
 
     What passed while the base station computed something else (`busy_s`) hides part of the trip: it counts as the base
     station's, and the wire is what remains of the trip without it.
     """
-    answered = [part.reply for part in parts if part.reply.result is not None]
+    answered = (reply for reply in replies if reply.result is not None)
     last = max(answered, key=lambda reply: reply.answered_s, default=None)
     if last is None or last.result is None:
         return StageSeconds(wait=elapsed_s)

@@ -10,7 +10,7 @@ import numpy as np
 
 from wdmoe.arrays import Int32Array
 from wdmoe.layer_call import LayerCall
-from wdmoe.moe.account import Busy, book
+from wdmoe.moe.account import Busy, Told, book
 from wdmoe.moe.dispatch import Band, Hedging, Part, PartOfBand, Work, dispatch, try_out
 from wdmoe.moe.hedge_budget import HedgeBudget
 from wdmoe.moe.observed import Observed
@@ -63,7 +63,14 @@ class Asking:
         outcome = dispatch(self._exchange, question.work, wait_s, busy, band, question.hedging)
         self._budget.earn(len(outcome.parts))
         self._observed.learn(outcome, call.callers)
-        book(call.callers, outcome, time.monotonic() - started_s, busy.seconds)
+        served, in_vain = (
+            [Told(part.device.name, part.token_rows, part.reply) for part in parts]
+            for parts in (outcome.parts, outcome.losers)
+        )
+        book(call.callers, served, in_vain, time.monotonic() - started_s, busy.seconds)
+        for part in outcome.hedges:
+            for caller, _ in call.callers.among(part.token_rows):
+                caller.ledger.hedges += 1
         return outcome.parts
 
     def _question(
