@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import gc
 import json
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -292,6 +293,23 @@ def test_tensors_come_out_as_they_went_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", ["short", "header", "offsets", "text"])
+def test_what_config_json_does_not_say_is_as_the_family_takes_it(checkpoint: Path, tmp_path: Path) -> None:
+    """Some published ones leave out what transformers has a default for. Mixtral's angle is not that of others."""
+    spoken = shutil.copytree(checkpoint, tmp_path / "model") / "config.json"
+    config = json.loads(spoken.read_text())
+    del config["rope_parameters"], config["rms_norm_eps"]
+    spoken.write_text(json.dumps(config))
+    export_bundle(spoken.parent, tmp_path / "bundle", ExportSettings())
+    lab = Lab(Bundle.open(tmp_path / "bundle"), engine="graphs")
+    try:
+        windows = np.arange(40, 120, dtype=np.int32).reshape(2, 40)
+        got = lab.engine.call(lambda station, ledger: station.nats(windows, ledger)).result(60)
+    finally:
+        lab.close()
+    want = window_nats(reference(spoken.parent), torch.from_numpy(windows.astype(np.int64))).numpy()
+    np.testing.assert_allclose(got, want, atol=WITHIN)
+
+
 def test_a_damaged_file_is_named(tmp_path: Path, spoil: str) -> None:
     file = tmp_path / "x.safetensors"
     header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8 if spoil != "offsets" else 80]}})

@@ -153,7 +153,7 @@ def station_plan(config: Mapping[str, Any], tensors: Collection[str], moe_layers
     """Read a plan.
 
     Args:
-        config: the content of config.json.
+        config: what transformers reads in config.json, with the family's defaults.
         tensors: names of the station's tensors.
         moe_layers: decoder layers with experts.
     Raises:

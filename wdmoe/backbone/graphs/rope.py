@@ -34,7 +34,7 @@ class Rope:
 
 
 def rope_of(config: Mapping[str, Any], head_size: int) -> Rope:
-    """Of a model's config.json.
+    """Of a model's config.
 
     Raises:
         UnsupportedModelError: a kind that is not known here.

@@ -15,6 +15,7 @@ from wdmoe.backbone.graphs.plan import station_plan
 from wdmoe.backbone.graphs.prefixes import Prefixes
 from wdmoe.backbone.graphs.running import GraphModel
 from wdmoe.backbone.graphs.tensors import StationTensors
+from wdmoe.backbone.meta_model import read_config
 from wdmoe.backbone.runtime.choosing import Chooser
 from wdmoe.backbone.runtime.job import Job, Telling
 from wdmoe.backbone.runtime.station import load_tokenizer
@@ -143,7 +144,7 @@ def load_graph_station(
         UnsupportedModelError: there are no graphs for this model.
         BundleError: the station's files do not make up the model.
     """
-    config = _json(bundle, "config.json")
+    config = read_config(bundle.station_folder).to_dict()  # with what the family takes where the file is silent
     tensors = StationTensors(bundle.station_weights())
     plan = station_plan(config, tensors, bundle.manifest.moe_layers)
     positions = bundle.manifest.context_tokens
@@ -152,7 +153,7 @@ def load_graph_station(
     except KeyError as error:
         raise BundleError(f"{bundle.root}: the station lacks {error}; export it again") from error
     return_memory()  # what the graphs were made of
-    generation = _json(bundle, "generation_config.json", optional=True)
+    generation = _generation(bundle)
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
     ends = () if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
     return GraphStation(
@@ -168,14 +169,12 @@ def load_graph_station(
     )
 
 
-def _json(bundle: Bundle, name: str, *, optional: bool = False) -> dict[str, Any]:
-    path = bundle.station_folder / name
+def _generation(bundle: Bundle) -> dict[str, Any]:
+    name = "generation_config.json"
     try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        if optional:
-            return {}
-        raise BundleError(f"{bundle.root}: the station has no {name}") from error
+        content = json.loads((bundle.station_folder / name).read_bytes())
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError) as error:
         raise BundleError(f"{bundle.root}: {name} cannot be read: {error}") from error
     if not isinstance(content, dict):
