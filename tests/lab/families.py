@@ -117,7 +117,7 @@ GRAPHS: dict[str, list[dict[str, Any]]] = {
         {**WIDE, "n_group": 1, "routed_scaling_factor": 2.5},
         {**WIDE, "n_group": 4, "topk_group": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     ],
-    "ernie4_5_moe": [{}],
+    "ernie4_5_moe": [{}, {"use_bias": True}],
 }
 
 

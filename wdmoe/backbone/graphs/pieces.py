@@ -48,12 +48,13 @@ def gated(graph: Graph, x: str, part: Gated) -> str:
     """silu(gate) * up, and down."""
     names = [part.gate, part.up] if part.up else [part.gate]
     gate, up = graph.name("gate"), graph.name("up")
-    graph.nodes("Split", [linear(graph, x, names)], [gate, up], axis=-1)
+    graph.nodes("Split", [biased(graph, x, *names)], [gate, up], axis=-1)
     active = graph.node("Mul", [graph.node("Mul", [gate, graph.node("Sigmoid", [gate])]), up])
-    down = linear(graph, active, [part.down])
+    down = biased(graph, active, part.down)
     if not part.scored:
         return down
-    return graph.node("Mul", [graph.node("Sigmoid", [linear(graph, x, [part.scored], exact=True)]), down])
+    score = linear(graph, x, [f"{part.scored}.weight"], exact=True)
+    return graph.node("Mul", [graph.node("Sigmoid", [score]), down])
 
 
 def biased(graph: Graph, x: str, *names: str) -> str:

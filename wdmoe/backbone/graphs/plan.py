@@ -60,12 +60,12 @@ class Router:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gated:
-    """A feed-forward network with a gate."""
+    """A feed-forward network with a gate. Names are of modules: a matrix, and maybe a bias."""
 
     gate: str  # with `up` below it, where that has no name
     up: str
     down: str
-    scored: str = ""  # a matrix to one score, whose sigmoid multiplies the output
+    scored: str = ""  # to one score, whose sigmoid multiplies the output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,16 +237,14 @@ def _window(number: int, config: Mapping[str, Any]) -> int:
 
 
 def _gated(prefix: str) -> Gated:
-    return Gated(gate=f"{prefix}.gate_proj.weight", up=f"{prefix}.up_proj.weight", down=f"{prefix}.down_proj.weight")
+    return Gated(gate=f"{prefix}.gate_proj", up=f"{prefix}.up_proj", down=f"{prefix}.down_proj")
 
 
 def _shared(prefix: str, names: _Names, tensors: Collection[str]) -> Gated | None:
     at = f"{prefix}{names.shared}"
-    joined = f"{at}.input_linear.weight"
-    if joined in tensors:  # gate and up one below the other
-        return Gated(gate=joined, up="", down=f"{at}.output_linear.weight")
+    joined = f"{at}.input_linear"
+    if f"{joined}.weight" in tensors:  # gate and up one below the other
+        return Gated(gate=joined, up="", down=f"{at}.output_linear")
     if f"{at}.gate_proj.weight" not in tensors:
         return None
-    found = _gated(at)
-    scored = f"{prefix}{names.scored}.weight" if names.scored else ""
-    return Gated(gate=found.gate, up=found.up, down=found.down, scored=scored)
+    return replace(_gated(at), scored=f"{prefix}{names.scored}" if names.scored else "")

@@ -46,7 +46,8 @@ def head_graph(plan: StationPlan, weights: Weights, bits: int = 32) -> bytes:
     graph = Graph(weights, bits)
     x = _residual(graph, plan, len(plan.layers))
     normed = pieces.norm(graph, x, "model.norm.weight", plan.epsilon)
-    logits = pieces.scaled(graph, pieces.linear(graph, normed, [plan.head]), 1 / plan.logits_divisor)
+    biases = ["lm_head.bias"] if graph.has("lm_head.bias") else []
+    logits = pieces.scaled(graph, pieces.linear(graph, normed, [plan.head], biases), 1 / plan.logits_divisor)
     graph.tell(logits, "logits", plan.vocabulary)
     return graph.finish("head")
 
