@@ -18,7 +18,7 @@ import torch
 
 from tests.backbone.test_spine import PROMPT, answer, ask, greedy
 from tests.lab.engine_lab import Lab
-from tests.lab.families import GRAPHS, HEADS, SIXTEEN, reference, save_tiny, tiny_config, tiny_model
+from tests.lab.families import GRAPHS, HEADS, LONGROPE, SIXTEEN, reference, save_tiny, tiny_config, tiny_model
 from wdmoe.arrays import Float32Array, Int32Array
 from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.families import experts_modules
@@ -109,9 +109,10 @@ def test_every_family_is_tested() -> None:
     assert set(SUPPORTED) - {"granitemoe"} == set(GRAPHS)  # that one is granitemoeshared without a shared expert
 
 
-def test_requests_of_any_length_share_a_pass(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("family", ["gpt_oss", "phimoe"])
+def test_requests_of_any_length_share_a_pass(family: str, rng: np.random.Generator) -> None:
     """Rows of one token and pieces of prompts together, in every order of coming and going."""
-    pair = Pair("gpt_oss", GRAPHS["gpt_oss"][0])
+    pair = Pair(family, GRAPHS[family][0])
     texts = [rng.integers(0, 250, size).astype(np.int32) for size in (40, 33, 52, 45, 60, 38, 41, 57, 50, 36)]
     want = [pair.logits(ids) for ids in texts]
     rows = [pair.rows.enter(len(ids)) for ids in texts]
@@ -215,6 +216,12 @@ def test_what_has_no_graph_is_refused_by_name(change: dict[str, Any], says: str)
         station_plan(config, (), {0, 1, 2})
 
 
+def test_longrope_that_changes_its_scale_is_refused() -> None:
+    config = tiny_config("phimoe", **HEADS, rope_parameters={**LONGROPE, "long_mscale": 1.5}).to_dict()
+    with pytest.raises(UnsupportedModelError, match="changes with the length"):
+        station_plan(config, (), {0, 1, 2})
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("mixtral", tmp_path_factory.mktemp("sixteen"), **HEADS)
@@ -277,22 +284,6 @@ def test_asked_for_by_name_and_not_there_is_one_line(tmp_path: Path) -> None:
         Lab(Bundle.open(tmp_path / "bundle"), engine="graphs")
 
 
-def test_tensors_come_out_as_they_went_in(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    made = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.randn(2, 2).half(), "n": torch.arange(3)}
-    save_file(made, tmp_path / "x.safetensors")
-    read = StationTensors([tmp_path / "x.safetensors"])
-    assert set(read) == set(made)
-    for name in "abc":
-        np.testing.assert_array_equal(read[name], made[name].float().numpy())
-    assert "nowhere" not in read
-    assert "n" in read
-    with pytest.raises(BundleError, match="I64"):
-        read["n"]
-
-
-@pytest.mark.parametrize("spoil", ["short", "header", "offsets", "text"])
 def test_what_config_json_does_not_say_is_as_the_family_takes_it(checkpoint: Path, tmp_path: Path) -> None:
     """Some published ones leave out what transformers has a default for. Mixtral's angle is not that of others."""
     spoken = shutil.copytree(checkpoint, tmp_path / "model") / "config.json"
@@ -310,6 +301,22 @@ def test_what_config_json_does_not_say_is_as_the_family_takes_it(checkpoint: Pat
     np.testing.assert_allclose(got, want, atol=WITHIN)
 
 
+def test_tensors_come_out_as_they_went_in(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    made = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.randn(2, 2).half(), "n": torch.arange(3)}
+    save_file(made, tmp_path / "x.safetensors")
+    read = StationTensors([tmp_path / "x.safetensors"])
+    assert set(read) == set(made)
+    for name in "abc":
+        np.testing.assert_array_equal(read[name], made[name].float().numpy())
+    assert "nowhere" not in read
+    assert "n" in read
+    with pytest.raises(BundleError, match="I64"):
+        read["n"]
+
+
+@pytest.mark.parametrize("spoil", ["short", "header", "offsets", "text"])
 def test_a_damaged_file_is_named(tmp_path: Path, spoil: str) -> None:
     file = tmp_path / "x.safetensors"
     header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8 if spoil != "offsets" else 80]}})

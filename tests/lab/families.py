@@ -101,6 +101,15 @@ FAMILIES = tuple(SETTINGS)
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}  # of 16, as the attention wants
 SIXTEEN = {"head_dim": 16}
 WIDE = {"head_dim": 32}  # half of which glm4_moe rotates
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0],
+    "long_factor": [1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0],
+    "short_mscale": 1.24,
+    "long_mscale": 1.24,
+    "original_max_position_embeddings": 24,
+}
 GRAPHS: dict[str, list[dict[str, Any]]] = {
     "mixtral": [{}, {"sliding_window": 16}],
     "qwen2_moe": [{}, {"norm_topk_prob": True, "mlp_only_layers": [1]}, {"mlp_only_layers": [2]}],
@@ -118,6 +127,10 @@ GRAPHS: dict[str, list[dict[str, Any]]] = {
         {**WIDE, "n_group": 4, "topk_group": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     ],
     "ernie4_5_moe": [{}, {"use_bias": True}],
+    "phimoe": [
+        {"attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.4},
+        {"sliding_window": 16, "rope_parameters": LONGROPE},
+    ],
 }
 
 

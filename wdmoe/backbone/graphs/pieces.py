@@ -11,6 +11,8 @@ from wdmoe.backbone.graphs.plan import Attention, Gated, Router
 from wdmoe.backbone.graphs.quantise import BLOCK, quantised
 from wdmoe.backbone.graphs.writing import CONTRIB, INT32, Graph
 
+NEVER = np.array(-np.inf, np.float32)
+
 
 def scaled(graph: Graph, x: str, factor: float) -> str:
     """x times a number."""
@@ -20,7 +22,10 @@ def scaled(graph: Graph, x: str, factor: float) -> str:
 
 
 def norm(graph: Graph, x: str, weight: str, epsilon: float) -> str:
-    """Root mean square normalisation over the last axis."""
+    """Normalisation over the last axis: by the root mean square, or where there is a bias by mean and deviation."""
+    bias = f"{weight.removesuffix('weight')}bias"
+    if graph.has(bias):
+        return graph.node("LayerNormalization", [x, graph.tensor(weight), graph.tensor(bias)], axis=-1, epsilon=epsilon)
     return graph.node("SimplifiedLayerNormalization", [x, graph.tensor(weight)], axis=-1, epsilon=epsilon)
 
 
@@ -63,6 +68,24 @@ def biased(graph: Graph, x: str, *names: str) -> str:
     return linear(graph, x, [f"{name}.weight" for name in names], biases)
 
 
+def split(graph: Graph, x: str, *sizes: int) -> Sequence[str]:
+    """Parts of the last axis."""
+    parts = [graph.name("part") for _ in sizes]
+    name = f"sizes{'+'.join(map(str, sizes))}"
+    graph.nodes("Split", [x, graph.constant(name, np.array(sizes, np.int64))], parts, axis=-1)
+    return parts
+
+
+def grouped(graph: Graph, x: str, count: int) -> str:
+    """(tokens, width) -> (tokens, count, width / count)."""
+    return graph.node("Reshape", [x, graph.constant(f"grouped{count}", np.array([0, count, -1], np.int64))])
+
+
+def flat(graph: Graph, x: str) -> str:
+    """The way back."""
+    return graph.node("Reshape", [x, graph.constant("flat", np.array([0, -1], np.int64))])
+
+
 def query_key_value(graph: Graph, x: str, part: Attention, epsilon: float) -> Sequence[str]:
     """What attention takes of each token, as `Attention.widths` says."""
     packed = biased(graph, x, *(f"{part.prefix}{each}_proj" for each in "qkv"))
@@ -88,9 +111,7 @@ def _clipped(graph: Graph, x: str, most: float) -> str:
 
 
 def _normed(graph: Graph, packed: str, part: Attention, epsilon: float) -> Sequence[str]:
-    query, key, value = parts = [graph.name(each) for each in part.widths]
-    sizes = graph.constant("sizes", np.array([*part.widths.values()], np.int64))
-    graph.nodes("Split", [packed, sizes], parts, axis=-1)
+    query, key, value = split(graph, packed, *part.widths.values())
     heads = ((query, "q_norm", part.heads), (key, "k_norm", part.kv_heads))
     return [*(_head_norm(graph, x, part, name, count, epsilon) for x, name, count in heads), value]
 
@@ -99,17 +120,24 @@ def _head_norm(graph: Graph, x: str, part: Attention, name: str, heads: int, eps
     weight = f"{part.prefix}{name}.weight"
     if part.norm == "row":
         return norm(graph, x, weight, epsilon)
-    split = graph.constant(f"heads{heads}", np.array([0, heads, part.head_size], np.int64))
-    y = norm(graph, graph.node("Reshape", [x, split]), weight, epsilon)
-    return graph.node("Reshape", [y, graph.constant("flat", np.array([0, -1], np.int64))])
+    return flat(graph, norm(graph, grouped(graph, x, heads), weight, epsilon))
 
 
 def router(graph: Graph, x: str, part: Router) -> None:
     """Outputs of the segment: `gate` scores, `experts` and their `weights`, by row and token."""
     biases = [f"{part.prefix}bias"] if graph.has(f"{part.prefix}bias") else []
     scores = linear(graph, x, [f"{part.prefix}weight"], biases, exact=True)
-    ranked = _ranked(graph, scores, part)
-    choice = ranked
+    chosen, weights = (_near if part.rule == "near" else _best)(graph, scores, part)
+    weights = scaled(graph, weights, part.factor)
+    graph.tell(scores, "gate", graph.shape(f"{part.prefix}weight.T")[1])
+    graph.tell(weights, "weights", part.top_k)
+    graph.node("Cast", [chosen], "experts", to=INT32)
+    graph.output("experts", INT32, ("tokens", part.top_k))
+
+
+def _best(graph: Graph, scores: str, part: Router) -> tuple[str, str]:
+    """The best experts, and their weights."""
+    choice = ranked = _ranked(graph, scores, part)
     if part.correction:
         correction = graph.constant(part.correction, graph.value(part.correction).reshape(-1))
         choice = graph.node("Add", [ranked, correction])
@@ -123,11 +151,24 @@ def router(graph: Graph, x: str, part: Router) -> None:
     elif part.renormalise:
         total = graph.node("ReduceSum", [weights, graph.constant("last", np.array([-1], np.int64))])
         weights = graph.node("Div", [weights, total])
-    weights = scaled(graph, weights, part.factor)
-    graph.tell(scores, "gate", graph.shape(f"{part.prefix}weight.T")[1])
-    graph.tell(weights, "weights", part.top_k)
-    graph.node("Cast", [chosen], "experts", to=INT32)
-    graph.output("experts", INT32, ("tokens", part.top_k))
+    return chosen, weights
+
+
+def _near(graph: Graph, scores: str, part: Router) -> tuple[str, str]:
+    """Experts one after the other; the weight of each is its share among those near it [Liu et al., GRIN, 2024]."""
+    count = graph.shape(f"{part.prefix}weight.T")[1]
+    numbers = graph.constant("numbers", np.arange(count, dtype=np.int64))
+    never, closeness = graph.constant("never", NEVER), graph.constant("closeness", np.array(part.closeness, np.float32))
+    sizes, left, choices, weights = graph.node("Abs", [scores]), scores, [], []
+    for _ in range(part.top_k):
+        best, choice = graph.name("best"), graph.name("choice")
+        graph.nodes("TopK", [left, graph.constant("k1", np.array([1], np.int64))], [best, choice], axis=-1)
+        gap = graph.node("Div", [graph.node("Sub", [best, scores]), graph.node("Max", [sizes, best])])
+        near = graph.node("Where", [graph.node("Greater", [gap, closeness]), never, left])
+        weights.append(graph.node("ReduceMax", [graph.node("Softmax", [near], axis=-1)], axes=[-1], keepdims=1))
+        choices.append(choice)
+        left = graph.node("Where", [graph.node("Equal", [numbers, choice]), never, left])
+    return graph.node("Concat", choices, axis=-1), graph.node("Concat", weights, axis=-1)
 
 
 def _ranked(graph: Graph, scores: str, part: Router) -> str:
@@ -139,14 +180,13 @@ def _ranked(graph: Graph, scores: str, part: Router) -> str:
 
 def _in_best_groups(graph: Graph, choice: str, part: Router) -> str:
     """The same, without experts of groups that are not among the best by the sum of their two best."""
-    grouped = graph.node("Reshape", [choice, graph.constant("grouped", np.array([0, part.groups, -1], np.int64))])
+    groups = grouped(graph, choice, part.groups)
     best, least = graph.name("best"), graph.name("least")
-    two, groups = (graph.constant(f"k{k}", np.array([k], np.int64)) for k in (2, part.group_k))
-    graph.nodes("TopK", [grouped, two], [best, graph.name("places")], axis=-1)
+    some, few = (graph.constant(f"k{k}", np.array([k], np.int64)) for k in (2, part.group_k))
+    graph.nodes("TopK", [groups, some], [best, graph.name("places")], axis=-1)
     last = graph.constant("last", np.array([-1], np.int64))
     sums = graph.node("ReduceSum", [best, last], keepdims=0)
-    graph.nodes("TopK", [sums, groups], [least, graph.name("places")], axis=-1)
+    graph.nodes("TopK", [sums, few], [least, graph.name("places")], axis=-1)
     worst = graph.node("ReduceMin", [least], axes=[-1], keepdims=1)
     high = graph.node("Unsqueeze", [graph.node("GreaterOrEqual", [sums, worst]), last])
-    kept = graph.node("Where", [high, grouped, graph.constant("never", np.array(-np.inf, np.float32))])
-    return graph.node("Reshape", [kept, graph.constant("flat", np.array([0, -1], np.int64))])
+    return flat(graph, graph.node("Where", [high, groups, graph.constant("never", NEVER)]))

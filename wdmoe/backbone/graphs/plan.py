@@ -50,8 +50,9 @@ class Router:
 
     prefix: str
     top_k: int
-    rule: str  # "softmax" or "sigmoid" of all, then the best; "best": softmax of the best only
+    rule: str  # "softmax" or "sigmoid" of all, then the best; "best": softmax of the best only; "near": see `closeness`
     renormalise: bool
+    closeness: float = 0.0  # each choice's weight: its softmax among those that differ by no more of the larger one
     correction: str = ""  # a tensor that is added to the scores for the choice, not for the weights
     groups: int = 1  # the experts stand in so many groups,
     group_k: int = 1  # of which so many are chosen first, by the sum of their two best
@@ -145,6 +146,7 @@ _FAMILIES = {
         shared="mlp.shared_experts",
         interleaved=True,
     ),
+    "phimoe": _Names(block="mlp", router="router", rule="near", renormalise=False),
 }
 SUPPORTED = tuple(_FAMILIES)
 
@@ -165,16 +167,14 @@ def station_plan(config: Mapping[str, Any], tensors: Collection[str], moe_layers
         raise UnsupportedModelError(f"the graphs know {', '.join(SUPPORTED)}, and not {family or 'this family'}")
     if config.get("hidden_act", GATED) != GATED:
         raise UnsupportedModelError(f"the graphs know the activation {GATED}, not {config['hidden_act']}")
-    heads = int(config["num_attention_heads"])
-    head_size = int(config.get("head_dim") or config["hidden_size"] // heads)
-    rope = rope_of(config, head_size)
-    for size, what in ((head_size, "heads"), (2 * len(rope.frequencies), "rotations")):
+    layers = tuple(
+        _layer(number, config, names, tensors, number in moe_layers) for number in range(config["num_hidden_layers"])
+    )
+    part = layers[0].attention
+    rope = rope_of(config, part.head_size)
+    for size, what in ((part.head_size, "heads"), (2 * len(rope.frequencies), "rotations")):
         if size % HEAD_STEP:
             raise UnsupportedModelError(f"the graphs know {what} of multiples of {HEAD_STEP}, not of {size}")
-    layers = tuple(
-        _layer(number, config, names, head_size, tensors, number in moe_layers)
-        for number in range(int(config["num_hidden_layers"]))
-    )
     tied = "lm_head.weight" not in tensors
     return StationPlan(
         hidden=int(config["hidden_size"]),
@@ -190,40 +190,49 @@ def station_plan(config: Mapping[str, Any], tensors: Collection[str], moe_layers
     )
 
 
-def _layer(
-    number: int, config: Mapping[str, Any], names: _Names, head_size: int, tensors: Collection[str], moe: bool
-) -> Layer:
+def _layer(number: int, config: Mapping[str, Any], names: _Names, tensors: Collection[str], moe: bool) -> Layer:
     prefix = f"model.layers.{number}."
+    attention = _attention(number, config, names, tensors)
+    router = shared = dense = None
+    if moe:
+        router = _router(prefix, config, names)
+        shared = _shared(prefix, names, tensors) if names.shared else None
+    else:
+        dense = _gated(f"{prefix}mlp")
+    return Layer(number=number, prefix=prefix, attention=attention, router=router, shared=shared, dense=dense)
+
+
+def _attention(number: int, config: Mapping[str, Any], names: _Names, tensors: Collection[str]) -> Attention:
+    prefix = f"model.layers.{number}.self_attn."
     heads = int(config["num_attention_heads"])
-    attention = Attention(
-        prefix=f"{prefix}self_attn.",
+    head_size = int(config.get("head_dim") or config["hidden_size"] // heads)
+    return Attention(
+        prefix=prefix,
         heads=heads,
         kv_heads=int(config.get("num_key_value_heads") or heads),
         head_size=head_size,
         scale=float(config.get("attention_multiplier") or head_size**-0.5),
         window=_window(number, config),
-        norm=names.norm if f"{prefix}self_attn.q_norm.weight" in tensors else "",
+        norm=names.norm if f"{prefix}q_norm.weight" in tensors else "",
         clip=float(config.get("clip_qkv") or 0.0),
         sinks=names.sinks,
         interleaved=names.interleaved,
     )
-    if not moe:
-        return Layer(
-            number=number, prefix=prefix, attention=attention, router=None, shared=None, dense=_gated(f"{prefix}mlp")
-        )
-    renormalise = bool(config.get("norm_topk_prob")) if names.renormalise is None else names.renormalise
-    router = Router(
-        prefix=f"{prefix}{names.block}.{names.router}.",
+
+
+def _router(prefix: str, config: Mapping[str, Any], names: _Names) -> Router:
+    at = f"{prefix}{names.block}.{names.router}."
+    return Router(
+        prefix=at,
         top_k=int(config["num_experts_per_tok"] if "num_experts_per_tok" in config else config["moe_k"]),
         rule=names.rule,
-        renormalise=renormalise,
-        correction=f"{prefix}{names.block}.{names.router}.{names.correction}" if names.correction else "",
+        renormalise=bool(config.get("norm_topk_prob")) if names.renormalise is None else names.renormalise,
+        closeness=2 * float(config.get("router_jitter_noise") or 0.0),
+        correction=f"{at}{names.correction}" if names.correction else "",
         groups=int(config.get("n_group") or 1),
         group_k=int(config.get("topk_group") or 1),
         factor=float(config.get("routed_scaling_factor") or 1.0),
     )
-    shared = _shared(prefix, names, tensors) if names.shared else None
-    return Layer(number=number, prefix=prefix, attention=attention, router=router, shared=shared, dense=None)
 
 
 def _window(number: int, config: Mapping[str, Any]) -> int:

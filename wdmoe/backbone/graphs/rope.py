@@ -39,8 +39,8 @@ def rope_of(config: Mapping[str, Any], head_size: int) -> Rope:
     Raises:
         UnsupportedModelError: a kind that is not known here.
     """
-    asked = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    kind = str(asked.get("rope_type", asked.get("type", "default")))
+    asked = _asked(config)
+    kind = _kind(asked)
     theta = float(asked.get("rope_theta", config.get("rope_theta", _DEFAULT_THETA)))
     size = int(head_size * float(asked.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) or 1.0))
     plain = theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
@@ -52,7 +52,17 @@ def rope_of(config: Mapping[str, Any], head_size: int) -> Rope:
         return Rope(_llama3(plain, asked))
     if kind == "yarn":
         return _yarn(plain, theta, size, asked, config)
+    if kind == "longrope":
+        return _longrope(plain, asked, config)
     raise UnsupportedModelError(f"the graphs know no rotary embedding of the kind {kind!r}")
+
+
+def _asked(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+
+
+def _kind(asked: Mapping[str, Any]) -> str:
+    return str(asked.get("rope_type", asked.get("type", "default")))
 
 
 def _llama3(plain: npt.NDArray[np.float64], asked: Mapping[str, Any]) -> npt.NDArray[np.float64]:
@@ -83,3 +93,14 @@ def _yarn(
     said = asked.get("attention_factor")
     temperature = float(said) if said is not None else 0.1 * math.log(max(factor, 1.0)) + 1
     return Rope(plain / factor * ramp + plain * (1 - ramp), temperature)
+
+
+def _longrope(plain: npt.NDArray[np.float64], asked: Mapping[str, Any], config: Mapping[str, Any]) -> Rope:
+    """Waves stretched one by one [Ding et al., LongRoPE, 2024], as transformers does it for Phi-MoE.
+
+    It has factors for short and for long texts. For Phi-MoE transformers 5.23 takes the short ones whatever the length.
+    Other families change to the long ones in mid-text, and tables of positions cannot.
+    """
+    if config["model_type"] != "phimoe" or asked["short_mscale"] != asked["long_mscale"]:
+        raise UnsupportedModelError("the graphs know no longrope that changes with the length of the text")
+    return Rope(plain / np.array(asked["short_factor"], np.float64), float(asked["short_mscale"]))

@@ -16,10 +16,12 @@ from wdmoe.backbone.format.onnx_graph import IR_VERSION, OPSET
 CONTRIB = "com.microsoft"
 OPERATORS = frozenset(
     {
-        ("", "Add"), ("", "Cast"), ("", "Clip"), ("", "Div"), ("", "GatherElements"), ("", "GreaterOrEqual"),
-        ("", "MatMul"), ("", "Mul"), ("", "ReduceMin"), ("", "ReduceSum"), ("", "Reshape"), ("", "Sigmoid"),
-        ("", "SimplifiedLayerNormalization"), ("", "Softmax"), ("", "Split"), ("", "TopK"), ("", "Unsqueeze"),
-        ("", "Where"), (CONTRIB, "GroupQueryAttention"), (CONTRIB, "MatMulNBits"),
+        ("", "Abs"), ("", "Add"), ("", "Cast"), ("", "Clip"), ("", "Concat"), ("", "Div"), ("", "Equal"),
+        ("", "GatherElements"), ("", "Greater"), ("", "GreaterOrEqual"), ("", "LayerNormalization"), ("", "MatMul"),
+        ("", "Max"), ("", "Mul"), ("", "ReduceMax"), ("", "ReduceMin"), ("", "ReduceSum"), ("", "Reshape"),
+        ("", "Sigmoid"), ("", "SimplifiedLayerNormalization"), ("", "Softmax"), ("", "Split"), ("", "Sub"),
+        ("", "TopK"), ("", "Unsqueeze"), ("", "Where"), (CONTRIB, "GroupQueryAttention"),
+        (CONTRIB, "MatMulNBits"),
     }
 )  # fmt: skip
 
