@@ -18,7 +18,7 @@ import torch
 
 from tests.backbone.test_spine import PROMPT, answer, ask, greedy
 from tests.lab.engine_lab import Lab
-from tests.lab.families import GRAPHS, HEADS, LONGROPE, SIXTEEN, reference, save_tiny, tiny_config, tiny_model
+from tests.lab.families import GRAPHS, HEADS, LATENT, LONGROPE, SIXTEEN, reference, save_tiny, tiny_config, tiny_model
 from wdmoe.arrays import Float32Array, Int32Array
 from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.families import experts_modules
@@ -58,7 +58,7 @@ class Pair:
     """A tiny model in transformers, and its graphs with the same experts."""
 
     def __init__(self, family: str, more: dict[str, Any], bits: int = 32) -> None:
-        config = tiny_config(family, **HEADS, **more)
+        config = tiny_config(family, **{**HEADS, **more})
         self.model = tiny_model(config)
         self._modules = experts_modules(self.model)
         every = {name: tensor.float().numpy() for name, tensor in self.model.state_dict().items()}
@@ -109,7 +109,7 @@ def test_every_family_is_tested() -> None:
     assert set(SUPPORTED) - {"granitemoe"} == set(GRAPHS)  # that one is granitemoeshared without a shared expert
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "phimoe"])
+@pytest.mark.parametrize("family", ["gpt_oss", "phimoe", "deepseek_v3"])
 def test_requests_of_any_length_share_a_pass(family: str, rng: np.random.Generator) -> None:
     """Rows of one token and pieces of prompts together, in every order of coming and going."""
     pair = Pair(family, GRAPHS[family][0])
@@ -134,8 +134,9 @@ def test_requests_of_any_length_share_a_pass(family: str, rng: np.random.Generat
     assert checked == sum(map(len, texts))
 
 
-def test_neighbours_are_decoded_as_one(rng: np.random.Generator) -> None:
-    pair = Pair("mixtral", {})
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])
+def test_neighbours_are_decoded_as_one(family: str, rng: np.random.Generator) -> None:
+    pair = Pair(family, GRAPHS[family][0])
     texts = [rng.integers(0, 250, size).astype(np.int32) for size in (20, 7, 33)]
     rows = [pair.rows.enter(40) for _ in texts]
     for ids, row in zip(texts, rows, strict=True):
@@ -204,7 +205,7 @@ def test_only_listed_operators_are_used() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model_type": "deepseek_v3"}, "deepseek_v3"),
+        ({"model_type": "jamba"}, "jamba"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"head_dim": 8}, "heads of multiples of 16"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
@@ -220,6 +221,14 @@ def test_longrope_that_changes_its_scale_is_refused() -> None:
     config = tiny_config("phimoe", **HEADS, rope_parameters={**LONGROPE, "long_mscale": 1.5}).to_dict()
     with pytest.raises(UnsupportedModelError, match="changes with the length"):
         station_plan(config, (), {0, 1, 2})
+
+
+def test_latent_attention_keeps_one_vector_of_a_token() -> None:
+    kept = [
+        Pair("deepseek_v2", {**LATENT, "num_attention_heads": heads, "num_key_value_heads": heads}).rows.size_bytes(1)
+        for heads in (2, 4)
+    ]
+    assert kept[0] == kept[1] == 3 * 256 * 2 * (16 + 16) * 4
 
 
 @pytest.fixture(scope="module")
@@ -279,8 +288,8 @@ def test_how_likely_a_text_is(lab: Lab, checkpoint: Path) -> None:
 
 
 def test_asked_for_by_name_and_not_there_is_one_line(tmp_path: Path) -> None:
-    export_bundle(save_tiny("deepseek_v3", tmp_path / "model"), tmp_path / "bundle", ExportSettings())
-    with pytest.raises(ConfigError, match="deepseek_v3; leave --engine"):
+    export_bundle(save_tiny("mixtral", tmp_path / "model"), tmp_path / "bundle", ExportSettings())
+    with pytest.raises(ConfigError, match="multiples of 16, not of 8; leave --engine"):
         Lab(Bundle.open(tmp_path / "bundle"), engine="graphs")
 
 

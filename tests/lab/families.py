@@ -66,6 +66,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 40,
         "tie_word_embeddings": True,
     },
+    "deepseek_v2": {
+        **_MLA,
+        "n_group": 4,
+        "topk_group": 2,
+        "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 2.0,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": EXPERTS,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+    },
     "deepseek_v3": {
         **_MLA,
         **_GROUPED,
@@ -101,6 +113,15 @@ FAMILIES = tuple(SETTINGS)
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}  # of 16, as the attention wants
 SIXTEEN = {"head_dim": 16}
 WIDE = {"head_dim": 32}  # half of which glm4_moe rotates
+LATENT = {"qk_rope_head_dim": 16, "qk_nope_head_dim": 8, "v_head_dim": 12, "num_key_value_heads": 2}
+DEEP_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 40.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+    "original_max_position_embeddings": 16,
+}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -130,6 +151,15 @@ GRAPHS: dict[str, list[dict[str, Any]]] = {
     "phimoe": [
         {"attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.4},
         {"sliding_window": 16, "rope_parameters": LONGROPE},
+    ],
+    "deepseek_v2": [
+        LATENT,
+        {**LATENT, "topk_method": "greedy", "q_lora_rank": None, "rope_parameters": DEEP_YARN},
+        {**LATENT, "attention_bias": True, "mlp_bias": True},
+    ],
+    "deepseek_v3": [
+        {**LATENT, "routed_scaling_factor": 2.5, "rope_parameters": DEEP_YARN},
+        {**LATENT, "q_lora_rank": None, "rope_interleave": False, "attention_bias": True, "norm_topk_prob": False},
     ],
 }
 

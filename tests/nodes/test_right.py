@@ -1,4 +1,4 @@
-"""Ten families over real processes and CURVE: the tokens and logits of the undivided model, from three devices."""
+"""Eleven families over real processes and CURVE: the tokens and logits of the undivided model, from three devices."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def test_the_answer_is_the_undivided_models(family: str, fleet: Fleet, tmp_path:
 
 @pytest.mark.parametrize("family", GRAPHS)
 def test_the_graphs_answer_as_the_undivided_model(family: str, fleet: Fleet, tmp_path: Path) -> None:
-    checkpoint = save_tiny(family, tmp_path / "checkpoint", max_position_embeddings=512, **HEADS, **GRAPHS[family][0])
+    asked = {"max_position_embeddings": 512, **HEADS, **GRAPHS[family][0]}
+    checkpoint = save_tiny(family, tmp_path / "checkpoint", **asked)
     export_bundle(checkpoint, tmp_path / "bundle", ExportSettings())
     model = reference(checkpoint)
     with fleet.serve(tmp_path / "bundle", devices=3, copies=1, engine="graphs") as station:
@@ -90,8 +91,10 @@ def test_the_graphs_answer_as_the_undivided_model(family: str, fleet: Fleet, tmp
                 want = model.generate(
                     torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=VOCABULARY, pad_token_id=0
                 )
-            asked = GenerationRequest(request_id="t", prompt=prompt, sampling=Sampling(max_tokens=24, ignore_eos=True))
-            events = fleet.loop.run(events_of(station, asked), 60)
+            request = GenerationRequest(
+                request_id="t", prompt=prompt, sampling=Sampling(max_tokens=24, ignore_eos=True)
+            )
+            events = fleet.loop.run(events_of(station, request), 60)
             tokens = [e.token_id for e in events if isinstance(e, TextDelta) and e.token_id >= 0]
             assert tokens == want[0, length:].tolist()
             assert isinstance(events[-1], Finished)

@@ -179,10 +179,10 @@ def _ranked(graph: Graph, scores: str, part: Router) -> str:
 
 
 def _in_best_groups(graph: Graph, choice: str, part: Router) -> str:
-    """The same, without experts of groups that are not among the best by the sum of their two best."""
+    """The same, without experts of groups that are not among the best by the sum of their best."""
     groups = grouped(graph, choice, part.groups)
     best, least = graph.name("best"), graph.name("least")
-    some, few = (graph.constant(f"k{k}", np.array([k], np.int64)) for k in (2, part.group_k))
+    some, few = (graph.constant(f"k{k}", np.array([k], np.int64)) for k in (part.group_best, part.group_k))
     graph.nodes("TopK", [groups, some], [best, graph.name("places")], axis=-1)
     last = graph.constant("last", np.array([-1], np.int64))
     sums = graph.node("ReduceSum", [best, last], keepdims=0)

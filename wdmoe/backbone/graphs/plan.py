@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from wdmoe.backbone.graphs.rope import Rope, rope_of
+from wdmoe.backbone.graphs.rope import Rope, latent_sharpness, rope_of
 from wdmoe.errors import UnsupportedModelError
 
 GATED = "silu"
@@ -18,8 +18,22 @@ HEAD_STEP = 16  # of ONNX Runtime's GroupQueryAttention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Latent:
+    """Keys and values of all heads made of one vector a token, which is all that is kept of it. Sizes of its parts."""
+
+    rotated: int  # is the key of all heads as it is
+    rank: int  # from which matrices make the rest of each head's key, and its value
+    plain: int  # that rest
+    value: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
-    """Grouped-query attention of one decoder layer. Names are of tensors; "" where there is none."""
+    """Grouped-query attention of one decoder layer. Names are of tensors; "" where there is none.
+
+    Latent attention is that too: the matrices of each head are applied to its query and to its output instead, so that
+    all heads share one key, which is also the value.
+    """
 
     prefix: str
     heads: int
@@ -31,6 +45,7 @@ class Attention:
     clip: float  # largest magnitude of queries, keys and values; 0: any
     sinks: bool
     interleaved: bool  # its rotation is of neighbours, not of halves
+    latent: Latent | None = None
 
     @property
     def widths(self) -> Mapping[str, int]:
@@ -41,7 +56,7 @@ class Attention:
     @property
     def shape(self) -> Attention:
         """The same for all layers that can share a graph."""
-        return replace(self, prefix="", clip=0.0)
+        return replace(self, prefix="", clip=0.0, latent=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +70,8 @@ class Router:
     closeness: float = 0.0  # each choice's weight: its softmax among those that differ by no more of the larger one
     correction: str = ""  # a tensor that is added to the scores for the choice, not for the weights
     groups: int = 1  # the experts stand in so many groups,
-    group_k: int = 1  # of which so many are chosen first, by the sum of their two best
+    group_k: int = 1  # of which so many are chosen first,
+    group_best: int = 2  # by the sum of so many of their best
     factor: float = 1.0  # of the weights, in the end
 
 
@@ -114,7 +130,10 @@ class _Names:
     scored: str = ""
     norm: str = ""  # of queries and keys, where there is one
     sinks: bool = False
-    interleaved: bool = False  # rotation of neighbours, not of halves
+    interleaved: bool = False  # rotation of neighbours, not of halves; `rope_interleave` may say otherwise
+    latent: bool = False
+    group_best: int = 2
+    methods: bool = False  # `topk_method` says whether groups matter
 
 
 _FAMILIES = {
@@ -147,6 +166,26 @@ _FAMILIES = {
         interleaved=True,
     ),
     "phimoe": _Names(block="mlp", router="router", rule="near", renormalise=False),
+    "deepseek_v2": _Names(
+        block="mlp",
+        router="gate",
+        rule="softmax",
+        renormalise=False,
+        shared="mlp.shared_experts",
+        interleaved=True,
+        latent=True,
+        group_best=1,
+        methods=True,
+    ),
+    "deepseek_v3": _Names(
+        block="mlp",
+        router="gate",
+        rule="sigmoid",
+        correction="e_score_correction_bias",
+        shared="mlp.shared_experts",
+        interleaved=True,
+        latent=True,
+    ),
 }
 SUPPORTED = tuple(_FAMILIES)
 
@@ -171,7 +210,7 @@ def station_plan(config: Mapping[str, Any], tensors: Collection[str], moe_layers
         _layer(number, config, names, tensors, number in moe_layers) for number in range(config["num_hidden_layers"])
     )
     part = layers[0].attention
-    rope = rope_of(config, part.head_size)
+    rope = rope_of(config, part.head_size if part.latent is None else part.latent.rotated)
     for size, what in ((part.head_size, "heads"), (2 * len(rope.frequencies), "rotations")):
         if size % HEAD_STEP:
             raise UnsupportedModelError(f"the graphs know {what} of multiples of {HEAD_STEP}, not of {size}")
@@ -205,23 +244,41 @@ def _layer(number: int, config: Mapping[str, Any], names: _Names, tensors: Colle
 def _attention(number: int, config: Mapping[str, Any], names: _Names, tensors: Collection[str]) -> Attention:
     prefix = f"model.layers.{number}.self_attn."
     heads = int(config["num_attention_heads"])
-    head_size = int(config.get("head_dim") or config["hidden_size"] // heads)
+    latent = _latent(config) if names.latent else None
+    if latent is None:
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        head_size = int(config.get("head_dim") or config["hidden_size"] // heads)
+        scale = head_size**-0.5
+    else:
+        kv_heads, head_size = 1, latent.rotated + latent.rank
+        scale = (latent.rotated + latent.plain) ** -0.5 * latent_sharpness(config)
     return Attention(
         prefix=prefix,
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
+        kv_heads=kv_heads,
         head_size=head_size,
-        scale=float(config.get("attention_multiplier") or head_size**-0.5),
+        scale=float(config.get("attention_multiplier") or scale),
         window=_window(number, config),
         norm=names.norm if f"{prefix}q_norm.weight" in tensors else "",
         clip=float(config.get("clip_qkv") or 0.0),
         sinks=names.sinks,
-        interleaved=names.interleaved,
+        interleaved=names.interleaved and bool(config.get("rope_interleave", True)),
+        latent=latent,
+    )
+
+
+def _latent(config: Mapping[str, Any]) -> Latent:
+    return Latent(
+        rotated=int(config["qk_rope_head_dim"]),
+        rank=int(config["kv_lora_rank"]),
+        plain=int(config["qk_nope_head_dim"]),
+        value=int(config["v_head_dim"]),
     )
 
 
 def _router(prefix: str, config: Mapping[str, Any], names: _Names) -> Router:
     at = f"{prefix}{names.block}.{names.router}."
+    grouped = not names.methods or config.get("topk_method") != "greedy"
     return Router(
         prefix=at,
         top_k=int(config["num_experts_per_tok"] if "num_experts_per_tok" in config else config["moe_k"]),
@@ -229,8 +286,9 @@ def _router(prefix: str, config: Mapping[str, Any], names: _Names) -> Router:
         renormalise=bool(config.get("norm_topk_prob")) if names.renormalise is None else names.renormalise,
         closeness=2 * float(config.get("router_jitter_noise") or 0.0),
         correction=f"{at}{names.correction}" if names.correction else "",
-        groups=int(config.get("n_group") or 1),
+        groups=int(config.get("n_group") or 1) if grouped else 1,
         group_k=int(config.get("topk_group") or 1),
+        group_best=names.group_best,
         factor=float(config.get("routed_scaling_factor") or 1.0),
     )
 

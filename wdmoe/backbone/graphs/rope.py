@@ -57,6 +57,14 @@ def rope_of(config: Mapping[str, Any], head_size: int) -> Rope:
     raise UnsupportedModelError(f"the graphs know no rotary embedding of the kind {kind!r}")
 
 
+def latent_sharpness(config: Mapping[str, Any]) -> float:
+    """What scores of latent attention are multiplied by, where the context was stretched [DeepSeek-V2, 2024]."""
+    asked = _asked(config)
+    if _kind(asked) == "default" or not asked.get("mscale_all_dim"):
+        return 1.0
+    return _temperature(float(asked["factor"]), float(asked["mscale_all_dim"])) ** 2
+
+
 def _asked(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
 
@@ -78,8 +86,6 @@ def _yarn(
 ) -> Rope:
     """[Peng et al., YaRN, ICLR 2024], section 3: interpolation by parts, and a temperature."""
     factor = float(asked["factor"])
-    if asked.get("mscale") or asked.get("mscale_all_dim"):
-        raise UnsupportedModelError("the graphs know no mscale of YaRN")
     first = float(asked.get("original_max_position_embeddings") or config["max_position_embeddings"])
 
     def place(turns: float) -> float:
@@ -90,9 +96,20 @@ def _yarn(
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
     ramp = np.clip((np.arange(size // 2) - low) / max(high - low, 0.001), 0, 1)
-    said = asked.get("attention_factor")
-    temperature = float(said) if said is not None else 0.1 * math.log(max(factor, 1.0)) + 1
-    return Rope(plain / factor * ramp + plain * (1 - ramp), temperature)
+    return Rope(plain / factor * ramp + plain * (1 - ramp), _yarn_temperature(factor, asked))
+
+
+def _yarn_temperature(factor: float, asked: Mapping[str, Any]) -> float:
+    if asked.get("attention_factor") is not None:
+        return float(asked["attention_factor"])
+    part, whole = asked.get("mscale"), asked.get("mscale_all_dim")  # of the rotated part of heads, and of all
+    if part and whole:
+        return _temperature(factor, float(part)) / _temperature(factor, float(whole))
+    return _temperature(factor, 1.0)
+
+
+def _temperature(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(max(factor, 1.0)) + 1
 
 
 def _longrope(plain: npt.NDArray[np.float64], asked: Mapping[str, Any], config: Mapping[str, Any]) -> Rope:

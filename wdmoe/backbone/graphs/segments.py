@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from wdmoe.backbone.graphs import pieces
+from wdmoe.backbone.graphs import latent, pieces
 from wdmoe.backbone.graphs.plan import Attention, Gated, Layer, StationPlan
 from wdmoe.backbone.graphs.writing import FLOAT, INT32, Graph, Weights
 
@@ -75,8 +75,12 @@ def attention_graph(part: Attention, rotations: int) -> bytes:
 def _before(plan: StationPlan, graph: Graph, layer: Layer) -> bytes:
     x = _residual(graph, plan, layer.number)
     normed = pieces.norm(graph, x, f"{layer.prefix}input_layernorm.weight", plan.epsilon)
-    values = pieces.query_key_value(graph, normed, layer.attention, plan.epsilon)
-    for value, (name, width) in zip(values, layer.attention.widths.items(), strict=True):
+    part = layer.attention
+    if part.latent is None:
+        values = pieces.query_key_value(graph, normed, part, plan.epsilon)
+    else:
+        values = latent.query_key_value(graph, normed, part, part.latent)
+    for value, (name, width) in zip(values, part.widths.items(), strict=True):
         graph.tell(value, name, width)
     if plan.has_experts_below(layer.number):
         graph.tell(x, "y", plan.hidden)
@@ -87,6 +91,8 @@ def _after(plan: StationPlan, graph: Graph, layer: Layer) -> bytes:
     part = layer.attention
     x = graph.input("x", FLOAT, ("tokens", plan.hidden))
     attended = graph.input("attention", FLOAT, ("tokens", part.heads * part.head_size))
+    if part.latent is not None:
+        attended = latent.attended(graph, attended, part, part.latent)
     x = _added(graph, plan, x, pieces.biased(graph, attended, f"{part.prefix}o_proj"))
     normed = pieces.norm(graph, x, f"{layer.prefix}post_attention_layernorm.weight", plan.epsilon)
     if layer.dense is not None:

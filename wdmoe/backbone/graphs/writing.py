@@ -20,7 +20,7 @@ OPERATORS = frozenset(
         ("", "GatherElements"), ("", "Greater"), ("", "GreaterOrEqual"), ("", "LayerNormalization"), ("", "MatMul"),
         ("", "Max"), ("", "Mul"), ("", "ReduceMax"), ("", "ReduceMin"), ("", "ReduceSum"), ("", "Reshape"),
         ("", "Sigmoid"), ("", "SimplifiedLayerNormalization"), ("", "Softmax"), ("", "Split"), ("", "Sub"),
-        ("", "TopK"), ("", "Unsqueeze"), ("", "Where"), (CONTRIB, "GroupQueryAttention"),
+        ("", "TopK"), ("", "Transpose"), ("", "Unsqueeze"), ("", "Where"), (CONTRIB, "GroupQueryAttention"),
         (CONTRIB, "MatMulNBits"),
     }
 )  # fmt: skip
