@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,9 @@ from wdmoe.backbone.graphs.plan import station_plan
 from wdmoe.backbone.graphs.prefixes import Prefixes
 from wdmoe.backbone.graphs.running import GraphModel
 from wdmoe.backbone.graphs.tensors import StationTensors
-from wdmoe.backbone.meta_model import read_config
 from wdmoe.backbone.runtime.choosing import Chooser
-from wdmoe.backbone.runtime.job import Job, Telling
-from wdmoe.backbone.runtime.station import load_tokenizer
+from wdmoe.backbone.runtime.job import Job, Telling, end_tokens
+from wdmoe.backbone.text.tokenizer import TextTokenizer, load_tokenizer
 from wdmoe.errors import BundleError, CancelledRequestError
 from wdmoe.heap import return_memory
 from wdmoe.layer_call import Caller
@@ -36,7 +36,7 @@ class GraphStation:
     def __init__(
         self,
         model: GraphModel,
-        tokenizer: Any,
+        tokenizer: TextTokenizer,
         manifest: Manifest,
         eos: tuple[int, ...],
         run: RunLayer,
@@ -54,6 +54,10 @@ class GraphStation:
         self.prefixes = Prefixes(prefix_bytes)
         self._rows = Rows(model.plan, model.forget)
         self._passes = Passes(model, run, turns, prefill_chunk, alternates)
+
+    def at_work(self) -> AbstractContextManager[object]:
+        """See `Backbone`. ONNX Runtime brings its threads, and knows no gradients."""
+        return nullcontext()
 
     def begin(self, ledger: Ledger) -> None:
         """See `Backbone`. Nothing to do: each call here says what it is booked on."""
@@ -144,7 +148,7 @@ def load_graph_station(
         UnsupportedModelError: there are no graphs for this model.
         BundleError: the station's files do not make up the model.
     """
-    config = read_config(bundle.station_folder).to_dict()  # with what the family takes where the file is silent
+    config = _json(bundle, "config.json")
     tensors = StationTensors(bundle.station_weights())
     plan = station_plan(config, tensors, bundle.manifest.moe_layers)
     positions = bundle.manifest.context_tokens
@@ -153,12 +157,11 @@ def load_graph_station(
     except KeyError as error:
         raise BundleError(f"{bundle.root}: the station lacks {error}; export it again") from error
     return_memory()  # what the graphs were made of
-    generation = _generation(bundle)
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
-    ends = () if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
+    generation = _json(bundle, "generation_config.json", optional=True)
+    ends = end_tokens(generation.get("eos_token_id", config.get("eos_token_id")))
     return GraphStation(
         model,
-        load_tokenizer(bundle),
+        load_tokenizer(bundle.station_folder),
         bundle.manifest,
         ends,
         run,
@@ -169,12 +172,14 @@ def load_graph_station(
     )
 
 
-def _generation(bundle: Bundle) -> dict[str, Any]:
-    name = "generation_config.json"
+def _json(bundle: Bundle, name: str, *, optional: bool = False) -> dict[str, Any]:
+    path = bundle.station_folder / name
     try:
-        content = json.loads((bundle.station_folder / name).read_bytes())
-    except FileNotFoundError:
-        return {}
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        if optional:
+            return {}
+        raise BundleError(f"{bundle.root}: the station has no {name}") from error
     except (OSError, ValueError) as error:
         raise BundleError(f"{bundle.root}: {name} cannot be read: {error}") from error
     if not isinstance(content, dict):
