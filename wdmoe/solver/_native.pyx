@@ -422,6 +422,28 @@ def combine_partials(out not None, partial not None, rows not None, weights=None
     add_reply(out, partial, rows, weights, "combine_partials")
 
 
+def weighted_sum(outputs not None, weights not None):
+    cdef Memory factors = memory_of(weights, 1, c"f")
+    cdef Memory values, sums
+    cdef Py_ssize_t at = 0
+    if factors is None or len(outputs) != factors.view.shape[0]:
+        raise ValueError(f"weights must be (outputs,) float32, got {np.shape(weights)} for {len(outputs)} outputs")
+    cdef object total = None
+    cdef int32_t row = 0
+    for output in outputs:
+        values = memory_of(output, 2, c"f")
+        if values is None or values.view.shape[0] != 1 or (at > 0 and values.view.len != sums.view.len):
+            raise ValueError(f"outputs[{at}] must be (1, hidden) float32, as wide as the others, "
+                             f"got {np.shape(output)}")
+        if at == 0:
+            total = np.zeros((1, values.view.shape[1]), FLOAT32)
+            sums = memory_of(total, 2, c"f")
+        add_rows(<const float*>values.view.buf, &row, <const float*>factors.view.buf + at, 1, 1,
+                 values.view.shape[1], <float*>sums.view.buf)
+        at += 1
+    return total
+
+
 def combine(Py_ssize_t tokens, Py_ssize_t hidden, replies not None, scale=None):
     if tokens < 0 or hidden < 0:
         raise ValueError(f"tokens and hidden must not be negative, got {tokens} and {hidden}")

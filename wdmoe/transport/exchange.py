@@ -405,11 +405,12 @@ class Exchange:
         for batch in self._batches:
             if batch.wake_s <= now_s:
                 self._resume(batch)
-        for attempt in [a for a in self._aside if self._pending[a].deadline_s <= now_s]:
-            self._time_out(attempt)
+        if self._aside:
+            for attempt in [a for a in self._aside if self._pending[a].deadline_s <= now_s]:
+                self._time_out(attempt)
 
     def _until_deadline(self, longest_s: float) -> float:
         if not self._batches:
             return longest_s
-        nearest_s = min(batch.wake_s for batch in self._batches) - time.monotonic()
+        nearest_s = min([batch.wake_s for batch in self._batches]) - time.monotonic()
         return max(0.0, min(longest_s, nearest_s))
