@@ -1,4 +1,4 @@
-"""Builds the one native extension; everything else is in pyproject.toml.
+"""Builds the native extensions; everything else is in pyproject.toml.
 
 WDMOE_DEBUG=1 builds it with bounds checks, assertions and no optimisation. WDMOE_SANITIZE=1 builds it with the
 sanitizers of addresses and undefined behaviour, for `tools/sanitize`.
@@ -23,7 +23,7 @@ if os.environ.get("WDMOE_SANITIZE") == "1":
     link_flags = checks
 flags += ["-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra"]
 
-HEADERS = (
+SOLVER_HEADERS = (
     "bandwidth",
     "bandwidth_blocks",
     "bandwidth_decided",
@@ -42,6 +42,20 @@ HEADERS = (
     "row_top_k",
     "selection",
 )
+CODEC_HEADERS = ("layer_frames",)
+
+
+def extension(folder, headers):
+    """The extension `_native` of a folder of wdmoe."""
+    return Extension(
+        f"wdmoe.{folder.replace('/', '.')}._native",
+        sources=[f"wdmoe/{folder}/_native.pyx"],
+        depends=[f"native/wdmoe/{name}.hpp" for name in headers],
+        include_dirs=["native"],
+        extra_compile_args=flags,
+        extra_link_args=link_flags,
+        language="c++",
+    )
 
 
 class BuildExtension(build_ext):
@@ -62,17 +76,7 @@ class BuildExtension(build_ext):
 setup(
     cmdclass={"build_ext": BuildExtension},
     ext_modules=cythonize(
-        [
-            Extension(
-                "wdmoe.solver._native",
-                sources=["wdmoe/solver/_native.pyx"],
-                depends=[f"native/wdmoe/{name}.hpp" for name in HEADERS],
-                include_dirs=["native"],
-                extra_compile_args=flags,
-                extra_link_args=link_flags,
-                language="c++",
-            )
-        ],
+        [extension("solver", SOLVER_HEADERS), extension("transport/codec", CODEC_HEADERS)],
         compiler_directives={"language_level": 3, "boundscheck": debug, "wraparound": False},
     ),
 )

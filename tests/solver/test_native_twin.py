@@ -150,6 +150,37 @@ def test_combine_partials_with_weights(data):
     np.testing.assert_array_equal(out, twin)
 
 
+@settings(max_examples=100)
+@given(st.data())
+def test_weighted_sum(data):
+    n, hidden = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 40))
+    outputs = [matrix(data.draw, NUMBERS, 1, hidden, np.float32) for _ in range(n)]
+    weights = matrix(data.draw, st.floats(-1e3, 1e3, width=32), 1, n, np.float32)[0]
+    with np.errstate(all="ignore"):
+        twin = reference.weighted_sum(outputs, weights)
+    found = _native.weighted_sum(outputs, weights)
+    np.testing.assert_array_equal(found, twin)
+    assert not any(np.shares_memory(found, output) for output in outputs)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "weights"),
+    [
+        ([], np.ones(0, np.float32)),
+        ([(1, 3)], np.ones(2, np.float32)),
+        ([(1, 3), (1, 4)], np.ones(2, np.float32)),
+        ([(2, 3)], np.ones(1, np.float32)),
+        ([(3,)], np.ones(1, np.float32)),
+        ([(1, 0)], np.ones(1, np.float32)),
+        ([(1, 3)], np.ones((1, 1), np.float32)),
+    ],
+)
+def test_weighted_sum_refuses(shapes, weights):
+    for kernels in (_native, reference):
+        with pytest.raises(ValueError, match="outputs"):
+            kernels.weighted_sum([np.ones(shape, np.float32) for shape in shapes], weights)
+
+
 def test_is_finite(rng):
     offenders = []
     sizes, poisons = [0, 1, 7, 4095, 4096, 4097, 20000], [np.nan, np.inf, -np.inf, None]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -378,7 +377,7 @@ def test_a_connection_owes_the_usual_time_of_its_open_orders(station: MemoryData
         exchange = exchange_on(station)
         route = route_of(station, peer)
         for usual_s in (0.25, 0.5):
-            exchange.start_aside(replace(order(route), expected=Expected(usual_s=usual_s)), 100.0)
+            exchange.start_aside(order(route)._replace(expected=Expected(usual_s=usual_s)), 100.0)
         assert (exchange.owed_s(route), exchange.owed_s(b"other")) == (0.75, 0.0)
     finally:
         peer.close()

@@ -19,7 +19,7 @@ from tests.lab.wire_examples import a_result, a_run, every_kind
 from tests.lab.zmq_lab import WAIT_S, Lab, ask, hear, lab, until
 from tests.transport.test_zmq_traps import FAST, port_of, raw_dealer
 from wdmoe.errors import ProtocolError, RefusedError
-from wdmoe.transport.codec.framing import MAX_TENSORS, join, split
+from wdmoe.transport.codec.framing import MAX_TENSORS, join, split, unpack
 from wdmoe.transport.codec.messages import PROTOCOL_VERSION, Attach, Attached, Failure, Run
 from wdmoe.transport.codec.schema import BY_NUMBER
 from wdmoe.transport.codec.wire import MAX_HEADER_BYTES, Limits, decode, encode
@@ -46,7 +46,9 @@ def survives(parts: list[bytes]) -> bool:
 
 
 def arrives(frame: bytes | bytearray) -> bool:
-    return _survives(lambda: decode(split(memoryview(frame)), LIMITS))
+    taken = _survives(lambda: decode(split(memoryview(frame)), LIMITS))
+    assert _survives(lambda: unpack(memoryview(frame), LIMITS)) == taken, "the native way judges alike"
+    return taken
 
 
 def _survives(read: Callable[[], object]) -> bool:

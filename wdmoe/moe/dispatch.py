@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -118,6 +118,9 @@ def dispatch(
         if hedging is None:
             exchange.wait(batch)
             return Outcome(parts)
+        exchange.wait(batch, min([_due_s(part) for part in parts if part.reply.open], default=math.inf))
+        if not batch.open:  # nothing was late, as nearly always
+            return Outcome(parts)
         return _first_answers(exchange, batch, work, band, hedging, parts)
     finally:
         exchange.end(batch)
@@ -165,14 +168,17 @@ def _expected(work: Work, group: DeviceWork, hedging: Hedging | None, air_s: flo
     return hedging.expect(work.devices[group.device], work.devices[copy], len(group.rows), air_s)
 
 
+def _due_s(part: Part) -> float:
+    """When holders of copies are to be asked for it."""
+    return part.reply.sent_s + part.order.expected.copy_s
+
+
 def _first_answers(
     exchange: Exchange, batch: Batch, work: Work, band: Band | None, hedging: Hedging, parts: list[Part]
 ) -> Outcome:
-    shares = [_Share(part, part.reply.sent_s + part.order.expected.copy_s) for part in parts]
+    shares = [_Share(part, _due_s(part)) for part in parts]
     hedges: list[Part] = []
     while batch.open:
-        due_s = min((share.due_s for share in shares if share.first.reply.open), default=math.inf)
-        exchange.wait(batch, due_s, every=bool(hedges))
         now_s = time.monotonic()
         if hedges and all(share.settled for share in shares):
             break
@@ -183,6 +189,8 @@ def _first_answers(
                 share.due_s = math.inf
                 share.seconds = _ask_copies(exchange, batch, work, band, hedging, share.first)
                 hedges += share.seconds
+        due_s = min((share.due_s for share in shares if share.first.reply.open), default=math.inf)
+        exchange.wait(batch, due_s, every=bool(hedges))
     exchange.counters.hedges_won += sum(share.won_by_copies for share in shares)
     return _outcome(shares, hedges)
 
@@ -222,7 +230,7 @@ def try_out(
         token_s = 0.0 if band is None else float(band.token_s(np.full(len(work.devices), hz))[group.device])
         expected = hedging.expect(device, server, len(group.rows), token_s * len(group.token_rows))
         exchange.counters.trials += 1
-        exchange.start_aside(_order(work, group, hz, replace(expected, trial=True))[2], wait_s)
+        exchange.start_aside(_order(work, group, hz, expected._replace(trial=True))[2], wait_s)
     return len(groups) > 0
 
 

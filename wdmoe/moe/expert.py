@@ -14,7 +14,7 @@ import numpy as np
 from wdmoe.arrays import Float32Array
 from wdmoe.errors import ExpertError
 from wdmoe.records import ExpertId
-from wdmoe.solver.combining import combine_partials, is_finite
+from wdmoe.solver.combining import combine_partials, is_finite, weighted_sum
 from wdmoe.transport.codec.messages import Activations, Run
 
 
@@ -115,6 +115,8 @@ def _check(run: Run) -> None:
 
 
 def _weighted_sum(models: list[ExpertModel], run: Run) -> Float32Array:
+    if len(run.tokens) == 1 and len(run.rows) == len(models) and not run.rows.any():  # decoding, as nearly always
+        return weighted_sum([model.run(run.tokens) for model in models], run.weights)
     tokens, total, start = run.tokens, np.zeros(run.tokens.shape, np.float32), 0
     try:
         for model, count in zip(models, run.counts, strict=True):

@@ -1,6 +1,6 @@
 """Types of the native bridge. `wdmoe.solver.reference.native` is its plain NumPy twin: same names, same answers."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,18 @@ def combine(
         (tokens, hidden) float32; 0 where no reply has the token.
     Raises:
         ValueError: shapes do not fit or a row is out of range; names the reply.
+    """
+
+def weighted_sum(outputs: Sequence[Float32Array], weights: Float32Array) -> Float32Array:
+    """The sum over one token's outputs, added up in their order.
+
+    Args:
+        outputs: n >= 1 arrays of (1, hidden) float32, C-contiguous.
+        weights: (n,) float32 C-contiguous.
+    Returns:
+        (1, hidden), of memory of its own.
+    Raises:
+        ValueError: an array is something else.
     """
 
 def is_finite(values: npt.NDArray[np.floating]) -> bool:

@@ -175,6 +175,7 @@ cdef object INT32 = np.dtype(np.int32)
 cdef object FLOAT32 = np.dtype(np.float32)
 cdef object NDARRAY = np.ndarray
 cdef object MASKED = np.ma.MaskedArray
+cdef Py_ssize_t MUCH_BYTES = 32768  # with less there is no time for another thread: the GIL is kept
 
 
 cdef int unmasked(str name, object given) except -1:
@@ -194,6 +195,32 @@ cdef void* data_of(object array) except NULL:
     cdef void* start = view.buf
     PyBuffer_Release(&view)
     return start
+
+
+cdef class Memory:
+    """The memory of a plain C-contiguous array, held as long as this lives. A typed memoryview costs five times that."""
+
+    cdef Py_buffer view
+    cdef bint held
+
+    def __dealloc__(self):
+        if self.held:
+            PyBuffer_Release(&self.view)
+
+
+cdef Memory memory_of(object array, int dimensions, char format):
+    """None where it is anything else, or empty: the slow way judges it."""
+    if type(array) is not NDARRAY:
+        return None
+    cdef Memory memory = Memory.__new__(Memory)
+    try:
+        PyObject_GetBuffer(array, &memory.view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)
+    except ValueError:
+        return None
+    memory.held = True
+    if memory.view.ndim != dimensions or memory.view.format[0] != format or memory.view.format[1] != 0:
+        return None
+    return memory if memory.view.len > 0 else None
 
 
 cdef class DeviceWork:
@@ -243,19 +270,34 @@ cdef DeviceWork device_work(const DeviceSpan& span, object flat, object weights,
 
 
 def group_by_device(experts not None, weights not None, device_of not None):
-    unmasked("experts", experts)
-    unmasked("weights", weights)
-    unmasked("device_of", device_of)
-    return grouped(experts, weights, device_of)
+    cdef Memory chosen = memory_of(experts, 2, c"i"), gate = memory_of(weights, 2, c"f")
+    cdef Memory servers = memory_of(device_of, 1, c"i")
+    if chosen is None or gate is None or servers is None:
+        unmasked("experts", experts)
+        unmasked("weights", weights)
+        unmasked("device_of", device_of)
+        return grouped_of_any(experts, weights, device_of)
+    require_shape_of_experts(chosen.view.shape[0], chosen.view.shape[1], gate.view.shape[0], gate.view.shape[1])
+    return grouped(<const int32_t*>chosen.view.buf, <const float*>gate.view.buf, chosen.view.shape[0],
+                   chosen.view.shape[1], <const int32_t*>servers.view.buf, servers.view.shape[0])
 
 
-cdef Groups grouped(const int32_t[:, ::1] experts, const float[:, ::1] weights, const int32_t[::1] device_of):
+cdef int require_shape_of_experts(size_t tokens, size_t k, size_t rows, size_t columns) except -1:
+    if rows != tokens or columns != k:
+        raise ValueError(f"weights must have the shape of experts ({tokens}, {k}), got ({rows}, {columns})")
+    return 0
+
+
+cdef Groups grouped_of_any(const int32_t[:, ::1] experts, const float[:, ::1] weights, const int32_t[::1] device_of):
     cdef size_t tokens = experts.shape[0], k = experts.shape[1], n_experts = device_of.shape[0]
-    if weights.shape[0] != experts.shape[0] or weights.shape[1] != experts.shape[1]:
-        raise ValueError(
-            f"weights must have the shape of experts ({experts.shape[0]}, {experts.shape[1]}), "
-            f"got ({weights.shape[0]}, {weights.shape[1]})"
-        )
+    require_shape_of_experts(tokens, k, weights.shape[0], weights.shape[1])
+    if tokens * k == 0:
+        return grouped(NULL, NULL, 0, k, NULL, n_experts)
+    return grouped(&experts[0, 0], &weights[0, 0], tokens, k, &device_of[0] if n_experts > 0 else NULL, n_experts)
+
+
+cdef Groups grouped(const int32_t* experts, const float* weights, size_t tokens, size_t k, const int32_t* device_of,
+                    size_t n_experts):
     if tokens * k > 0x7FFFFFFF:
         raise ValueError(f"experts must have fewer than 2**31 entries, got {tokens * k}")
     cdef Grouping grouping
@@ -263,8 +305,11 @@ cdef Groups grouped(const int32_t[:, ::1] experts, const float[:, ::1] weights, 
     groups.works = ()
     if tokens * k == 0:
         return groups
-    with nogil:
-        grouping.count(&experts[0, 0], tokens, k, &device_of[0] if n_experts > 0 else NULL, n_experts)
+    if tokens * k > <size_t>MUCH_BYTES // 8:
+        with nogil:
+            grouping.count(experts, tokens, k, device_of, n_experts)
+    else:
+        grouping.count(experts, tokens, k, device_of, n_experts)
     groups.unserved = grouping.unserved
     if grouping.pairs_total == 0:
         return groups
@@ -274,8 +319,11 @@ cdef Groups grouped(const int32_t[:, ::1] experts, const float[:, ::1] weights, 
     cdef object pair_weights = empty(grouping.pairs_total, FLOAT32)
     cdef int32_t* out = <int32_t*>data_of(flat)
     cdef float* out_weights = <float*>data_of(pair_weights)
-    with nogil:
-        grouping.fill(&weights[0, 0], out, out + experts_at, out + counts_at, out + rows_at, out_weights)
+    if tokens * k > <size_t>MUCH_BYTES // 8:
+        with nogil:
+            grouping.fill(weights, out, out + experts_at, out + counts_at, out + rows_at, out_weights)
+    else:
+        grouping.fill(weights, out, out + experts_at, out + counts_at, out + rows_at, out_weights)
     groups.works = tuple([
         device_work(grouping.spans[i], flat, pair_weights, out, grouping.tokens_total, grouping.experts_total)
         for i in range(grouping.spans.size())
@@ -337,9 +385,63 @@ cdef void add_reply(float[:, ::1] out, object partial, object rows, object weigh
         raise ValueError(f"{name}: {error}") from None
 
 
+cdef bint add_plain(object out, object partial, object rows, object weights) except -1:
+    """The usual case of `add_reply` in a fraction of its time. False, with nothing done, where it is not that."""
+    cdef Memory sums = memory_of(out, 2, c"f"), values = memory_of(partial, 2, c"f"), at = memory_of(rows, 1, c"i")
+    cdef Memory factors = None if weights is None else memory_of(weights, 1, c"f")
+    if sums is None or values is None or at is None or (factors is None and weights is not None) or sums.view.readonly:
+        return False
+    cdef size_t n = values.view.shape[0], hidden = values.view.shape[1], tokens = sums.view.shape[0]
+    if <size_t>sums.view.shape[1] != hidden or <size_t>at.view.shape[0] != n:
+        return False
+    if factors is not None and <size_t>factors.view.shape[0] != n:
+        return False
+    cdef float* to = <float*>sums.view.buf
+    cdef const float* first = <const float*>values.view.buf
+    if first < to + tokens * hidden and to < first + n * hidden:
+        return False
+    cdef const float* scale = NULL
+    if factors is not None:
+        scale = <const float*>factors.view.buf
+    cdef const int32_t* places = <const int32_t*>at.view.buf
+    if values.view.len > MUCH_BYTES:
+        with nogil:
+            add_rows(first, places, scale, n, tokens, hidden, to)
+    else:
+        add_rows(first, places, scale, n, tokens, hidden, to)
+    return True
+
+
 def combine_partials(out not None, partial not None, rows not None, weights=None):
+    try:
+        if add_plain(out, partial, rows, weights):
+            return
+    except ValueError as error:
+        raise ValueError(f"combine_partials: {error}") from None
     unmasked("out", out)
     add_reply(out, partial, rows, weights, "combine_partials")
+
+
+def weighted_sum(outputs not None, weights not None):
+    cdef Memory factors = memory_of(weights, 1, c"f")
+    cdef Memory values, sums
+    cdef Py_ssize_t at = 0
+    if factors is None or len(outputs) != factors.view.shape[0]:
+        raise ValueError(f"weights must be (outputs,) float32, got {np.shape(weights)} for {len(outputs)} outputs")
+    cdef object total = None
+    cdef int32_t row = 0
+    for output in outputs:
+        values = memory_of(output, 2, c"f")
+        if values is None or values.view.shape[0] != 1 or (at > 0 and values.view.len != sums.view.len):
+            raise ValueError(f"outputs[{at}] must be (1, hidden) float32, as wide as the others, "
+                             f"got {np.shape(output)}")
+        if at == 0:
+            total = np.zeros((1, values.view.shape[1]), FLOAT32)
+            sums = memory_of(total, 2, c"f")
+        add_rows(<const float*>values.view.buf, &row, <const float*>factors.view.buf + at, 1, 1,
+                 values.view.shape[1], <float*>sums.view.buf)
+        at += 1
+    return total
 
 
 def combine(Py_ssize_t tokens, Py_ssize_t hidden, replies not None, scale=None):
@@ -361,6 +463,9 @@ def combine(Py_ssize_t tokens, Py_ssize_t hidden, replies not None, scale=None):
 
 
 def is_finite(values not None):
+    cdef Memory plain = memory_of(values, 2, c"f")
+    if plain is not None and plain.view.len <= MUCH_BYTES:
+        return all_finite(<const float*>plain.view.buf, plain.view.len // 4)
     given = regular("values", values)
     flat = singles("values", given.reshape(-1), 1)
     cdef const float[::1] view = flat
@@ -374,19 +479,53 @@ def is_finite(values not None):
 
 
 def odd_row(partial not None, experts not None, counts not None, rows not None, weights not None,
-            const double[::1] low not None, const double[::1] high not None, double least_share):
+            low not None, high not None, double least_share):
+    cdef Memory values = memory_of(partial, 2, c"f"), at = memory_of(rows, 1, c"i")
+    cdef Memory factors = memory_of(weights, 1, c"f")
+    cdef Memory least = memory_of(low, 1, c"d"), most = memory_of(high, 1, c"d")
+    cdef vector[int32_t] ids = experts
+    cdef vector[int32_t] numbers = counts
+    if values is None or at is None or factors is None or least is None or most is None:
+        return odd_row_of_any(partial, ids, numbers, rows, weights, low, high, least_share)
+    cdef size_t pairs = at.view.shape[0], n = least.view.shape[0]
+    require_alike(pairs, factors.view.shape[0], ids.size(), numbers.size(), n, most.view.shape[0])
+    cdef size_t tokens = values.view.shape[0], hidden = values.view.shape[1]
+    cdef const float* first = <const float*>values.view.buf
+    cdef const int32_t* places = <const int32_t*>at.view.buf
+    cdef const float* scale = <const float*>factors.view.buf
+    cdef const double* lows = <const double*>least.view.buf
+    cdef const double* highs = <const double*>most.view.buf
+    cdef OddRow found
+    try:
+        if values.view.len > MUCH_BYTES:
+            with nogil:
+                found = find_odd_row(first, tokens, hidden, ids.data(), numbers.data(), ids.size(), places, scale, pairs,
+                                     lows, highs, n, least_share)
+        else:
+            found = find_odd_row(first, tokens, hidden, ids.data(), numbers.data(), ids.size(), places, scale, pairs,
+                                 lows, highs, n, least_share)
+    except ValueError as error:
+        raise ValueError(f"odd_row: {error}") from None
+    return <int>found.kind, found.row
+
+
+cdef int require_alike(size_t pairs, size_t weights, size_t ids, size_t numbers, size_t low, size_t high) except -1:
+    if weights != pairs or ids != numbers:
+        raise ValueError(f"odd_row: rows and weights must be alike, and experts and counts; got {pairs} and "
+                         f"{weights}, {ids} and {numbers}")
+    if high != low:
+        raise ValueError(f"odd_row: low and high must be alike, got {low} and {high}")
+    return 0
+
+
+cdef object odd_row_of_any(object partial, const vector[int32_t]& ids, const vector[int32_t]& numbers, object rows,
+                           object weights, const double[::1] low, const double[::1] high, double least_share):
     cdef const float[:, ::1] values = np.ascontiguousarray(partial, np.float32)
     cdef const int32_t[::1] at = np.ascontiguousarray(rows, np.int32)
     cdef const float[::1] factors = np.ascontiguousarray(weights, np.float32)
-    cdef vector[int32_t] ids = experts
-    cdef vector[int32_t] numbers = counts
     cdef size_t tokens = values.shape[0], hidden = values.shape[1], pairs = at.shape[0], n = low.shape[0]
     cdef OddRow found
-    if factors.shape[0] != at.shape[0] or ids.size() != numbers.size():
-        raise ValueError(f"odd_row: rows and weights must be alike, and experts and counts; got {pairs} and "
-                         f"{factors.shape[0]}, {ids.size()} and {numbers.size()}")
-    if high.shape[0] != low.shape[0]:
-        raise ValueError(f"odd_row: low and high must be alike, got {n} and {high.shape[0]}")
+    require_alike(pairs, factors.shape[0], ids.size(), numbers.size(), n, high.shape[0])
     try:
         with nogil:
             found = find_odd_row(&values[0, 0] if tokens > 0 and hidden > 0 else NULL, tokens, hidden, ids.data(),

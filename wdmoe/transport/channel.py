@@ -6,14 +6,12 @@ the wire does (docs/design.md). The control plane is asyncio and never waits for
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from wdmoe.transport.codec.messages import Message
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(NamedTuple):
     """A decoded message and who sent it."""
 
     route: bytes  # connection id; changes when a peer reconnects, meaningless outside this channel

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from typing import NamedTuple
 
 from greenlet import getcurrent, greenlet
 
@@ -35,8 +36,7 @@ _PROBE_FOR_S = 0.05
 BLOCKED_S = 2e-3  # a receive that took longer found the socket empty: what it brought came just now
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Expected:
+class Expected(NamedTuple):
     """When the answer to an order should come, in seconds after it was sent."""
 
     usual_s: float = 0.0  # what it takes on a device that is well
@@ -50,8 +50,7 @@ class Expected:
 NOTHING_EXPECTED = Expected()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Order:
+class Order(NamedTuple):
     """One device's share of a layer: a `Run` that has not been given a number yet."""
 
     route: bytes
@@ -406,11 +405,12 @@ class Exchange:
         for batch in self._batches:
             if batch.wake_s <= now_s:
                 self._resume(batch)
-        for attempt in [a for a in self._aside if self._pending[a].deadline_s <= now_s]:
-            self._time_out(attempt)
+        if self._aside:
+            for attempt in [a for a in self._aside if self._pending[a].deadline_s <= now_s]:
+                self._time_out(attempt)
 
     def _until_deadline(self, longest_s: float) -> float:
         if not self._batches:
             return longest_s
-        nearest_s = min(batch.wake_s for batch in self._batches) - time.monotonic()
+        nearest_s = min([batch.wake_s for batch in self._batches]) - time.monotonic()
         return max(0.0, min(longest_s, nearest_s))

@@ -71,8 +71,7 @@ class _Device:
     standing: Standing = field(default_factory=Standing)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Answer:
+class _Answer(NamedTuple):
     """What is known of an answer before anybody computes it again."""
 
     route: DeviceRoute

@@ -33,6 +33,8 @@ class Oddity(IntEnum):
     TOO_LARGE = 3
 
 
+_ODDITIES = tuple(Oddity)  # by number: a look-up takes a tenth of the time of `Oddity(number)`
+
 Bounds = Mapping[ExpertId, tuple[float, float]]  # least and largest norm of an expert's outputs in the export's probes
 
 
@@ -52,7 +54,7 @@ class NormBand:
         """What is odd about an answer, and in which of its rows."""
         low, high = self._low[order.layer], self._high[order.layer]
         kind, row = odd_row(partial, order.experts, order.counts, order.rows, order.weights, low, high, LEAST_SHARE)
-        return Oddity(kind), row
+        return _ODDITIES[kind], row
 
     def widen(self, layer: int, norms: Mapping[int, Float32Array], factor: float) -> None:
         """Take in the norms of outputs that the station computed itself.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -35,16 +35,25 @@ Read = Callable[[ExpertId], bytes]  # raises WdmoeError where the file is not wh
 Open = Callable[[bytes], Model]  # raises ExpertError
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Sample:
-    """Some rows of an answer, with all that is needed to compute them again. It shares no memory with messages."""
+class Sample(NamedTuple):
+    """Some rows of an answer, with all that is needed to compute them again.
+
+    Nearly every one is thrown away unused, so it is cheap: of the memory that others may write to, which is the
+    layer's tokens, it has a copy, and it works nothing out.
+    """
 
     layer: int
     tokens: Float32Array  # (n, hidden)
-    experts: Int32Array  # (pairs,) expert of each pair of a token and an expert
+    named: Sequence[int] | Int32Array  # experts
+    counts: Sequence[int] | int  # pairs of a token and an expert for each of `named`; one number: for all alike
     rows: Int32Array  # (pairs,) into tokens
     weights: Float32Array  # (pairs,)
-    partial: Float32Array  # (n, hidden), what the device answered
+    partial: Activations  # (n, hidden), what the device answered
+
+    @property
+    def experts(self) -> Int32Array:
+        """(pairs,) expert of each pair."""
+        return np.repeat(np.array(self.named, np.int32), self.counts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,16 +67,16 @@ class Recomputed:
 
 def sample(order: Order, partial: Activations, rows: Int32Array | None) -> Sample:
     """Take some rows of an answer; None takes all."""
-    experts = np.repeat(np.array(order.experts, np.int32), order.counts)
     if rows is None or len(rows) == len(partial):
-        tokens, rows, weights = _copy(order.tokens), order.rows.copy(), order.weights.copy()
-        return Sample(order.layer, tokens, experts, rows, weights, _copy(partial))
+        tokens = _copy(order.tokens)
+        return Sample(order.layer, tokens, order.experts, order.counts, order.rows, order.weights, partial)
+    experts = np.repeat(np.array(order.experts, np.int32), order.counts)
     place = np.full(len(partial), -1, np.int32)
     place[rows] = np.arange(len(rows), dtype=np.int32)
     at = place[order.rows]
     kept = at >= 0
     return Sample(
-        order.layer, _copy(order.tokens[rows]), experts[kept], at[kept], order.weights[kept], _copy(partial[rows])
+        order.layer, _copy(order.tokens[rows]), experts[kept], 1, at[kept], order.weights[kept], _copy(partial[rows])
     )
 
 
@@ -97,8 +106,9 @@ class Recomputer:
         total = np.zeros(given.tokens.shape, np.float32)
         squares = np.zeros(len(total))
         norms: dict[int, Float32Array] = {}
-        for expert in dict.fromkeys(given.experts.tolist()):
-            mine = given.experts == expert
+        experts = given.experts
+        for expert in dict.fromkeys(experts.tolist()):
+            mine = experts == expert
             rows, weights = given.rows[mine], given.weights[mine]
             out = self._model(ExpertId(given.layer, expert)).run(np.ascontiguousarray(given.tokens[rows]))
             norms[expert] = np.linalg.norm(out, axis=1)

@@ -7,7 +7,7 @@ close. Sums over tokens go one after the other (`cumsum`), because NumPy's own `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,6 +121,18 @@ def combine(
             raise ValueError(f"scale must have shape ({tokens},), got {factors.shape}")
         out *= factors[:, None]
     return out
+
+
+def weighted_sum(outputs: Sequence[Float32Array], weights: Float32Array) -> Float32Array:
+    """See `_native.pyi`."""
+    if weights.shape != (len(outputs),) or not outputs or len({output.shape for output in outputs}) > 1:
+        raise ValueError("outputs must be alike, with as many weights")
+    if outputs[0].ndim != 2 or len(outputs[0]) != 1 or not outputs[0].size:
+        raise ValueError("outputs must be (1, hidden)")
+    total = np.zeros(outputs[0].shape, np.float32)
+    for output, weight in zip(outputs, weights, strict=True):
+        total += weight * output
+    return total
 
 
 def is_finite(values: npt.NDArray[np.floating]) -> bool:

@@ -9,6 +9,9 @@
 
 Not one ZeroMQ frame a tensor: libzmq 4.3.5 aborts the process, or never ends its context, when a socket is closed
 and its peer goes with a message of several frames half on its way (trap Z21 in docs/wire.md).
+
+The two messages of a layer go through native code where there is no checksum; it leaves all that is unusual to the
+general way, which it must agree with.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections.abc import Sequence
 from struct import Struct
 
 from wdmoe.errors import ProtocolError
+from wdmoe.transport.codec import _native
 from wdmoe.transport.codec.fields import Frame
 from wdmoe.transport.codec.messages import PROTOCOL_VERSION, Message
 from wdmoe.transport.codec.wire import MAX_HEADER_BYTES, Limits, decode, encode
@@ -34,7 +38,9 @@ def pack(message: Message, limits: Limits) -> bytes:
     Raises:
         ProtocolError: it is larger than the peer accepts, or breaks a rule that its receiver applies.
     """
-    frame = join(encode(message, limits.checksum))
+    frame = None if limits.checksum else _native.write(message, PROTOCOL_VERSION)
+    if frame is None:
+        frame = join(encode(message, limits.checksum))
     if len(frame) > limits.max_message_bytes:
         raise ProtocolError(f"a message of {len(frame)} bytes; the peer accepts {limits.max_message_bytes}")
     return frame
@@ -42,6 +48,10 @@ def pack(message: Message, limits: Limits) -> bytes:
 
 def unpack(frame: memoryview, limits: Limits) -> Message:
     """The message of an untrusted peer; raises as `split` and `wdmoe.transport.codec.wire.decode`."""
+    if not limits.checksum and len(frame) <= limits.max_message_bytes:
+        message = _native.read(frame, PROTOCOL_VERSION)
+        if message is not None:
+            return message
     return decode(split(frame), limits)
 
 

@@ -23,7 +23,11 @@ from wdmoe.transport.zmq.sockets import Context, LinkSecurity, Socket, SocketOpt
 
 _LOG = logging.getLogger(__name__)
 _TURN = 16  # messages that are read before the event loop does something else
-_MORE = zmq.SNDMORE | zmq.NOBLOCK
+# As plain numbers and bytes: a member of an enumeration is turned into one each time, which costs as much as the call.
+_NOBLOCK = int(zmq.NOBLOCK)
+_MORE = int(zmq.SNDMORE | zmq.NOBLOCK)
+_SRCFD = int(zmq.SRCFD)
+_USER_ID = b"User-Id"
 
 
 class SocketMessages:
@@ -50,6 +54,7 @@ class SocketMessages:
         self._secure = secure
         self._admits = admits
         self._closed = False
+        self._send = super(zmq.Socket, socket).send  # past PyZMQ's second layer, which is for what we do not use
         # What a frame takes on the wire beside its content: ZMTP's head, and CURVE's nonce and seal.
         self._overhead_bytes = 9 + (33 if secure else 0)
 
@@ -80,8 +85,8 @@ class SocketMessages:
 
     def _hand_over(self, frame: bytes, route: bytes | None) -> None:
         if route is not None:
-            self.socket.send(route, _MORE)  # ZeroMQ decides here, and never sends this: the rest does not fail
-        self.socket.send(frame, zmq.NOBLOCK)
+            self._send(route, _MORE)  # ZeroMQ decides here, and never sends this: the rest does not fail
+        self._send(frame, _NOBLOCK)
 
     def take(self) -> Envelope | None:
         """The next message that waits in the socket; None where it was refused.
@@ -91,18 +96,18 @@ class SocketMessages:
         """
         receive = self.socket.recv
         try:
-            route = receive(zmq.NOBLOCK) if self._routed else b""
-            frame = rest = receive(zmq.NOBLOCK, copy=False)
+            route = receive(_NOBLOCK) if self._routed else b""
+            frame = rest = receive(_NOBLOCK, False)
         except zmq.Again:
             self.gate.drained = True
             raise
         size_bytes = len(frame) + self._overhead_bytes
         while rest.more:
-            rest = receive(zmq.NOBLOCK, copy=False)
+            rest = receive(_NOBLOCK, False)
             size_bytes += len(rest) + self._overhead_bytes
-        self.gate.took(int(frame.get(zmq.SRCFD)), route, size_bytes)
+        self.gate.took(int(frame.get(_SRCFD)), route, size_bytes)
         # What the door said at the handshake, so it is proven; asking each time costs half a microsecond.
-        key = str(frame.get("User-Id")) if self._secure and self._routed else ""
+        key = str(frame.get(_USER_ID)) if self._secure and self._routed else ""
         if self._admits is not None and not self._admits(key):
             self._refuse("revoked_key", route, frame, key, "its key was revoked")
             return None

@@ -68,7 +68,7 @@ class VersionSkew(Fault):
 
 
 def release_before(folder: Path, commit: str = BEFORE) -> Path:
-    """The sources of the release before, once for a run. The native module is this one's, or built anew."""
+    """The sources of the release before, once for a run. The native modules are these, or built anew."""
     old = folder / "release-before"
     if old.exists():
         return old
@@ -77,8 +77,9 @@ def release_before(folder: Path, commit: str = BEFORE) -> Path:
         raise Impossible(f"no sources of {commit}: {archive.stderr.decode().strip()}")
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
         tar.extractall(old, filter="data")
-    for file in (ROOT / "wdmoe/solver").glob("_native*.so"):
-        shutil.copy(file, old / "wdmoe/solver")
+    for folder in ("wdmoe/solver", "wdmoe/transport/codec"):
+        for file in (ROOT / folder).glob("_native*.so"):
+            shutil.copy(file, old / folder)
     environment = {**os.environ, "PYTHONPATH": str(old)}
     words = [sys.executable, "-c", "import wdmoe.nodes.device.device"]
     if subprocess.run(words, env=environment, capture_output=True, cwd=old, check=False).returncode:
