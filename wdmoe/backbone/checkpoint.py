@@ -1,8 +1,7 @@
 """A Hugging Face checkpoint folder, read tensor by tensor.
 
-The safetensors layout (eight bytes of header length, a JSON header, raw data) is read here with plain file
-reads and not through a memory map: mapped pages count as the process's memory, and an export must show how
-little it needs.
+Tensors are read with plain file reads and not through a memory map: mapped pages count as the process's memory, and an
+export must show how little it needs.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from typing import Any
 
 import torch
 
+from wdmoe.backbone.format.tensor_file import places, read_header
 from wdmoe.errors import BundleError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_MAX_HEADER_BYTES = 100 << 20  # the safetensors library's own bound
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -67,11 +66,11 @@ class Checkpoint:
         identity = hashlib.sha256(_read(folder / "config.json"))
         entries: dict[str, _Entry] = {}
         for file in files:
-            header, start = _header(file)
+            header, start = read_header(file)
             stat = file.stat()
             identity.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns} ".encode())
             identity.update(json.dumps(header, sort_keys=True).encode())
-            entries.update(_entries(file, header, start, stat.st_size))
+            entries.update(_entries(file, header, start))
         if lost := expected - entries.keys():
             raise BundleError(f"{folder}: {INDEX_NAME} lists {min(lost)!r}, which is in none of the files")
         return cls(folder, entries, identity.hexdigest())
@@ -126,36 +125,14 @@ def _shards(folder: Path) -> tuple[set[str], list[Path]]:
     raise BundleError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}")
 
 
-def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header and where the data starts."""
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= min(_MAX_HEADER_BYTES, file.stat().st_size - 8):
-                raise BundleError(f"{file} is truncated or not a safetensors file")
-            return _json(stream.read(length), file), 8 + length
-    except OSError as error:
-        raise BundleError(f"cannot read {file}: {error.strerror}") from error
-
-
-def _entries(file: Path, header: dict[str, Any], start: int, file_size: int) -> dict[str, _Entry]:
+def _entries(file: Path, header: dict[str, Any], start: int) -> dict[str, _Entry]:
     entries = {}
-    for name, item in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            kind, shape, (first, last) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
-            plain = all(isinstance(n, int) and n >= 0 for n in (*shape, first, last))
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"{file}: the entry of {name!r} is malformed") from error
-        if kind not in DTYPES:
-            raise BundleError(f"{file}: {name!r} is stored as {kind}; only unquantised checkpoints can be exported")
-        dtype = DTYPES[kind]
-        if not plain or last - first != torch.Size(shape).numel() * dtype.itemsize:
-            raise BundleError(f"{file}: the entry of {name!r} is malformed")
-        if start + last > file_size:
-            raise BundleError(f"{file} is truncated: {name!r} is not there in full; download it again")
-        entries[name] = _Entry(file, dtype, shape, start + first, last - first)
+    for name, place in places(file, header, start).items():
+        if place.dtype not in DTYPES:
+            raise BundleError(
+                f"{file}: {name!r} is stored as {place.dtype}; only unquantised checkpoints can be exported"
+            )
+        entries[name] = _Entry(file, DTYPES[place.dtype], place.shape, place.offset, place.size)
     return entries
 
 

@@ -1,8 +1,7 @@
-"""The station part of a bundle as files: config, tokenizer, and safetensors written without a copy."""
+"""The station part of a bundle as files: config, tokenizer, and torch tensors written without a copy."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 
 from wdmoe.backbone.checkpoint import DTYPES
 from wdmoe.backbone.format.bundle import STATION_FOLDER
+from wdmoe.backbone.format.tensor_file import Stored, tensor_file_parts
 from wdmoe.errors import BundleError
 
 _NAMES = (
@@ -47,23 +47,11 @@ def small_files(model: Path) -> Iterator[tuple[str, bytes]]:
 
 def safetensors_parts(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
     """A safetensors file piece by piece: the same tensors always give the same bytes."""
-    header: dict[str, object] = {}
-    ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
-    offset = 0
-    for name, tensor in ordered.items():
-        if tensor.dtype not in _DTYPE_NAMES:
-            raise BundleError(f"{name!r} has the unsupported dtype {tensor.dtype}")
-        end = offset + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data is aligned, as the format wishes
-    yield len(text).to_bytes(8, "little")
-    yield text
-    for tensor in ordered.values():
-        if tensor.numel():
-            yield tensor.flatten().view(torch.uint8).numpy().data
+    return tensor_file_parts({name: _stored(name, tensor.contiguous()) for name, tensor in tensors.items()})
+
+
+def _stored(name: str, tensor: torch.Tensor) -> Stored:
+    if tensor.dtype not in _DTYPE_NAMES:
+        raise BundleError(f"{name!r} has the unsupported dtype {tensor.dtype}")
+    data = tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else None
+    return Stored(_DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), data)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from wdmoe.arrays import Float32Array
+from wdmoe.backbone.format.tensor_file import Place, places, read_header
 from wdmoe.errors import BundleError
 
 _DTYPES: Mapping[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}
-_MOST_HEADER_BYTES = 100 << 20  # as the format says
 
 
 class StationTensors(Mapping[str, Float32Array]):
@@ -28,8 +26,8 @@ class StationTensors(Mapping[str, Float32Array]):
         """
         self._found: dict[str, tuple[npt.NDArray[np.uint8], str, tuple[int, ...]]] = {}
         for file in files:
-            for name, entry, data in _entries(file):
-                self._found[name] = (data, entry["dtype"], tuple(entry["shape"]))
+            for name, place, data in _mapped(file):
+                self._found[name] = (data, place.dtype, place.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._found)
@@ -56,19 +54,12 @@ class StationTensors(Mapping[str, Float32Array]):
         return values.astype(np.float32, copy=False)
 
 
-def _entries(file: Path) -> Iterable[tuple[str, Mapping[str, Any], npt.NDArray[np.uint8]]]:
+def _mapped(file: Path) -> Iterable[tuple[str, Place, npt.NDArray[np.uint8]]]:
     try:
+        header, start = read_header(file)
+        found = places(file, header, start)
         mapped = np.memmap(file, np.uint8, mode="r")
-        length = int.from_bytes(mapped[:8].tobytes(), "little")
-        if not 0 < length <= min(_MOST_HEADER_BYTES, len(mapped) - 8):
-            raise ValueError("its header does not fit")
-        header = json.loads(mapped[8 : 8 + length].tobytes())
-        header.pop("__metadata__", None)
-        start = 8 + length
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            if not 0 <= begin <= end <= len(mapped) - start:
-                raise ValueError(f"{name!r} lies outside of it")
-            yield name, entry, mapped[start + begin : start + end]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, BundleError) as error:
         raise BundleError(f"{file.name} of the station is damaged: {error}") from error
+    for name, place in found.items():
+        yield name, place, mapped[place.offset : place.offset + place.size]
