@@ -43,8 +43,8 @@ LAYERS = {
 INNER_ORDER = {
     "solver": "* < layer, placement, reference",
     "transport": "codec, refusals, descriptors < security, channel, routing, membership < zmq, memory, exchange",
-    "backbone": "format, text, checkpoint, cached_folder, text_windows, perplexity < families < meta_model, split < distil"
-    " < evaluation < export, runtime < graphs < default < record_trace",
+    "backbone": "format, text < checkpoint, cached_folder, text_windows, perplexity < families < meta_model, split"
+    " < distil < evaluation < export, runtime < graphs < default < record_trace",
     "broadcast": "codec, datasets < quality < baselines, training < study",
     "nodes": "authentication, addresses, join_token_file, local, memory, outbox < sessions, device"
     " < base_station, broadcast_station, demo < supervised",

@@ -174,7 +174,7 @@ def test_a_chat_is_the_same_text(both: tuple[FileTokenizer, Any], content: str) 
 
 # What templates use: statements on lines of their own, loops that end early, JSON, names that change, dates, marks.
 TEMPLATES = {
-    "blocks": "{%- for m in messages %}\n {% if loop.first %}\n {{ x }}\n {%- endif %}\n{{ m.content }}\n{% endfor %}\n",
+    "blocks": "{%- for m in messages %}\n{% if loop.first %}\n {{ x }}\n {%- endif %}\n{{ m.content }}\n{% endfor %}\n",
     "loops": "{% for m in messages %}{% if m.role == 'user' %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
     "json": "{{ messages | tojson }}|{{ messages | tojson(indent=2) }}|{{ {'é': '<'} | tojson }}",
     "names": "{% set n = namespace(x='', self=1) %}{% for m in messages %}{% set n.x = m.role %}{% endfor %}{{ n.x }}",

@@ -129,7 +129,7 @@ class Lab:
         self.layers = ExpertLayers(exchange, lambda: self.routing, all_rules, inspector)
         settings = StationSettings(bundle=bundle.root, engine=engine, threads=1, prefill_chunk=self.prefill_chunk)
         self.station: Any = open_backbone(bundle, settings, self._run, exchange)[0]
-        self.thread = ModelThread(exchange, max_active=max_active, max_waiting=2)
+        self.thread = ModelThread(exchange, max_active=max_active, max_waiting=2, at_work=self.station.at_work)
         self.engine = Engine(self.station, self.thread, dict, policy=all_rules.policy)
         for device in self.devices:
             device.start()

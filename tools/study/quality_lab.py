@@ -92,7 +92,8 @@ class Subject:
     def _fitted(self) -> list[Spectrum]:
         """To the text that the model was calibrated on, never to what it is tested with."""
         documents = texts.read_documents((), texts.SHIPPED_CALIBRATION)
-        windows = texts.token_windows(documents, self._tokenizer, self.window, _FITTED_TOKENS // self.window)
+        read = texts.token_windows(documents, self._tokenizer, self.window, _FITTED_TOKENS // self.window)
+        windows = torch.from_numpy(read)
         with StageProgress("principal directions") as bar:
             found = fit_spectra(self._model, windows)
             bar.reach("done", 1.0)
@@ -191,7 +192,7 @@ def _windows(flags: argparse.Namespace, tokenizer: Any, length: int) -> torch.Te
     if flags.tokens < length:
         raise ConfigError(f"--tokens {flags.tokens} does not fill a window of {length}")
     documents = texts.read_documents(flags.text, texts.SHIPPED_HELD_OUT)
-    return texts.token_windows(documents, tokenizer, length, flags.tokens // length)
+    return torch.from_numpy(texts.token_windows(documents, tokenizer, length, flags.tokens // length))
 
 
 def _named(file: Path) -> dict[str, str | None]:

@@ -48,7 +48,7 @@ def record_trace(
     except (OSError, ValueError) as error:
         raise BundleError(f"{folder} is no checkpoint that transformers loads: {str(error).splitlines()[0]}") from error
     documents = texts.read_documents(text, texts.SHIPPED_HELD_OUT)
-    windows = texts.token_windows(documents, tokenizer, window, tokens // window)
+    windows = torch.from_numpy(texts.token_windows(documents, tokenizer, window, tokens // window))
     with TraceRecorder(loaded, folder.name, similarity=similarity, expert_similarity=expert_similarity) as recorder:
         for done, ids in enumerate(windows):
             progress("read", done / len(windows))

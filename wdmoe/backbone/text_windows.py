@@ -9,8 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
+from wdmoe.arrays import Int64Array
+from wdmoe.backbone.text.tokenizer import TextTokenizer
 from wdmoe.errors import ConfigError
 
 SHIPPED_CALIBRATION = "calibration.jsonl.gz"
@@ -40,14 +42,14 @@ def read_documents(files: Sequence[Path], shipped: str) -> Iterator[Any]:
         yield from _parse(text, file.name) if ".jsonl" in file.suffixes else [text]
 
 
-def token_windows(documents: Iterator[Any], tokenizer: Any, length: int, count: int) -> torch.Tensor:
+def token_windows(documents: Iterator[Any], tokenizer: TextTokenizer, length: int, count: int) -> Int64Array:
     """Cut documents into windows of equal length; long documents give several, short ones are joined.
 
     Args:
         length: tokens of a window.
         count: windows wanted; fewer come back if the text ends before.
     Returns:
-        (windows, length) int64.
+        (windows, length).
     Raises:
         ConfigError: the text does not fill one window.
     """
@@ -60,10 +62,10 @@ def token_windows(documents: Iterator[Any], tokenizer: Any, length: int, count: 
                 windows.append(rest[:length])
                 rest = rest[length:]
             if len(windows) == count:
-                return torch.tensor(windows)
+                return np.array(windows, np.int64)
     if not windows:
         raise ConfigError(f"the text is too short: {len(rest)} tokens, at least {length} are needed")
-    return torch.tensor(windows)
+    return np.array(windows, np.int64)
 
 
 def _parse(text: str, name: str) -> Iterator[Any]:
@@ -83,7 +85,7 @@ def _pieces(document: Any) -> Iterator[Any]:
         yield document
 
 
-def _tokens(piece: Any, tokenizer: Any) -> list[int]:
+def _tokens(piece: Any, tokenizer: TextTokenizer) -> list[int]:
     if not isinstance(piece, str) and tokenizer.chat_template is not None:
         piece = tokenizer.apply_chat_template(piece, tokenize=False)
     elif not isinstance(piece, str):

@@ -212,8 +212,8 @@ from wdmoe.transport.descriptors import raise_descriptor_limit
     type=click.Choice(ENGINES),
     default="auto",
     show_default=True,
-    help="What computes attention and gate: graphs in ONNX Runtime, or transformers, which knows every family. auto: "
-    "graphs where there are some for the model.",
+    help="What computes attention and gate: graphs in ONNX Runtime, or transformers, which knows every family and is "
+    "in the extra export. auto: graphs where there are some for the model.",
 )
 @click.option(
     "--station-precision",
@@ -329,13 +329,15 @@ def bs(
     if allocation and not bandwidth_hz:
         raise click.UsageError("--allocation says how --bandwidth is shared: give that too, as in --bandwidth 20MHz")
     tell_events()
-    check_installed("bs", "fastapi", "uvicorn", "torch", "transformers", "zmq")
+    check_installed("bs", "fastapi", "uvicorn", "jinja2", "onnx", "onnxruntime", "tokenizers")
+    if engine == "transformers" or record_trace is not None:
+        check_installed("export", "torch", "transformers")
     raise_descriptor_limit()
     with needs_extra("bs"):
         from wdmoe.backbone.format.bundle import Bundle
 
         folder = find_bundle(bundle)
-        Bundle.open(folder)  # what is wrong with it is said at once, not after the seconds that torch takes
+        Bundle.open(folder)  # what is wrong with it is said at once, not after what the processes take to start
     host, port = http
     settings = StationSettings(
         bundle=folder,

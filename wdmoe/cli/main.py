@@ -1,7 +1,7 @@
 """`wdmoe-node`: one command, a file beside this one for each group of subcommands.
 
 Subcommands import what is heavy (torch, transformers, onnxruntime, zmq) inside their bodies, so that help is
-instant and a device needs no torch.
+instant, and neither a device nor a base station with graphs needs torch.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def export(model: Path, bundle: Path, precision: str, name: str) -> None:
       wdmoe-node export ./Mixtral-8x7B-v0.1 ./mixtral-bundle --precision int8
       wdmoe-node export ./OLMoE-1B-7B ./olmoe-bundle --name olmoe
     """
-    with needs_extra("bs"):
+    with needs_extra("export"):
         from wdmoe.backbone.export.export import ExportSettings, export_bundle
     from wdmoe.cli.progress import ByteProgress
 
@@ -104,7 +104,7 @@ def split(
       wdmoe-node split ./Llama-3.2-1B ./llama-moe --experts 16 --top-k 6 --shared 0.4
       wdmoe-node split ./Llama-3.2-1B ./llama-moe --calibration mine.txt --held-out other.txt
     """
-    with needs_extra("bs"):
+    with needs_extra("export"):
         from wdmoe.backbone.split.settings import SplitSettings
         from wdmoe.backbone.split.split import split_checkpoint
     from wdmoe.cli.progress import StageProgress
@@ -151,7 +151,7 @@ def trace(
       wdmoe-node trace ./OLMoE-1B-7B olmoe.npz --text book.txt --tokens 4096
       wdmoe-node trace default gate.npz --expert-similarity    # for replacing far experts by near ones
     """
-    with needs_extra("bs"):
+    with needs_extra("export"):
         from wdmoe.backbone.default.model import default_checkpoint
         from wdmoe.backbone.record_trace import record_trace
     from wdmoe.cli.progress import StageProgress

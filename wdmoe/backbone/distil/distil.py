@@ -259,9 +259,8 @@ def _held_out(source: DenseModel, settings: DistilSettings, files: tuple[Path, .
 
 
 def _windows(source: DenseModel, files: tuple[Path, ...], shipped: str, length: int, tokens: int) -> torch.Tensor:
-    return text_windows.token_windows(
-        text_windows.read_documents(files, shipped), source.tokenizer, length, tokens // length
-    )
+    documents = text_windows.read_documents(files, shipped)
+    return torch.from_numpy(text_windows.token_windows(documents, source.tokenizer, length, tokens // length))
 
 
 def _refuse_overlap(windows: torch.Tensor, held_out: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ from wdmoe.backbone.graphs.running import GraphModel
 from wdmoe.backbone.graphs.tensors import StationTensors
 from wdmoe.backbone.meta_model import read_config
 from wdmoe.backbone.runtime.choosing import Chooser
-from wdmoe.backbone.runtime.job import Job, Telling
-from wdmoe.backbone.runtime.station import load_tokenizer
+from wdmoe.backbone.runtime.job import Job, Telling, end_tokens
+from wdmoe.backbone.text.tokenizer import TextTokenizer, load_tokenizer
 from wdmoe.errors import BundleError, CancelledRequestError
 from wdmoe.heap import return_memory
 from wdmoe.layer_call import Caller
@@ -36,7 +37,7 @@ class GraphStation:
     def __init__(
         self,
         model: GraphModel,
-        tokenizer: Any,
+        tokenizer: TextTokenizer,
         manifest: Manifest,
         eos: tuple[int, ...],
         run: RunLayer,
@@ -54,6 +55,10 @@ class GraphStation:
         self.prefixes = Prefixes(prefix_bytes)
         self._rows = Rows(model.plan, model.forget)
         self._passes = Passes(model, run, turns, prefill_chunk, alternates)
+
+    def at_work(self) -> AbstractContextManager[object]:
+        """See `Backbone`. ONNX Runtime brings its threads, and knows no gradients."""
+        return nullcontext()
 
     def begin(self, ledger: Ledger) -> None:
         """See `Backbone`. Nothing to do: each call here says what it is booked on."""
@@ -154,11 +159,10 @@ def load_graph_station(
         raise BundleError(f"{bundle.root}: the station lacks {error}; export it again") from error
     return_memory()  # what the graphs were made of
     generation = _generation(bundle)
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
-    ends = () if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
+    ends = end_tokens(generation.get("eos_token_id", config.get("eos_token_id")))
     return GraphStation(
         model,
-        load_tokenizer(bundle),
+        load_tokenizer(bundle.station_folder),
         bundle.manifest,
         ends,
         run,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from tokenizers.decoders import DecodeStream
+
+from wdmoe.backbone.text.tokenizer import TextTokenizer
 
 
 class TextStream:
     """Decodes token by token and holds text back while it may still become a stop sequence."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
-        """`tokenizer`: a fast transformers tokenizer."""
+    def __init__(self, tokenizer: TextTokenizer, stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(stop)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 from wdmoe.arrays import Float32Array, Int32Array
@@ -13,6 +14,7 @@ from wdmoe.backbone.format.bundle import Manifest
 from wdmoe.backbone.runtime.job import Event, Job
 from wdmoe.backbone.runtime.model_thread import ModelThread, Task
 from wdmoe.backbone.runtime.prompt import encode_prompt
+from wdmoe.backbone.text.tokenizer import TextTokenizer
 from wdmoe.errors import WdmoeError
 from wdmoe.receipt import Ledger
 from wdmoe.records import AnswerEvent, Finished, GenerationRequest
@@ -31,13 +33,17 @@ class Backbone(Protocol):
         ...
 
     @property
-    def tokenizer(self) -> Any:
-        """A fast transformers tokenizer."""
+    def tokenizer(self) -> TextTokenizer:
+        """Of the model."""
         ...
 
     @property
     def manifest(self) -> Manifest:
         """Of the bundle."""
+        ...
+
+    def at_work(self) -> AbstractContextManager[object]:
+        """Open on the model thread as long as it works."""
         ...
 
     def begin(self, ledger: Ledger) -> None:

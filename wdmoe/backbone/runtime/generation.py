@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from wdmoe.backbone.runtime.choosing import Chooser
 from wdmoe.backbone.runtime.experts_seam import CURRENT_CLIENT, CURRENT_LEDGER
-from wdmoe.backbone.runtime.job import Job, Telling
+from wdmoe.backbone.runtime.job import Job, Telling, end_tokens
 from wdmoe.errors import CancelledRequestError
 from wdmoe.records import Finished
 
@@ -23,7 +23,7 @@ def generate(model: Any, tokenizer: Any, job: Job, prefill_chunk: int) -> Finish
     """
     CURRENT_LEDGER.set(job.ledger)
     CURRENT_CLIENT.set(job)
-    eos = _eos_ids(model)
+    eos = end_tokens(model.generation_config.eos_token_id)
     telling = Telling(job, tokenizer, eos)
     if not telling.over:
         no_token = model.get_input_embeddings().weight.shape[0]
@@ -58,13 +58,6 @@ def _config(job: Job, eos: list[int], prefill_chunk: int) -> GenerationConfig:
         use_cache=True,
         prefill_chunk_size=prefill_chunk if long else None,  # a long prompt must not hold up other requests
     )
-
-
-def _eos_ids(model: Any) -> tuple[int, ...]:
-    eos = model.generation_config.eos_token_id
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
 
 
 class _Choose(LogitsProcessor):  # type: ignore[misc]

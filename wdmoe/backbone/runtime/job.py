@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from wdmoe.backbone.runtime.detokenizer import TextStream
+from wdmoe.backbone.text.tokenizer import TextTokenizer
 from wdmoe.receipt import Ledger
 from wdmoe.records import AnswerEvent, Finished, Sampling, TextDelta, Waiting
 
@@ -38,10 +39,17 @@ class Job:
         self.emit(Waiting(text=f"waiting for experts that were lost, {max(longest_s, 0.0):.0f} s at most"))
 
 
+def end_tokens(stated: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The tokens that end a text, from what a model's config states as `eos_token_id`."""
+    if stated is None:
+        return ()
+    return (stated,) if isinstance(stated, int) else tuple(stated)
+
+
 class Telling:
     """Turns the tokens of a job into its events."""
 
-    def __init__(self, job: Job, tokenizer: Any, eos: tuple[int, ...]) -> None:
+    def __init__(self, job: Job, tokenizer: TextTokenizer, eos: tuple[int, ...]) -> None:
         """`eos`: the tokens that end a text; none of them does where the job wishes so."""
         self._job = job
         self._eos = () if job.sampling.ignore_eos else eos

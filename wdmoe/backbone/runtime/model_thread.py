@@ -8,9 +8,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-
-import torch
 
 from wdmoe.errors import OverloadedError, RequestError, TransportError
 from wdmoe.transport.exchange import Exchange
@@ -41,14 +40,19 @@ class ModelThread:
         max_active: int,
         max_waiting: int,
         room_bytes: float = math.inf,
-        torch_threads: int = 0,
+        at_work: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """`room_bytes`: for all tasks that run at the same time."""
+        """Nothing runs yet.
+
+        Args:
+            room_bytes: for all tasks that run at the same time.
+            at_work: open on the thread as long as it works, as `Backbone.at_work`.
+        """
         self._exchange = exchange
         self._room_bytes = room_bytes
         self._max_active = max_active
         self._most = max_active + max_waiting
-        self._torch_threads = torch_threads
+        self._at_work = at_work
         self._lock = threading.Lock()
         self._load = 0
         self._stopping = False
@@ -97,11 +101,8 @@ class ModelThread:
         self._exchange.post(lambda: self._waiting.append(task))
 
     def _work(self) -> None:
-        if self._torch_threads:
-            torch.set_num_threads(self._torch_threads)
         try:
-            # For good, not per task: grad mode belongs to the thread, and greenlets take turns on it.
-            with torch.inference_mode():
+            with self._at_work():
                 self._loop()
         except BaseException as error:  # nothing else would say that the station is dead
             log.exception("the model thread failed")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from wdmoe.backbone.text.tokenizer import TextTokenizer
 from wdmoe.errors import RequestError
 from wdmoe.records import GenerationRequest
 
 
-def encode_prompt(tokenizer: Any, request: GenerationRequest, context_tokens: int) -> tuple[int, ...]:
+def encode_prompt(tokenizer: TextTokenizer, request: GenerationRequest, context_tokens: int) -> tuple[int, ...]:
     """Tokenize and check a request.
 
     Args:
-        tokenizer: a fast transformers tokenizer.
+        tokenizer: of the model.
         request: exactly one of prompt and messages.
         context_tokens: longest prompt plus answer.
     Returns:
@@ -32,7 +31,7 @@ def encode_prompt(tokenizer: Any, request: GenerationRequest, context_tokens: in
     return ids
 
 
-def _ids(tokenizer: Any, request: GenerationRequest) -> tuple[int, ...]:
+def _ids(tokenizer: TextTokenizer, request: GenerationRequest) -> tuple[int, ...]:
     if request.messages is not None:
         return _chat_ids(tokenizer, request)
     if isinstance(request.prompt, str):
@@ -44,7 +43,7 @@ def _ids(tokenizer: Any, request: GenerationRequest) -> tuple[int, ...]:
     return ids
 
 
-def _chat_ids(tokenizer: Any, request: GenerationRequest) -> tuple[int, ...]:
+def _chat_ids(tokenizer: TextTokenizer, request: GenerationRequest) -> tuple[int, ...]:
     if not tokenizer.chat_template:
         raise RequestError("this model has no chat template; use /v1/completions with a prompt")
     messages = [dict(message) for message in request.messages or ()]

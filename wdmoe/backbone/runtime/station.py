@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,17 @@ class Station:
     device: torch.device
     dtype: torch.dtype
     prefill_chunk: int = 128
+    threads: int = 0  # of torch on the model thread; 0: as torch chooses
     kind: str = "transformers"
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """See `Backbone`."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        # For good, not per task: grad mode belongs to the thread, and greenlets take turns on it.
+        with torch.inference_mode():
+            yield
 
     def begin(self, ledger: Ledger) -> None:
         """See `Backbone`."""
@@ -66,7 +77,9 @@ class Station:
         return found
 
 
-def load_station(bundle: Bundle, device: str = "auto", dtype: str = "auto", prefill_chunk: int = 128) -> Station:
+def load_station(
+    bundle: Bundle, device: str = "auto", dtype: str = "auto", prefill_chunk: int = 128, threads: int = 0
+) -> Station:
     """Load a bundle's station part.
 
     Args:
@@ -74,6 +87,7 @@ def load_station(bundle: Bundle, device: str = "auto", dtype: str = "auto", pref
         device: a torch device, or "auto": CUDA where there is one, else CPU.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on CPU; bfloat16, else float16 on CUDA.
         prefill_chunk: tokens of a prompt that are computed before another request gets its turn.
+        threads: of torch while the station works; 0: as torch chooses.
     Raises:
         ConfigError: no such device or dtype.
         BundleError: the station's files do not make up the model.
@@ -95,13 +109,14 @@ def load_station(bundle: Bundle, device: str = "auto", dtype: str = "auto", pref
     _move(model, place)
     return Station(
         model=model,
-        tokenizer=load_tokenizer(bundle),
+        tokenizer=_load_tokenizer(bundle),
         manifest=bundle.manifest,
         experts=experts,
         routers={layer: router_of(model, layer) for layer in experts},
         device=place,
         dtype=kind,
         prefill_chunk=prefill_chunk,
+        threads=threads,
     )
 
 
@@ -189,7 +204,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def load_tokenizer(bundle: Bundle) -> Any:
+def _load_tokenizer(bundle: Bundle) -> Any:
     """A fast transformers tokenizer. Raises BundleError."""
     try:
         return transformers.AutoTokenizer.from_pretrained(

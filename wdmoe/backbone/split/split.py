@@ -62,7 +62,7 @@ def _windows(source: DenseModel, settings: SplitSettings, *, held_out: bool) -> 
     count = (settings.held_out_tokens if held_out else settings.calibration_tokens) // settings.window
     shipped = text_windows.SHIPPED_HELD_OUT if held_out else text_windows.SHIPPED_CALIBRATION
     documents = text_windows.read_documents(files, shipped)
-    return text_windows.token_windows(documents, source.tokenizer, settings.window, count)
+    return torch.from_numpy(text_windows.token_windows(documents, source.tokenizer, settings.window, count))
 
 
 def _split_layers(

@@ -122,7 +122,7 @@ class _TokenNames:
         if not fields.get("extra_special_tokens"):  # as it was called once; transformers asks the config only
             fields["extra_special_tokens"] = fields.get("additional_special_tokens")
         if "added_tokens_decoder" in fields:
-            listed = {int(index): _token(token) for index, token in fields["added_tokens_decoder"].items()}
+            listed = {int(index): _added(token) for index, token in fields["added_tokens_decoder"].items()}
         else:  # written by an older transformers: in files of their own
             fields |= {role: _special(token) for role, token in _json(folder / "special_tokens_map.json").items()}
             listed = self._once_listed(folder, fields) | self._known
@@ -174,9 +174,13 @@ def _extra(fields: Mapping[str, Any]) -> list[Any]:
 
 
 def _token(value: Any) -> _Named:
-    if isinstance(value, dict):
-        return AddedToken(**{name: field for name, field in value.items() if name != "__type"})
-    return value if isinstance(value, AddedToken) else str(value)
+    if isinstance(value, AddedToken):
+        return value
+    return _added(value) if isinstance(value, dict) else str(value)
+
+
+def _added(fields: Mapping[str, Any]) -> AddedToken:
+    return AddedToken(**{name: field for name, field in fields.items() if name != "__type"})
 
 
 def _special(value: Any) -> Any:

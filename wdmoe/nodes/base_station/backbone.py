@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
-
-import torch
+from importlib.util import find_spec
 
 from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.backbone.graphs.passes import RunLayer, Turns
 from wdmoe.backbone.graphs.station import load_graph_station
 from wdmoe.backbone.runtime.engine import Backbone
-from wdmoe.backbone.runtime.experts_seam import attach
-from wdmoe.backbone.runtime.station import load_station
 from wdmoe.config import StationSettings
-from wdmoe.errors import ConfigError, UnsupportedModelError
+from wdmoe.errors import ConfigError, MissingExtraError, UnsupportedModelError
 from wdmoe.nodes.memory import free_memory_bytes
 
 log = logging.getLogger(__name__)
 
 TOGETHER = 32  # requests in one pass: further ones hardly add tokens a second
 BY_TURNS = 4  # requests that each have passes of their own
+_DRIVER = "libcuda.so.1"  # of NVIDIA
 
 
 def open_backbone(bundle: Bundle, settings: StationSettings, run: RunLayer, turns: Turns) -> tuple[Backbone, str]:
@@ -30,6 +29,7 @@ def open_backbone(bundle: Bundle, settings: StationSettings, run: RunLayer, turn
 
     Raises:
         ConfigError: `--engine graphs` for what has none.
+        MissingExtraError: transformers would have to compute, and is not installed.
         BundleError: the station's files do not make up the model.
     """
     reason = _why_not(settings)
@@ -50,10 +50,24 @@ def open_backbone(bundle: Bundle, settings: StationSettings, run: RunLayer, turn
             reason = str(error)
     if settings.engine == "graphs" or settings.station_precision != "fp32":
         raise ConfigError(f"there are no graphs for this base station: {reason}; leave --engine and its precision out")
+    return _open_transformers(bundle, settings, run, reason), reason
+
+
+def _open_transformers(bundle: Bundle, settings: StationSettings, run: RunLayer, reason: str) -> Backbone:
+    try:
+        from wdmoe.backbone.runtime.experts_seam import attach
+        from wdmoe.backbone.runtime.station import load_station
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "wdmoe":
+            raise  # a bug of ours
+        raise MissingExtraError(
+            f"transformers would compute attention and gate ({reason}), and {error.name} is not installed: "
+            "pip install 'wdmoe[export]'"
+        ) from error
     log.info("transformers computes attention and gate: %s", reason)
-    fallback = load_station(bundle, settings.device, settings.dtype, settings.prefill_chunk)
-    attach(fallback.model, fallback.experts, fallback.routers, run)
-    return fallback, reason
+    station = load_station(bundle, settings.device, settings.dtype, settings.prefill_chunk, settings.threads)
+    attach(station.model, station.experts, station.routers, run)
+    return station
 
 
 def most_active(backbone: Backbone, settings: StationSettings) -> int:
@@ -78,6 +92,19 @@ def _why_not(settings: StationSettings) -> str:
         return "a gate trace is recorded there"
     if settings.dtype not in ("auto", "float32"):
         return f"graphs compute in float32, not {settings.dtype}"
-    if settings.device not in ("auto", "cpu") or (settings.device == "auto" and torch.cuda.is_available()):
+    if settings.device not in ("auto", "cpu") or (settings.device == "auto" and _torch_has_cuda()):
         return "the graphs run on a CPU"
     return ""
+
+
+def _torch_has_cuda() -> bool:
+    """Whether torch is there and finds a GPU. It is imported only where a driver is: that takes seconds."""
+    try:
+        ctypes.CDLL(_DRIVER)
+    except OSError:
+        return False
+    if find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()

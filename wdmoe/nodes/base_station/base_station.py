@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from wdmoe.backbone.evaluation.trace_recorder import TraceRecorder
 from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.backbone.runtime.engine import Backbone, Engine
 from wdmoe.backbone.runtime.model_thread import ModelThread
@@ -208,7 +207,7 @@ class BaseStation(OpenedInSteps):
             max_active=most_active(backbone, settings),
             max_waiting=settings.max_queued,
             room_bytes=room_bytes(settings),
-            torch_threads=settings.threads,
+            at_work=backbone.at_work,
         )
         self.engine = Engine(backbone, thread, self.overview, policy=settings.policy)
         thread.start()
@@ -253,6 +252,8 @@ class BaseStation(OpenedInSteps):
         file = self._settings.record_trace
         if file is None:
             return
+        from wdmoe.backbone.evaluation.trace_recorder import TraceRecorder  # torch, which few stations have
+
         recorder = TraceRecorder(backbone.model, self.bundle.manifest.model, most_tokens=MOST_TRACED_TOKENS)
         self._stack.enter_context(recorder)
         self._stack.push_async_callback(asyncio.to_thread, _save_trace, recorder, file)
@@ -327,7 +328,7 @@ def _port(endpoint: str) -> int:
     return int(endpoint.rsplit(":", 1)[1])
 
 
-def _save_trace(recorder: TraceRecorder, file: Path) -> None:
+def _save_trace(recorder: Any, file: Path) -> None:
     try:
         trace = recorder.trace()
         trace.save(file)

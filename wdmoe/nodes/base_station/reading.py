@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from wdmoe.backbone.runtime.engine import Engine
 from wdmoe.backbone.text_windows import SHIPPED_HELD_OUT, read_documents, token_windows
 from wdmoe.errors import ConfigError
@@ -39,7 +41,7 @@ def read_window(engine: Engine, number: int, length: int) -> Reading:
         windows = token_windows(documents, station.tokenizer, length, number + 1)
         if len(windows) <= number:
             raise ConfigError(f"the held-out text has {len(windows)} windows of {length} tokens, not {number + 1}")
-        nats = station.nats(windows[number:].numpy(), ledger)
+        nats = station.nats(windows[number:].astype(np.int32), ledger)
         return Reading(nats=float(nats.sum(dtype=float)), tokens=nats.size, dropped_weight=ledger.mean_dropped)
 
     return engine.call(work).result(LONGEST_S)
