@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from tests.backbone.tiny import dense_folder
-from wdmoe.backbone.split.decided import apply_decisions, split_settings
+from wdmoe.backbone.split.applied import split_settings
+from wdmoe.backbone.split.decided import apply_decisions
 from wdmoe.backbone.split.decisions import (
     MAX_RANK,
     Correction,

@@ -16,7 +16,7 @@ from wdmoe.config import cache_home
 _RECIPE = 3
 
 if TYPE_CHECKING:
-    from wdmoe.backbone.export.export import ExportProgress
+    from wdmoe.backbone.export.progress import ExportProgress
 
 
 def default_bundle(
@@ -41,11 +41,17 @@ def default_bundle(
         return folder
 
     def make() -> None:
-        splitting("start", 0.0)  # what is imported now takes seconds
-        from wdmoe.backbone.default.write import write_decided_bundle  # torch: seconds, and only here needed
-        from wdmoe.backbone.export.export import ExportSettings
+        splitting("start", 0.0)  # what is imported now takes a second
+        from wdmoe.backbone.default.write import write_decided_bundle  # onnx and more: only here needed
 
-        settings = ExportSettings(precision=precision, name=NAME)
-        write_decided_bundle(default_source(), shipped_decisions(), folder, settings, splitting, exporting)
+        write_decided_bundle(
+            default_source(),
+            shipped_decisions(),
+            folder,
+            name=NAME,
+            precision=precision,
+            progress=splitting,
+            exporting=exporting,
+        )
 
     return make_once(folder, manifest.is_file, make)

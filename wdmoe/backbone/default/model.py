@@ -1,6 +1,6 @@
 """The default model: SmolLM2-135M-Instruct from an installed package, split as decided, and kept in the cache.
 
-What makes it imports torch, which takes seconds; so that happens only where it is made.
+What makes its checkpoint imports torch, which takes seconds, or is not there; so that happens only where it is made.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def default_source() -> Path:
     file = Path(next(iter(spec.submodule_search_locations))) / _FILE
     if not file.is_file():
         raise MissingExtraError(f"{file} is missing; reinstall it: {_INSTALL}")
-    from wdmoe.backbone.split.dense import sha256_of
+    from wdmoe.backbone.split.llama import sha256_of
 
     found = sha256_of([file])
     if found != SOURCE_SHA256:
@@ -60,7 +60,7 @@ def default_checkpoint(progress: Progress = quiet) -> Path:
 
     def make() -> None:
         progress("start", 0.0)  # what is imported now takes seconds
-        from wdmoe.backbone.default.write import write_decided_checkpoint
+        from wdmoe.backbone.default.checkpoint import write_decided_checkpoint
 
         write_decided_checkpoint(default_source(), shipped_decisions(), folder, progress)
 

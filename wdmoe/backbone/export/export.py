@@ -19,8 +19,11 @@ import torch
 from wdmoe.backbone.checkpoint import Checkpoint
 from wdmoe.backbone.export.conversion import Conversion, Group
 from wdmoe.backbone.export.expert_export import LayerExperts
-from wdmoe.backbone.export.output_norms import output_norm, probes
+from wdmoe.backbone.export.norm_bounds import output_norm
+from wdmoe.backbone.export.output_norms import probes
+from wdmoe.backbone.export.progress import ExportProgress
 from wdmoe.backbone.export.resume import Journal
+from wdmoe.backbone.export.shards import station_shards
 from wdmoe.backbone.export.station_files import safetensors_parts, small_files
 from wdmoe.backbone.families import experts_names, gate_temperature, on_drop_of, rank_of, top_k_of
 from wdmoe.backbone.format.bundle import (
@@ -39,7 +42,6 @@ from wdmoe.config import PRECISIONS
 from wdmoe.errors import BundleError, ConfigError
 from wdmoe.records import ExpertId
 
-_SHARD_BYTES = 256 << 20  # of the station's weights in one file
 _RECIPE = 2  # part of what a half-finished export is recognised by; raise it when the files change
 
 
@@ -94,18 +96,6 @@ class WeightsInMemory:
     def read(self, key: str) -> torch.Tensor:
         """A tensor; it shares memory."""
         return self.weights[key]
-
-
-class ExportProgress(Protocol):
-    """Told how far an export is, in bytes of the source."""
-
-    def start(self, total_bytes: int) -> None:
-        """Called once, before any work."""
-        ...
-
-    def advance(self, source_bytes: int, what: str) -> None:
-        """Called after each piece of work; `what` names it for people."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,25 +261,16 @@ def _plan(skeleton: Any, conversion: Conversion, checkpoint: Tensors) -> _Plan:
     """Which parameters go where. The same checkpoint always gives the same plan."""
     prefixes = {layer: f"{name}." for layer, name in experts_names(skeleton).items()}
     of_layer: dict[int, list[Group]] = {layer: [] for layer in prefixes}
-    shards: list[list[Group]] = []
-    room = 0
+    stays: list[tuple[Group, int]] = []
     for group in conversion.groups.values():
         owner = [layer for layer, prefix in prefixes.items() if group.target.startswith(prefix)]
         if owner:
             of_layer[owner[0]].append(group)
         else:
-            size = sum(checkpoint.size(key) for key, _ in group.sources)
-            if size > room:
-                shards.append([])
-                room = _SHARD_BYTES
-            shards[-1].append(group)
-            room -= size
-    names = ["station"] if len(shards) == 1 else [f"station-{number:05d}" for number in range(1, len(shards) + 1)]
+            stays.append((group, sum(checkpoint.size(key) for key, _ in group.sources)))
     return _Plan(
         tuple(_Layer(layer, prefixes[layer], tuple(groups)) for layer, groups in of_layer.items()),
-        tuple(
-            (f"{STATION_FOLDER}/{name}.safetensors", tuple(groups)) for name, groups in zip(names, shards, strict=True)
-        ),
+        tuple((path, tuple(groups)) for path, groups in station_shards(stays).items()),
     )
 
 

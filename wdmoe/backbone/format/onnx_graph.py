@@ -55,6 +55,20 @@ class Steps:
     output: str
 
 
+def gated_silu(size: int) -> Steps:
+    """silu(gate) * up of an expert with `size` neurons, gate columns first: what most families compute.
+
+    Node by node what `wdmoe.backbone.export.gate_function.trace` makes of the families' own code.
+    """
+    gate, up = "gate.in0_1", f"gate.in{size}_1"
+    nodes = (
+        helper.make_node("Sigmoid", [gate], ["gate.v1"]),
+        helper.make_node("Mul", [gate, "gate.v1"], ["gate.v2"]),
+        helper.make_node("Mul", ["gate.v2", up], ["gate.v3"]),
+    )
+    return Steps((gate, up), (slice(0, size, 1), slice(size, 2 * size, 1)), nodes, (), "gate.v3")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertGraph:
     """A finished graph."""

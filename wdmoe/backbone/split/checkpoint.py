@@ -20,50 +20,14 @@ from transformers.utils import logging as hub_logging
 
 from wdmoe.backbone.split.dense import DenseModel
 from wdmoe.backbone.split.layer import SplitLayer
-from wdmoe.backbone.split.settings import RANK, SplitSettings
+from wdmoe.backbone.split.llama import moe_fields, plain_fields
+from wdmoe.backbone.split.settings import SplitSettings
 from wdmoe.errors import BundleError
-
-
-def moe_fields(dense: Any, settings: SplitSettings) -> dict[str, Any]:
-    """What GraniteMoeSharedConfig takes to compute what the Llama config computes, but for the FFN. Plain types."""
-    size = settings.expert_size(dense.intermediate_size)
-    same = (
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "hidden_act",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "rope_parameters",
-        "tie_word_embeddings",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-    )
-    return {
-        **{name: getattr(dense, name) for name in same},
-        "intermediate_size": size,
-        "shared_intermediate_size": dense.intermediate_size - settings.experts * size,
-        "num_local_experts": settings.experts,
-        "num_experts_per_tok": settings.top_k,
-        "embedding_multiplier": 1.0,
-        "residual_multiplier": 1.0,
-        "logits_scaling": 1.0,
-        "attention_multiplier": dense.head_dim**-0.5,
-        "wdmoe": {
-            "on_drop": "keep",  # measured: renormalising the rest is worse, see docs/guide_split.md
-            "gate_temperature": settings.gate_temperature,  # softmax(logits / this): the gate's probabilities
-            "rank": RANK,  # their squares rank experts, see docs/guide_radio.md
-        },
-    }
 
 
 def moe_model(source: DenseModel, layers: Sequence[SplitLayer], settings: SplitSettings) -> Any:
     """The split model as a torch module; weights outside the FFNs are shared with `source`."""
-    config = GraniteMoeSharedConfig(**moe_fields(source.config, settings))
+    config = GraniteMoeSharedConfig(**moe_fields(plain_fields(source.config), settings))
     with torch.device("meta"):
         model = GraniteMoeSharedForCausalLM(config)
     weights = {name: tensor for name, tensor in source.weights.items() if ".mlp." not in name}

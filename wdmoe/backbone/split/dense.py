@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from wdmoe.backbone.split import gguf_file
+from wdmoe.backbone.split.llama import plain_fields, sha256_of, tensor_shapes
 from wdmoe.errors import BundleError
 
 Weights = dict[str, torch.Tensor]
 
-_READ_BYTES = 1 << 20
 _FAMILIES = ("llama", "mistral")  # Mistral without its sliding window is Llama
 
 
@@ -53,37 +51,30 @@ def read_dense(path: Path) -> DenseModel:
     raise BundleError(f"{path} is neither a model folder nor a GGUF file")
 
 
-def tensor_shapes(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of all weights of a Llama model."""
-    width, inner = config.hidden_size, config.intermediate_size
-    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    yield "model.embed_tokens.weight", (config.vocab_size, width)
-    for layer in range(config.num_hidden_layers):
-        at = f"model.layers.{layer}."
-        yield at + "input_layernorm.weight", (width,)
-        yield at + "self_attn.q_proj.weight", (query, width)
-        yield at + "self_attn.k_proj.weight", (key, width)
-        yield at + "self_attn.v_proj.weight", (key, width)
-        yield at + "self_attn.o_proj.weight", (width, query)
-        yield at + "post_attention_layernorm.weight", (width,)
-        yield at + "mlp.gate_proj.weight", (inner, width)
-        yield at + "mlp.up_proj.weight", (inner, width)
-        yield at + "mlp.down_proj.weight", (width, inner)
-    yield "model.norm.weight", (width,)
-    if not config.tie_word_embeddings:
-        yield "lm_head.weight", (config.vocab_size, width)
-
-
 def _read_gguf(path: Path) -> DenseModel:
     source = gguf_file.open_gguf(path)
     config = LlamaConfig(**source.config)
+    weights = {name: torch.from_numpy(array) for name, array in source.read_weights().items()}
     return DenseModel(
         name=source.name,
         config=config,
-        weights=_checked(source.read_weights(), config, path),
-        tokenizer=source.read_tokenizer(),
+        weights=_checked(weights, config, path),
+        tokenizer=_gguf_tokenizer(source, path),
         sha256=sha256_of([path]),
         licence=source.licence,
+    )
+
+
+def _gguf_tokenizer(source: gguf_file.GgufLlama, path: Path) -> Any:
+    found = source.read_tokenizer()
+    if found is None:
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=found.backend_tokenizer,
+        chat_template=found.chat_template,
+        model_max_length=source.config["max_position_embeddings"],
+        clean_up_tokenization_spaces=False,
+        **found.special_tokens_map,
     )
 
 
@@ -149,7 +140,7 @@ def _stated_licence(folder: Path) -> str:
 def _checked(weights: Weights, config: Any, path: Path) -> Weights:
     """Exactly the tensors that the config asks for, contiguous float32."""
     found: Weights = {}
-    for name, shape in tensor_shapes(config):
+    for name, shape in tensor_shapes(plain_fields(config)):
         tensor = weights.get(name)
         if tensor is None:
             raise BundleError(f"{path} has no tensor {name}")
@@ -159,13 +150,3 @@ def _checked(weights: Weights, config: Any, path: Path) -> Weights:
             raise BundleError(f"{path}: {name} holds numbers that are not finite")
         found[name] = tensor.contiguous()
     return found
-
-
-def sha256_of(files: list[Path]) -> str:
-    """SHA-256 over the bytes of all files, one after another."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(_READ_BYTES):
-                digest.update(block)
-    return digest.hexdigest()

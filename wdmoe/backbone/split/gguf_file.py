@@ -1,4 +1,4 @@
-"""A Llama model in a GGUF file: its config, weights and tokenizer, read without llama.cpp.
+"""A Llama model in a GGUF file: its config, weights and tokenizer, read without llama.cpp, torch or transformers.
 
 transformers can read GGUF too, but takes 25 s for a 100 MB file where this takes 4.
 """
@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from gguf import GGUFReader, dequantize
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from wdmoe.arrays import Float32Array
+from wdmoe.backbone.text.tokenizer import FileTokenizer
 from wdmoe.errors import BundleError
 
 _NAMES = {
@@ -35,7 +35,7 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
-# How text is cut before byte-pair merging, by llama.cpp's name for it. Others are left to transformers.
+# How text is cut before byte-pair merging, by llama.cpp's name for it. Others are left to transformers, in `dense`.
 _PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
     "smollm": lambda: pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -73,40 +73,37 @@ class GgufLlama:
         self.licence: str = self._field("general.license", "")
         self.config: dict[str, Any] = self._config()
 
-    def read_weights(self) -> dict[str, torch.Tensor]:
+    def read_weights(self) -> dict[str, Float32Array]:
         """All weights as float32 under transformers' Llama names."""
-        weights: dict[str, torch.Tensor] = {}
+        weights: dict[str, Float32Array] = {}
         for name, tensor in self._tensors.items():
             try:
                 array = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
             except (NotImplementedError, ValueError) as error:
                 kind = tensor.tensor_type.name
                 raise BundleError(f"{self._path}: tensor {name} of type {kind} cannot be read") from error
-            weights[_llama_name(name)] = self._rotary_rows(name, torch.from_numpy(array))
+            weights[_llama_name(name)] = self._rotary_rows(name, array)
         return weights
 
-    def read_tokenizer(self) -> Any:
-        """The tokenizer, with its chat template where the file has one."""
+    def read_tokenizer(self) -> FileTokenizer | None:
+        """The tokenizer, with its chat template where the file has one; None for a kind that is not known here."""
         cut = _PRE_TOKENIZERS.get(self._field("tokenizer.ggml.pre", ""))
         if self._field("tokenizer.ggml.model") != "gpt2" or cut is None:
-            return AutoTokenizer.from_pretrained(self._path.parent, gguf_file=self._path.name)
+            return None
         tokens: list[str] = self._field("tokenizer.ggml.tokens")
         merges = [tuple(merge.split(" ", 1)) for merge in self._field("tokenizer.ggml.merges")]
         tokenizer = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
         tokenizer.pre_tokenizer = cut()
         tokenizer.decoder = decoders.ByteLevel()
+        # Adds nothing; it stands in the file that transformers writes.
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
         kinds = self._field("tokenizer.ggml.token_type")
         tokenizer.add_special_tokens(
             [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL_TOKEN]
         )
         special = {role: self._special(tokens, key) for role, key in _SPECIAL_TOKENS.items()}
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            chat_template=self._field("tokenizer.chat_template", None),
-            model_max_length=self.config["max_position_embeddings"],
-            clean_up_tokenization_spaces=False,
-            **{role: token for role, token in special.items() if token is not None},
-        )
+        named = {role: token for role, token in special.items() if token is not None}
+        return FileTokenizer(tokenizer, self._field("tokenizer.chat_template", None), named)
 
     def _config(self) -> dict[str, Any]:
         width, heads = self._field("llama.embedding_length"), self._field("llama.attention.head_count")
@@ -120,6 +117,7 @@ class GgufLlama:
             "head_dim": self._field("llama.attention.key_length", width // heads),
             "max_position_embeddings": self._field("llama.context_length"),
             "rms_norm_eps": self._field("llama.attention.layer_norm_rms_epsilon"),
+            "hidden_act": "silu",
             "rope_parameters": {"rope_type": "default", "rope_theta": self._field("llama.rope.freq_base", 10000.0)},
             "tie_word_embeddings": "output.weight" not in self._tensors,
             "bos_token_id": self._field("tokenizer.ggml.bos_token_id", None),
@@ -127,7 +125,7 @@ class GgufLlama:
             "pad_token_id": self._field("tokenizer.ggml.padding_token_id", None),
         }
 
-    def _rotary_rows(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def _rotary_rows(self, name: str, weight: Float32Array) -> Float32Array:
         """Undo llama.cpp's row order of query and key weights (pairs side by side, not half by half)."""
         heads = {
             "attn_q": self.config["num_attention_heads"],
@@ -136,7 +134,7 @@ class GgufLlama:
         if heads is None:
             return weight
         rows, columns = weight.shape
-        return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+        return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
     def _tensor(self, name: str) -> Any:
         if name not in self._tensors:

@@ -20,6 +20,7 @@ from wdmoe.errors import BundleError
 
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
+TEMPLATE_NAME = "chat_template.jinja"
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _Named: TypeAlias = str | AddedToken
 
@@ -191,7 +192,7 @@ def _special(value: Any) -> Any:
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """The default one of the model's chat templates; a file goes before an entry of the config."""
-    file = folder / "chat_template.jinja"
+    file = folder / TEMPLATE_NAME
     if file.is_file():
         return file.read_text("utf-8")
     found = config.get("chat_template")
@@ -210,3 +211,25 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file.name} holds no JSON object")
     return content
+
+
+def tokenizer_files(tokenizer: FileTokenizer, context_tokens: int) -> dict[str, bytes]:
+    """The files of a tokenizer, as transformers would write them.
+
+    Args:
+        context_tokens: longest text that the model takes.
+    """
+    config = {
+        "backend": "tokenizers",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context_tokens,
+        "tokenizer_class": "TokenizersBackend",
+        **tokenizer.special_tokens_map,
+    }
+    files = {
+        TOKENIZER_NAME: tokenizer.backend_tokenizer.to_str(pretty=True),
+        CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
+    }
+    if tokenizer.chat_template is not None:
+        files[TEMPLATE_NAME] = tokenizer.chat_template
+    return {name: text.encode() for name, text in files.items()}
