@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from wdmoe.backbone.default import model as default_model
 from wdmoe.backbone.default import shipped
 from wdmoe.backbone.default.bundle import default_bundle
 from wdmoe.backbone.default.shipped import shipped_decisions, shipped_digest
+from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.split.decisions import MATRICES
 from wdmoe.backbone.split.dense import read_dense
 from wdmoe.errors import BundleError, MissingExtraError
@@ -104,6 +106,8 @@ def test_gguf_is_read_as_transformers_reads_it(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.timeout(600)
 def test_two_processes_make_one_bundle_that_is_the_same_everywhere(tmp_path: Path) -> None:
     code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(['torch', 'transformers']))\n"  # whoever imports them fails
         "from wdmoe.backbone.default.bundle import default_bundle\n"
         "made = []\n"
         "print(default_bundle(splitting=lambda stage, done: made.append(stage)), bool(made))\n"
@@ -120,6 +124,20 @@ def test_two_processes_make_one_bundle_that_is_the_same_everywhere(tmp_path: Pat
     assert sorted(answer[1] for answer in answers[:2]) == ["False", "True"]
     for answer in (answers[0], answers[2]):
         assert hash_of_files(Path(answer[0])) == BUNDLE_HASH
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_export_of_its_checkpoint_has_the_same_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The one goes through transformers and torch, the other through neither. The configs are ours in both."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder, bundle = default_model.default_checkpoint(), default_bundle()
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(bundle / "station" / name, folder / name)
+    export_bundle(folder, tmp_path / "exported", ExportSettings(name=default_model.NAME))
+    # It names every file with its hash, the tokenizer's too, and the bounds of every expert's outputs.
+    assert (bundle / "manifest.json").read_bytes() == (tmp_path / "exported" / "manifest.json").read_bytes()
 
 
 @installed

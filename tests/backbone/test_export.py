@@ -19,7 +19,7 @@ from tests.lab import families
 from tests.lab.command import fails, run_here
 from tests.lab.full_disk import PAGE, fill, small_disk
 from tests.lab.waiting import PATIENCE_S
-from wdmoe.backbone.export import export, resume
+from wdmoe.backbone.export import resume, shards
 from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.export.resume import JOURNAL_NAME, Journal
 from wdmoe.backbone.format.bundle import MANIFEST_NAME, Bundle
@@ -109,7 +109,7 @@ def test_shards_make_no_difference(source, tmp_path, monkeypatch):
     families.reference(source).save_pretrained(sharded, max_shard_size="20KB")
     families.save_tiny_tokenizer(sharded)
     assert len(list(sharded.glob("*.safetensors"))) > 3
-    monkeypatch.setattr(export, "_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(shards, "_SHARD_BYTES", 20_000)
     parts = export_bundle(sharded, tmp_path / "parts", ExportSettings())
     assert [file.sha256 for file in parts.experts] == [file.sha256 for file in whole.experts]
     weights = [load_file(path) for path in Bundle.open(tmp_path / "parts").station_weights()]

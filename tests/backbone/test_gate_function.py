@@ -5,10 +5,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from transformers import GraniteMoeSharedConfig
 from transformers.activations import ACT2CLS, ACT2FN
+from transformers.models.granitemoeshared.modeling_granitemoeshared import GraniteMoeSharedMoE
 
 from wdmoe.backbone.export.gate_function import trace
-from wdmoe.backbone.format.onnx_graph import OPERATORS, Linear, build_expert, quantise, run_graph
+from wdmoe.backbone.format.onnx_graph import OPERATORS, Linear, build_expert, gated_silu, quantise, run_graph
 from wdmoe.errors import BundleError
 
 HIDDEN, INNER = 16, 12
@@ -54,6 +56,13 @@ def graph_and_torch(function, width, rng, bias=True, precision="fp32"):
         expected = (function(inner) @ torch.from_numpy(down.weight)).numpy()
     y = run_graph(graph.data, x) if precision == "fp32" else runtime(graph.data, x)
     return np.abs(y - expected).max() / np.abs(expected).max()
+
+
+def test_the_graph_that_needs_no_trace_is_the_trace_of_the_families_own_code():
+    config = GraniteMoeSharedConfig(hidden_size=HIDDEN, intermediate_size=INNER, num_local_experts=2)
+    with torch.device("meta"):
+        experts = GraniteMoeSharedMoE(config).experts
+    assert gated_silu(INNER) == trace(experts._apply_gate, 2 * INNER, "gate")
 
 
 @pytest.mark.parametrize("name", sorted(ACT2CLS.keys() - REFUSED))

@@ -15,6 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.lab.families import save_tiny_tokenizer
 from wdmoe.backbone.default.model import default_source
+from wdmoe.backbone.export.station_files import small_files
+from wdmoe.backbone.export.tokenizer_files import station_small_files
 from wdmoe.backbone.runtime.detokenizer import TextStream
 from wdmoe.backbone.runtime.prompt import encode_prompt
 from wdmoe.backbone.split.dense import read_dense
@@ -170,6 +172,41 @@ def test_a_chat_is_the_same_text(both: tuple[FileTokenizer, Any], content: str) 
         assert said == theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=begin)
     request = GenerationRequest(request_id="r", messages=tuple(MESSAGES), sampling=Sampling(max_tokens=4))
     assert encode_prompt(ours, request, 10_000) == encode_prompt(theirs, request, 10_000)
+
+
+def rebuilt(folder: Path) -> None:
+    """transformers makes tokenizers of this class anew, with a cut of the class's own."""
+    save_tiny_tokenizer(folder)
+    change(folder, tokenizer_class="Qwen2Tokenizer")
+
+
+def without_tokenizer_json(folder: Path) -> None:
+    save_tiny_tokenizer(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(content["model"]["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    change(folder, tokenizer_class="GPT2Tokenizer")
+
+
+@pytest.mark.parametrize("kind", [*KINDS[:-1], rebuilt, without_tokenizer_json], ids=lambda kind: kind.__name__)
+def test_a_bundle_gets_files_that_mean_the_same_to_both(kind: Callable[[Path], None], tmp_path: Path) -> None:
+    model, station = tmp_path / "model", tmp_path / "station"
+    model.mkdir()
+    station.mkdir()
+    kind(model)
+    given = dict(small_files(model))
+    for path, data in (files := station_small_files(model)).items():
+        (tmp_path / path).write_bytes(data)
+    assert (files == given) == (kind in KINDS)  # what both read alike is left as it is
+    wanted = AutoTokenizer.from_pretrained(model)
+    for tokenizer in (load_tokenizer(station), AutoTokenizer.from_pretrained(station)):
+        for text in ("Hello  wörld 123 <eos>", "a\n\n b it's"):
+            assert tokenizer(text)["input_ids"] == wanted(text)["input_ids"]
+        assert bool(tokenizer.chat_template) == bool(wanted.chat_template)
+        if wanted.chat_template:
+            said = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+            assert said == wanted.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
 
 
 # What templates use: statements on lines of their own, loops that end early, JSON, names that change, dates, marks.

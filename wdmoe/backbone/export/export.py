@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -24,7 +24,8 @@ from wdmoe.backbone.export.output_norms import probes
 from wdmoe.backbone.export.progress import ExportProgress
 from wdmoe.backbone.export.resume import Journal
 from wdmoe.backbone.export.shards import station_shards
-from wdmoe.backbone.export.station_files import safetensors_parts, small_files
+from wdmoe.backbone.export.station_files import safetensors_parts
+from wdmoe.backbone.export.tokenizer_files import station_small_files
 from wdmoe.backbone.families import experts_names, gate_temperature, on_drop_of, rank_of, top_k_of
 from wdmoe.backbone.format.bundle import (
     FORMAT_VERSION,
@@ -57,47 +58,6 @@ class ExportSettings:
             raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
 
 
-class Tensors(Protocol):
-    """Where an export reads weights: a `Checkpoint` folder, or a `WeightsInMemory`."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Of what is read: a half-finished export goes on only with the same."""
-        ...
-
-    def keys(self) -> list[str]:
-        """Names of all tensors."""
-        ...
-
-    def size(self, key: str) -> int:
-        """Bytes of a tensor."""
-        ...
-
-    def read(self, key: str) -> torch.Tensor:
-        """A tensor."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class WeightsInMemory:
-    """Weights under the names of a transformers model's parameters, of which the caller says what they are."""
-
-    weights: Mapping[str, torch.Tensor]
-    fingerprint: str
-
-    def keys(self) -> list[str]:
-        """Names of all tensors."""
-        return list(self.weights)
-
-    def size(self, key: str) -> int:
-        """Bytes of a tensor."""
-        return self.weights[key].nbytes
-
-    def read(self, key: str) -> torch.Tensor:
-        """A tensor; it shares memory."""
-        return self.weights[key]
-
-
 @dataclass(frozen=True, slots=True)
 class _Layer:
     """What is to be done for one MoE layer."""
@@ -125,32 +85,16 @@ def export_bundle(model: Path, out: Path, settings: ExportSettings, progress: Ex
             `out` is not free, or the disk is full.
     """
     checkpoint = Checkpoint.open(model)
-    named = replace(settings, name=settings.name or model.resolve().name)
-    return export_tensors(checkpoint, dict(small_files(model)), read_config(model), out, named, progress)
-
-
-def export_tensors(
-    tensors: Tensors,
-    small: dict[str, bytes],
-    config: Any,
-    out: Path,
-    settings: ExportSettings,
-    progress: ExportProgress | None = None,
-) -> Manifest:
-    """As `export_bundle`, from weights that need not lie in a checkpoint folder.
-
-    Args:
-        small: config and tokenizer, by their paths in the bundle.
-        config: of the transformers model.
-    """
+    settings = replace(settings, name=settings.name or model.resolve().name)
+    small, config = station_small_files(model), read_config(model)
     skeleton = meta_model(config)
-    conversion = Conversion(skeleton, tensors.keys())
+    conversion = Conversion(skeleton, checkpoint.keys())
     if missing := conversion.missing():
         raise BundleError(f"{settings.name} has no weights for {missing[0]!r} ({len(missing)} are missing in all)")
-    plan = _plan(skeleton, conversion, tensors)
+    plan = _plan(skeleton, conversion, checkpoint)
     about = _about(skeleton, config, small, settings.name)
-    with Journal(out, _identity(tensors, small, settings)) as journal, torch.no_grad():
-        work = _Work(tensors, conversion, skeleton, journal, progress)
+    with Journal(out, _identity(checkpoint, small, settings)) as journal, torch.no_grad():
+        work = _Work(checkpoint, conversion, skeleton, journal, progress)
         try:
             station = [*work.copies(small), *work.station(plan)]
             experts, width = work.experts(plan, settings.precision)
@@ -167,7 +111,7 @@ class _Work:
 
     def __init__(
         self,
-        checkpoint: Tensors,
+        checkpoint: Checkpoint,
         conversion: Conversion,
         skeleton: Any,
         journal: Journal,
@@ -257,7 +201,7 @@ class _Work:
         return sum(self._checkpoint.size(key) for key, _ in group.sources)
 
 
-def _plan(skeleton: Any, conversion: Conversion, checkpoint: Tensors) -> _Plan:
+def _plan(skeleton: Any, conversion: Conversion, checkpoint: Checkpoint) -> _Plan:
     """Which parameters go where. The same checkpoint always gives the same plan."""
     prefixes = {layer: f"{name}." for layer, name in experts_names(skeleton).items()}
     of_layer: dict[int, list[Group]] = {layer: [] for layer in prefixes}
@@ -315,7 +259,7 @@ def _about(skeleton: Any, config: Any, small: dict[str, bytes], name: str) -> di
     }
 
 
-def _identity(checkpoint: Tensors, small: dict[str, bytes], settings: ExportSettings) -> str:
+def _identity(checkpoint: Checkpoint, small: dict[str, bytes], settings: ExportSettings) -> str:
     """What a half-finished export must have in common with this one to be resumed."""
     digest = hashlib.sha256(checkpoint.fingerprint.encode())
     for path, data in small.items():

@@ -12,9 +12,9 @@ from wdmoe.backbone.format.bundle import STATION_FOLDER
 from wdmoe.backbone.format.tensor_file import Stored, tensor_file_parts
 from wdmoe.errors import BundleError
 
+CONFIG_NAMES = ("config.json", "generation_config.json")
 _NAMES = (
-    "config.json",
-    "generation_config.json",
+    *CONFIG_NAMES,
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",

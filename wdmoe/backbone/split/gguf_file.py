@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 from gguf import GGUFReader, dequantize
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from wdmoe.arrays import Float32Array
-from wdmoe.backbone.text.tokenizer import FileTokenizer
+from wdmoe.backbone.text.tokenizer import FileTokenizer, nothing_added
 from wdmoe.errors import BundleError
 
 _NAMES = {
@@ -95,8 +95,7 @@ class GgufLlama:
         tokenizer = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
         tokenizer.pre_tokenizer = cut()
         tokenizer.decoder = decoders.ByteLevel()
-        # Adds nothing; it stands in the file that transformers writes.
-        tokenizer.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
+        tokenizer.post_processor = nothing_added()
         kinds = self._field("tokenizer.ggml.token_type")
         tokenizer.add_special_tokens(
             [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL_TOKEN]

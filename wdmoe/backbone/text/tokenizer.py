@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from wdmoe.backbone.text.chat_template import render
 from wdmoe.errors import BundleError
@@ -211,6 +212,11 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file.name} holds no JSON object")
     return content
+
+
+def nothing_added() -> TemplateProcessing:
+    """What transformers enters where a tokenizer adds nothing to a text."""
+    return TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
 
 
 def tokenizer_files(tokenizer: FileTokenizer, context_tokens: int) -> dict[str, bytes]:
