@@ -17,6 +17,7 @@ from wdmoe.errors import EngineLostError
 from wdmoe.nodes.supervised.plain import heard, pack, unpacker
 
 MODULE = "wdmoe.nodes.supervised.spawner"
+_NOT_FROM_HERE = f"import sys; sys.path[:] = filter(None, sys.path); from {MODULE} import main; main()"  # -P is 3.11's
 _READ_BYTES = 1 << 16
 _END_S = 2.0
 
@@ -100,9 +101,10 @@ class SpawnerLink:
 
 def _spawn(orders: int) -> subprocess.Popen[bytes]:
     # The working folder may hold wdmoe's source without what was compiled, as after pip install in a clone. Python
-    # would look there first (-P: not), while the settings' relative paths need this folder.
+    # would look there first, while the settings' relative paths need this folder.
     here = Path(__file__).resolve().parents[3] == Path.cwd().resolve()
-    words = [sys.executable, *([] if here else ["-P"]), "-m", MODULE, str(os.getpid()), str(orders)]
+    start = ["-m", MODULE] if here else ["-c", _NOT_FROM_HERE]
+    words = [sys.executable, *start, str(os.getpid()), str(orders)]
     # In a session of its own: Ctrl-C in a terminal is for the front, which ends the others in order.
     return subprocess.Popen(words, stdin=subprocess.DEVNULL, pass_fds=[orders], start_new_session=True)
 
