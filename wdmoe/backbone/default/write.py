@@ -164,8 +164,9 @@ def _probes(weights: Mapping[str, Float32Array], layer: int, epsilon: float) -> 
 
 
 def _outputs(tokens: Float32Array, gate_up: Float32Array, down: Float32Array) -> Float32Array:
-    gate, up = np.split(tokens @ gate_up.T, 2, axis=1)
-    found: Float32Array = (gate / (1 + np.exp(-gate)) * up) @ down.T
+    # Not as products of matrices: a busy machine gives so small ones to threads that wait for each other.
+    gate, up = np.split(np.einsum("tw,nw->tn", tokens, gate_up), 2, axis=1)
+    found: Float32Array = np.einsum("tn,wn->tw", gate / (1 + np.exp(-gate)) * up, down)
     return found
 
 
