@@ -5,16 +5,17 @@ transformers can read GGUF too, but takes 25 s for a 100 MB file where this take
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, dequantize
+from gguf import dequantize
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from wdmoe.arrays import Float32Array
+from wdmoe.backbone.split.gguf_layout import GgufTensor, read_gguf
 from wdmoe.backbone.text.tokenizer import FileTokenizer, nothing_added
 from wdmoe.errors import BundleError
 
@@ -50,20 +51,16 @@ def open_gguf(path: Path) -> GgufLlama:
     Raises:
         BundleError: not a readable GGUF file, or not of a Llama-like architecture that can be split.
     """
-    try:
-        reader = GGUFReader(path)
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise BundleError(f"{path} is not a readable GGUF file: {str(error).splitlines()[0]}") from error
-    return GgufLlama(path, reader)
+    return GgufLlama(path, *read_gguf(path))
 
 
 class GgufLlama:
     """One opened GGUF file of architecture `llama`."""
 
-    def __init__(self, path: Path, reader: Any) -> None:
+    def __init__(self, path: Path, fields: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) -> None:
         self._path = path
-        self._reader = reader
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self._fields = fields
+        self._tensors = tensors
         architecture = self._field("general.architecture")
         if architecture != "llama":
             raise BundleError(f"cannot split a GGUF model of architecture {architecture!r}: only 'llama'")
@@ -78,10 +75,9 @@ class GgufLlama:
         weights: dict[str, Float32Array] = {}
         for name, tensor in self._tensors.items():
             try:
-                array = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+                array = dequantize(tensor.data, tensor.kind).astype(np.float32)
             except (NotImplementedError, ValueError) as error:
-                kind = tensor.tensor_type.name
-                raise BundleError(f"{self._path}: tensor {name} of type {kind} cannot be read") from error
+                raise BundleError(f"{self._path}: tensor {name} of type {tensor.kind.name} cannot be read") from error
             weights[_llama_name(name)] = self._rotary_rows(name, array)
         return weights
 
@@ -107,7 +103,7 @@ class GgufLlama:
     def _config(self) -> dict[str, Any]:
         width, heads = self._field("llama.embedding_length"), self._field("llama.attention.head_count")
         return {
-            "vocab_size": int(self._tensor("token_embd.weight").shape[1]),
+            "vocab_size": self._tensor("token_embd.weight").dimensions[1],
             "hidden_size": width,
             "intermediate_size": self._field("llama.feed_forward_length"),
             "num_hidden_layers": self._field("llama.block_count"),
@@ -135,16 +131,15 @@ class GgufLlama:
         rows, columns = weight.shape
         return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
-    def _tensor(self, name: str) -> Any:
+    def _tensor(self, name: str) -> GgufTensor:
         if name not in self._tensors:
             raise BundleError(f"{self._path} has no tensor {name}")
         return self._tensors[name]
 
     def _field(self, key: str, *default: Any) -> Any:
         """A metadata value; without a default the key must be there."""
-        field = self._reader.fields.get(key)
-        if field is not None:
-            return field.contents()
+        if key in self._fields:
+            return self._fields[key]
         if default:
             return default[0]
         raise BundleError(f"{self._path} lacks the metadata key {key}")
