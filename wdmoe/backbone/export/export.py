@@ -38,6 +38,7 @@ from wdmoe.backbone.format.bundle import (
     manifest_bytes,
     parse_manifest,
 )
+from wdmoe.backbone.format.station_config import said_for_graphs
 from wdmoe.backbone.meta_model import meta_model, read_config
 from wdmoe.config import PRECISIONS
 from wdmoe.errors import BundleError, ConfigError
@@ -86,7 +87,8 @@ def export_bundle(model: Path, out: Path, settings: ExportSettings, progress: Ex
     """
     checkpoint = Checkpoint.open(model)
     settings = replace(settings, name=settings.name or model.resolve().name)
-    small, config = station_small_files(model), read_config(model)
+    config = read_config(model)
+    small = with_all_said(station_small_files(model), config)
     skeleton = meta_model(config)
     conversion = Conversion(skeleton, checkpoint.keys())
     if missing := conversion.missing():
@@ -257,6 +259,16 @@ def _about(skeleton: Any, config: Any, small: dict[str, bytes], name: str) -> di
         "gate_temperature": gate_temperature(config),
         "rank": rank_of(config),
     }
+
+
+def with_all_said(small: dict[str, bytes], config: Any) -> dict[str, bytes]:
+    """The small files, with a config.json that says what transformers reads in it, where graphs ask for it."""
+    path = f"{STATION_FOLDER}/config.json"
+    given, read = json.loads(small[path]), json.loads(config.to_json_string(use_diff=False))
+    said = {name: read[name] for name in said_for_graphs(config.model_type) if name in read}
+    if given | said == given:
+        return small
+    return {**small, path: (json.dumps(given | said, indent=2, sort_keys=True) + "\n").encode()}
 
 
 def _identity(checkpoint: Checkpoint, small: dict[str, bytes], settings: ExportSettings) -> str:

@@ -194,7 +194,7 @@ def station_plan(config: Mapping[str, Any], tensors: Collection[str], moe_layers
     """Read a plan.
 
     Args:
-        config: what transformers reads in config.json, with the family's defaults.
+        config: of config.json, which says all that `wdmoe.backbone.format.station_config` lists.
         tensors: names of the station's tensors.
         moe_layers: decoder layers with experts.
     Raises:

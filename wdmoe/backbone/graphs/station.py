@@ -10,17 +10,17 @@ import numpy as np
 
 from wdmoe.arrays import Float32Array, Int32Array
 from wdmoe.backbone.format.bundle import Bundle, Manifest
+from wdmoe.backbone.format.station_config import left_out
 from wdmoe.backbone.graphs.cache import Row, Rows
 from wdmoe.backbone.graphs.passes import Passes, RunLayer, Turns
 from wdmoe.backbone.graphs.plan import station_plan
 from wdmoe.backbone.graphs.prefixes import Prefixes
 from wdmoe.backbone.graphs.running import GraphModel
 from wdmoe.backbone.graphs.tensors import StationTensors
-from wdmoe.backbone.meta_model import read_config
 from wdmoe.backbone.runtime.choosing import Chooser
 from wdmoe.backbone.runtime.job import Job, Telling, end_tokens
 from wdmoe.backbone.text.tokenizer import TextTokenizer, load_tokenizer
-from wdmoe.errors import BundleError, CancelledRequestError
+from wdmoe.errors import BundleError, CancelledRequestError, UnsupportedModelError
 from wdmoe.heap import return_memory
 from wdmoe.layer_call import Caller
 from wdmoe.receipt import Ledger
@@ -149,7 +149,9 @@ def load_graph_station(
         UnsupportedModelError: there are no graphs for this model.
         BundleError: the station's files do not make up the model.
     """
-    config = read_config(bundle.station_folder).to_dict()  # with what the family takes where the file is silent
+    config = _json(bundle, "config.json")
+    if unsaid := left_out(config):  # of an earlier wdmoe: what the family takes then is transformers' to know
+        raise UnsupportedModelError(f"its config.json does not say {unsaid[0]}, which an export of today writes down")
     tensors = StationTensors(bundle.station_weights())
     plan = station_plan(config, tensors, bundle.manifest.moe_layers)
     positions = bundle.manifest.context_tokens
@@ -158,7 +160,7 @@ def load_graph_station(
     except KeyError as error:
         raise BundleError(f"{bundle.root}: the station lacks {error}; export it again") from error
     return_memory()  # what the graphs were made of
-    generation = _generation(bundle)
+    generation = _json(bundle, "generation_config.json", optional=True)
     ends = end_tokens(generation.get("eos_token_id", config.get("eos_token_id")))
     return GraphStation(
         model,
@@ -173,12 +175,13 @@ def load_graph_station(
     )
 
 
-def _generation(bundle: Bundle) -> dict[str, Any]:
-    name = "generation_config.json"
+def _json(bundle: Bundle, name: str, *, optional: bool = False) -> dict[str, Any]:
     try:
         content = json.loads((bundle.station_folder / name).read_bytes())
-    except FileNotFoundError:
-        return {}
+    except FileNotFoundError as error:
+        if optional:
+            return {}
+        raise BundleError(f"{bundle.root}: the station has no {name}") from error
     except (OSError, ValueError) as error:
         raise BundleError(f"{bundle.root}: {name} cannot be read: {error}") from error
     if not isinstance(content, dict):
