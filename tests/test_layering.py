@@ -60,6 +60,16 @@ VERIFICATION = "wdmoe.moe.verification."
 WITHIN_MOE = {("expert", "providers"), ("providers", "expert")}
 LIGHT = ("wdmoe.moe.expert.", "wdmoe.nodes.device.", "wdmoe.transport.")  # run on boards without torch
 HEAVY = {"torch", "transformers", "accelerate", "safetensors"}
+# A base station with graphs, and what makes the default model's bundle.
+STATION = (
+    "wdmoe.backbone.default.bundle.",
+    "wdmoe.backbone.default.write.",
+    "wdmoe.backbone.graphs.",
+    "wdmoe.nodes.base_station.",
+    "wdmoe.nodes.supervised.",
+    "wdmoe.serving.",
+)
+EXTRA_EXPORT = {"torch", "transformers", "accelerate"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "cloudpickle", "joblib"}
 # joblib moves its work between processes of one owner as pickles; nothing of a peer gets there.
 OURS_TO_PICKLE = ("wdmoe.simulation.study", "joblib")
@@ -150,6 +160,14 @@ def heavy_on_a_board(sources: Sources) -> Iterator[str]:
                 yield f"{name} loads {package}: {statement}"
 
 
+def torch_at_a_station(sources: Sources) -> Iterator[str]:
+    """What a base station with graphs imports needs no torch."""
+    for name in sources.paths:
+        if f"{name}.".startswith(STATION):
+            for package, statement in reached(sources, name, EXTRA_EXPORT.__contains__).items():
+                yield f"{name} loads {package}: {statement}"
+
+
 def import_cycles(sources: Sources) -> Iterator[str]:
     """No two files need each other to be imported."""
     graph = {name: {i.module for i in sources.inside(name) if i.at_import} - {name} for name in sources.paths}
@@ -192,6 +210,7 @@ RULES: list[Rule] = [
     production_with_oracles,
     foreign_bytes_and_asserts,
     heavy_on_a_board,
+    torch_at_a_station,
     import_cycles,
     crowded_folders,
     python_in_native_code,
@@ -267,6 +286,7 @@ SPOILT: dict[str, tuple[str, str]] = {
     "production_with_oracles": ("wdmoe/nodes/local/process.py", "from wdmoe.solver.reference.native import top_k\n"),
     "foreign_bytes_and_asserts": ("wdmoe/nodes/local/process.py", "def ran(text):\n    eval(text)\n"),
     "heavy_on_a_board": ("wdmoe/transport/codec/wire.py", "class Wire:\n    import torch.nn\n"),
+    "torch_at_a_station": ("wdmoe/serving/app.py", "import transformers\n"),
     "import_cycles": ("wdmoe/arrays.py", "from wdmoe import records\n"),
     "crowded_folders": ("wdmoe/cli/more.py", ""),
     "python_in_native_code": ("native/wdmoe/top.hpp", "#include <Python.h>\n"),

@@ -23,7 +23,6 @@ from wdmoe.arrays import Float32Array, Int32Array
 from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.families import experts_modules
 from wdmoe.backbone.format.bundle import Bundle
-from wdmoe.backbone.format.config_fields import GRAPH_FIELDS
 from wdmoe.backbone.graphs.buffers import Span
 from wdmoe.backbone.graphs.cache import Former, Row, Rows
 from wdmoe.backbone.graphs.plan import SUPPORTED, station_plan
@@ -104,31 +103,6 @@ def test_logits_are_those_of_transformers(family: str, more: dict[str, Any], rng
         np.testing.assert_allclose(scores[0], want[at], atol=WITHIN)
     whole = pair.step(ids, pair.rows.enter(60), scored=None)
     np.testing.assert_allclose(whole, want, atol=WITHIN)
-
-
-class _Recorded(dict[str, Any]):
-    """What is read of it."""
-
-    def __init__(self, content: dict[str, Any]) -> None:
-        super().__init__(content)
-        self.read: set[str] = set()
-
-    def __getitem__(self, name: str) -> Any:
-        self.read.add(name)
-        return super().__getitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.read.add(name)
-        return super().get(name, default)
-
-
-def test_a_bundle_says_all_that_graphs_read() -> None:
-    """An export writes it down, as other families mean something else by leaving it out."""
-    for family, more in CASES:
-        pair = Pair(family, more)
-        config = _Recorded(pair.model.config.to_dict())
-        station_plan(config, pair.tensors, {each.number for each in pair.plan.layers if each.router})
-        assert config.read - set(GRAPH_FIELDS) <= {"rope_theta", "rope_scaling"}  # earlier names
 
 
 def test_every_family_is_tested() -> None:

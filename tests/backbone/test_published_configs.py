@@ -6,15 +6,19 @@ Left out are fields that no plan reads, and `quantization_config`: such a checkp
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoConfig
 
+from wdmoe.backbone.export.export import with_all_said
 from wdmoe.backbone.families import experts_modules
+from wdmoe.backbone.format.station_config import left_out, said_for_graphs
 from wdmoe.backbone.graphs.cache import Rows
-from wdmoe.backbone.graphs.plan import Gated, StationPlan, station_plan
+from wdmoe.backbone.graphs.plan import SUPPORTED, Gated, StationPlan, station_plan
 from wdmoe.backbone.meta_model import meta_model, read_config
 
 YARN = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}
@@ -142,6 +146,51 @@ def test_a_plan_is_made_and_all_that_it_names_is_there(name: str, tmp_path: Path
         assert plan.rope.factor == pytest.approx(rotary.attention_scaling)
     if name in KEPT_BYTES:
         assert Rows(plan).size_bytes(256) == 256 * KEPT_BYTES[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_an_export_writes_down_is_the_plan_without_transformers(name: str, tmp_path: Path) -> None:
+    """And transformers reads in it what it read before."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(PUBLISHED[name]))
+    config = read_config(tmp_path)
+    before = config.to_dict()
+    written = with_all_said({"station/config.json": file.read_bytes()}, config)["station/config.json"]
+    model = meta_model(config)
+    moe, tensors = set(experts_modules(model)), set(model.state_dict())
+    asked = Asked(json.loads(written))
+    assert not left_out(asked.content)
+    found, wanted = station_plan(asked, tensors, moe), station_plan(before, tensors, moe)
+    np.testing.assert_array_equal(found.rope.frequencies, wanted.rope.frequencies)
+    assert replace(found, rope=wanted.rope) == wanted
+    assert found.rope.factor == wanted.rope.factor
+    fields = AutoConfig.for_model(config.model_type).to_dict().keys()  # what it always has, with or without a default
+    assert asked.names & fields <= {*said_for_graphs(config.model_type), "model_type"}
+    file.write_bytes(written)
+    assert read_config(tmp_path).to_dict() == before
+
+
+class Asked(dict[str, Any]):
+    """A config that notes what it is asked."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        super().__init__(content)
+        self.content, self.names = content, set[str]()
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_what_must_be_said_is_what_the_family_has_a_field_for(family: str) -> None:
+    has = AutoConfig.for_model(family).to_dict().keys()
+    every = {name for each in SUPPORTED for name in said_for_graphs(each)}
+    assert set(said_for_graphs(family)) == every & has
 
 
 def named(plan: StationPlan) -> set[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,12 +52,16 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that has graphs, and one that has none."""
+    """One that has graphs, one that has none, and one of an earlier wdmoe, whose config leaves something out."""
     folder = tmp_path_factory.mktemp("models")
-    save_tiny("mixtral", folder / "mixtral", **HEADS)
-    save_tiny("phimoe", folder / "phimoe")
-    for family in ("mixtral", "phimoe"):
-        assert run_here("export", str(folder / family), str(folder / f"{family}-bundle")).returncode == 0
+    save_tiny("mixtral", folder / "whole", **HEADS)
+    save_tiny("mixtral", folder / "narrow")
+    for name in ("whole", "narrow"):
+        assert run_here("export", str(folder / name), str(folder / f"{name}-bundle")).returncode == 0
+    config = shutil.copytree(folder / "whole-bundle", folder / "silent-bundle") / "station/config.json"
+    text = config.read_text()
+    kept = {name: value for name, value in json.loads(text).items() if name != "rope_parameters"}
+    config.write_text(json.dumps(kept).ljust(len(text)))  # the manifest states its size
     return folder
 
 
@@ -66,7 +72,7 @@ def test_the_refusal_refuses(asked: Path) -> None:
 
 
 def test_a_station_with_graphs_answers_and_asks_for_neither(asked: Path, bundles: Path, tmp_path: Path) -> None:
-    with station(tmp_path, bundles / "mixtral-bundle", "--device", "cpu") as served:
+    with station(tmp_path, bundles / "whole-bundle", "--device", "cpu") as served:
         served.add_devices()
         assert served.status()["computed_by"] == "graphs"
         _asks_all(served)
@@ -91,20 +97,24 @@ def _asks_all(served: Station) -> None:
 
 @pytest.mark.usefixtures("asked")
 @pytest.mark.parametrize(
-    ("family", "flags", "reason"),
-    [("phimoe", (), "phimoe"), ("mixtral", ("--dtype", "bfloat16"), "float32, not bfloat16")],
+    ("name", "flags", "reason"),
+    [
+        ("narrow", (), "heads of multiples of 16"),
+        ("whole", ("--dtype", "bfloat16"), "float32, not bfloat16"),
+        ("silent", (), "rope_parameters"),
+    ],
 )
 def test_what_has_no_graphs_says_what_to_install(
-    family: str, flags: tuple[str, ...], reason: str, bundles: Path, tmp_path: Path
+    name: str, flags: tuple[str, ...], reason: str, bundles: Path, tmp_path: Path
 ) -> None:
     where = ("--bind", f"tcp://127.0.0.1:{free_ports(2)}", "--http", "off", "--state", str(tmp_path / "bs"))
-    line = fails(run("bs", str(bundles / f"{family}-bundle"), "--device", "cpu", *where, *flags))
+    line = fails(run("bs", str(bundles / f"{name}-bundle"), "--device", "cpu", *where, *flags))
     assert reason in line
     assert line.endswith("pip install 'wdmoe[export]'")
 
 
 def test_a_bundle_is_verified_without_them(asked: Path, bundles: Path) -> None:
-    assert run("verify", str(bundles / "mixtral-bundle")).returncode == 0
+    assert run("verify", str(bundles / "whole-bundle")).returncode == 0
     assert asked.read_text() == ""
 
 

@@ -38,7 +38,7 @@ from wdmoe.backbone.format.bundle import (
     manifest_bytes,
     parse_manifest,
 )
-from wdmoe.backbone.format.config_fields import whole_config
+from wdmoe.backbone.format.station_config import said_for_graphs
 from wdmoe.backbone.meta_model import meta_model, read_config
 from wdmoe.config import PRECISIONS
 from wdmoe.errors import BundleError, ConfigError
@@ -88,7 +88,7 @@ def export_bundle(model: Path, out: Path, settings: ExportSettings, progress: Ex
     checkpoint = Checkpoint.open(model)
     settings = replace(settings, name=settings.name or model.resolve().name)
     config = read_config(model)
-    small = _small_files(model, config)
+    small = with_all_said(station_small_files(model), config)
     skeleton = meta_model(config)
     conversion = Conversion(skeleton, checkpoint.keys())
     if missing := conversion.missing():
@@ -106,11 +106,6 @@ def export_bundle(model: Path, out: Path, settings: ExportSettings, progress: Ex
         finished = parse_manifest(data)  # what is written can be read
         journal.close(MANIFEST_NAME, data)
     return finished
-
-
-def _small_files(model: Path, config: Any) -> dict[str, bytes]:
-    small, name = station_small_files(model), f"{STATION_FOLDER}/config.json"
-    return {**small, name: whole_config(small[name], config.to_dict())}
 
 
 class _Work:
@@ -264,6 +259,16 @@ def _about(skeleton: Any, config: Any, small: dict[str, bytes], name: str) -> di
         "gate_temperature": gate_temperature(config),
         "rank": rank_of(config),
     }
+
+
+def with_all_said(small: dict[str, bytes], config: Any) -> dict[str, bytes]:
+    """The small files, with a config.json that says what transformers reads in it, where graphs ask for it."""
+    path = f"{STATION_FOLDER}/config.json"
+    given, read = json.loads(small[path]), json.loads(config.to_json_string(use_diff=False))
+    said = {name: read[name] for name in said_for_graphs(config.model_type) if name in read}
+    if given | said == given:
+        return small
+    return {**small, path: (json.dumps(given | said, indent=2, sort_keys=True) + "\n").encode()}
 
 
 def _identity(checkpoint: Checkpoint, small: dict[str, bytes], settings: ExportSettings) -> str:

@@ -194,7 +194,7 @@ def station_plan(config: Mapping[str, Any], tensors: Collection[str], moe_layers
     """Read a plan.
 
     Args:
-        config: of the bundle: whole, see `GRAPH_FIELDS`.
+        config: of config.json, which says all that `wdmoe.backbone.format.station_config` lists.
         tensors: names of the station's tensors.
         moe_layers: decoder layers with experts.
     Raises:
@@ -204,8 +204,6 @@ def station_plan(config: Mapping[str, Any], tensors: Collection[str], moe_layers
     names = _FAMILIES.get(family)
     if names is None:
         raise UnsupportedModelError(f"the graphs know {', '.join(SUPPORTED)}, and not {family or 'this family'}")
-    if "rope_parameters" not in config:  # other families' defaults would give wrong answers without a word
-        raise UnsupportedModelError("config.json leaves out rope_parameters: export the model again")
     if config.get("hidden_act", GATED) != GATED:
         raise UnsupportedModelError(f"the graphs know the activation {GATED}, not {config['hidden_act']}")
     layers = tuple(

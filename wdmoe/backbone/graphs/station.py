@@ -10,6 +10,7 @@ import numpy as np
 
 from wdmoe.arrays import Float32Array, Int32Array
 from wdmoe.backbone.format.bundle import Bundle, Manifest
+from wdmoe.backbone.format.station_config import left_out
 from wdmoe.backbone.graphs.cache import Row, Rows
 from wdmoe.backbone.graphs.passes import Passes, RunLayer, Turns
 from wdmoe.backbone.graphs.plan import station_plan
@@ -19,7 +20,7 @@ from wdmoe.backbone.graphs.tensors import StationTensors
 from wdmoe.backbone.runtime.choosing import Chooser
 from wdmoe.backbone.runtime.job import Job, Telling, end_tokens
 from wdmoe.backbone.text.tokenizer import TextTokenizer, load_tokenizer
-from wdmoe.errors import BundleError, CancelledRequestError
+from wdmoe.errors import BundleError, CancelledRequestError, UnsupportedModelError
 from wdmoe.heap import return_memory
 from wdmoe.layer_call import Caller
 from wdmoe.receipt import Ledger
@@ -149,6 +150,8 @@ def load_graph_station(
         BundleError: the station's files do not make up the model.
     """
     config = _json(bundle, "config.json")
+    if unsaid := left_out(config):  # of an earlier wdmoe: what the family takes then is transformers' to know
+        raise UnsupportedModelError(f"its config.json does not say {unsaid[0]}, which an export of today writes down")
     tensors = StationTensors(bundle.station_weights())
     plan = station_plan(config, tensors, bundle.manifest.moe_layers)
     positions = bundle.manifest.context_tokens
@@ -173,9 +176,8 @@ def load_graph_station(
 
 
 def _json(bundle: Bundle, name: str, *, optional: bool = False) -> dict[str, Any]:
-    path = bundle.station_folder / name
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads((bundle.station_folder / name).read_bytes())
     except FileNotFoundError as error:
         if optional:
             return {}
