@@ -121,9 +121,17 @@ def demands(count: int, experts: int = 2) -> list[Any]:
     return [Demand(rng.permutation(8)[None, :experts].astype(np.int32), weights, None) for _ in range(count)]
 
 
+def layer_call(token: Any, demand: Any, ledger: Any) -> Any:
+    """For one request. Calls of commits before 0bc43de had its account alone."""
+    from wdmoe import layer_call as calls
+
+    if not hasattr(calls, "Callers"):
+        return calls.LayerCall(0, token, demand, ledger)
+    return calls.LayerCall(0, token, demand, calls.Callers([calls.Caller(ledger)], [len(token)]))
+
+
 def time_layer(station: Any, echo: Echo, hidden: int, rounds: int, per_round: int) -> dict[str, list[float]]:
     """Turns of echo and layer; seconds of each."""
-    from wdmoe.layer_call import LayerCall
     from wdmoe.receipt import Ledger
 
     token, asked = one_token(hidden), demands(per_round)
@@ -136,7 +144,7 @@ def time_layer(station: Any, echo: Echo, hidden: int, rounds: int, per_round: in
         for demand in asked:
             compute_before = ledger.device_compute_s
             begun = time.perf_counter()
-            station.layers.run(LayerCall(0, token, demand, ledger))
+            station.layers.run(layer_call(token, demand, ledger))
             elapsed = time.perf_counter() - begun
             compute = ledger.device_compute_s - compute_before
             figures["layer_s"].append(elapsed)
