@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 LEARNT = 0.2  # weight of the newest pass
-USED = 0.75  # of what a stream may be delayed by: passes vary
+USED = 0.6  # of what a stream may be delayed by: passes vary, and HTTP comes on top
 FIRST_TOKENS = 8  # beside streams, before anything was measured
 
 
