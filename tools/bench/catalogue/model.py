@@ -47,12 +47,12 @@ def make_model(name: str, folder: Path) -> Model:
 
 
 def made_up(name: str, folder: Path) -> tuple[Path, Path]:
-    """Checkpoint and bundle of a random model."""
-    from tests.lab.families import save_tiny
+    """Checkpoint and bundle of a random model, whose heads have a size that graphs take: as most users' models."""
+    from tests.lab.families import HEADS, save_tiny
     from wdmoe.backbone.export.export import ExportSettings, export_bundle
 
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars of the exporter
-        checkpoint = save_tiny("mixtral", folder / f"{name}-checkpoint", SEED, **SHAPES[name])
+        checkpoint = save_tiny("mixtral", folder / f"{name}-checkpoint", SEED, **HEADS, **SHAPES[name])
         export_bundle(checkpoint, folder / f"{name}-bundle", ExportSettings(name="made-up"))
     return checkpoint, folder / f"{name}-bundle"
 

@@ -24,9 +24,7 @@ class Bounds:
     patience_s: float = 120.0  # a try that goes on for longer hangs
     descriptors: int = 4  # more than before
     threads: int = 8  # more than before: pools of event loops grow when they are first needed
-    # Growth of the base station over all tries with one cluster. Once some 60 MiB: the process that starts engines
-    # imports what the first one turned out to need.
-    memory_bytes: int = 112 << 20
+    memory_bytes: int = 48 << 20  # growth of the base station over all tries with one cluster
 
     def with_words(self, words: tuple[str, ...]) -> Bounds:
         """Changed by words like `stall_s=0.6`. Raises ValueError naming the word."""
