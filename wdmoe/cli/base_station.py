@@ -176,7 +176,8 @@ from wdmoe.transport.descriptors import raise_descriptor_limit
     type=click.IntRange(min=1),
     default=128,
     show_default=True,
-    help="Tokens of a prompt that are computed before another request gets its turn.",
+    help="Most tokens of prompts in a pass; beside answers in work fewer. By transformers: tokens of a prompt that are "
+    "computed before another request gets its turn.",
 )
 @click.option(
     "--max-active",

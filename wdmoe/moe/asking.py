@@ -20,11 +20,11 @@ from wdmoe.transport.routing import DeviceRoute, Routing
 
 UNKNOWN = 0.5  # share of a deadline after which a copy is asked where no device's times are known yet
 TRIAL_BAND = 0.05  # share of a band for the trial of a slow device
-ANSWER_TOKENS = 4  # orders of a layer with more are a prompt's
+ANSWER_TOKENS = 4  # orders of a layer with more are a prompt's, or those of many answers: as large
 
 
 def is_prompt(call: LayerCall) -> bool:
-    """Whether it is for a prompt's tokens, or for those of an answer."""
+    """Whether it has as many tokens as a prompt, or as few as an answer."""
     return len(call.tokens) > ANSWER_TOKENS
 
 

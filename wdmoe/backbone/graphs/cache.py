@@ -23,6 +23,7 @@ class Slab:
 
     def __init__(self, plan: StationPlan, capacity: int) -> None:
         self.capacity = capacity
+        self.token_bytes = token_bytes(plan)
         shapes = [(SLAB_ROWS, each.attention.kv_heads, capacity, each.attention.head_size) for each in plan.layers]
         self.keys: Sequence[Float32Array] = [np.zeros(shape, np.float32) for shape in shapes]
         self.values: Sequence[Float32Array] = [np.zeros(shape, np.float32) for shape in shapes]
@@ -55,6 +56,11 @@ class Row:
     index: int
     seen: int = 0
 
+    @property
+    def seen_bytes(self) -> int:
+        """Of what is in it."""
+        return self.seen * self.slab.token_bytes
+
     def take(self, former: Former, tokens: int) -> None:
         """Begin with the first tokens of another request of this model."""
         for own, other in ((self.slab.keys, former.keys), (self.slab.values, former.values)):
@@ -79,11 +85,10 @@ class Rows:
         self._plan = plan
         self._dropped = dropped
         self._slabs: list[Slab] = []
-        self._token_bytes = sum(2 * 4 * each.attention.kv_heads * each.attention.head_size for each in plan.layers)
 
     def size_bytes(self, tokens: int) -> int:
         """The most that a row for so many tokens takes."""
-        return self._token_bytes * capacity(tokens)
+        return token_bytes(self._plan) * capacity(tokens)
 
     @property
     def slabs(self) -> int:
@@ -106,6 +111,11 @@ class Rows:
         if slab.empty:
             self._slabs.remove(slab)
             self._dropped(slab)
+
+
+def token_bytes(plan: StationPlan) -> int:
+    """Of one token's keys and values."""
+    return sum(2 * 4 * each.attention.kv_heads * each.attention.head_size for each in plan.layers)
 
 
 def capacity(tokens: int) -> int:

@@ -53,9 +53,9 @@ class Prefixes:
         """Keep nothing of what there is."""
         self._kept.clear()
 
-    def wants(self, row: Row, size_bytes: int) -> bool:
-        """Whether there is room for what is in a row, so many bytes, and it is worth its while."""
-        return row.seen >= LEAST_TOKENS and size_bytes <= self._most_bytes
+    def wants(self, row: Row) -> bool:
+        """Whether there is room for what is in a row, and it is worth its while."""
+        return row.seen >= LEAST_TOKENS and row.seen_bytes <= self._most_bytes
 
     def keep(self, tokens: Int32Array, former: Former) -> None:
         """What a request left. tokens: those that it has seen."""

@@ -37,10 +37,11 @@ class GraphModel:
         self.plan = plan
         self._sessions = StationSessions(plan, weights, bits, threads, positions)
         self._buffers: list[Buffers] = []  # that no pass uses now, the most recently used last
+        self._in_use: list[Buffers] = []
 
     def forget(self, slab: Slab) -> None:
         """A slab is gone: keep nothing of it."""
-        for each in self._buffers:
+        for each in (*self._buffers, *self._in_use):  # a pass of others may be under way
             each.forget(slab)
 
     def run(
@@ -92,13 +93,16 @@ class GraphModel:
         return scores
 
     def _take(self, tokens: int) -> Buffers:
-        for each in self._buffers:
-            if each.tokens == tokens:
-                self._buffers.remove(each)
-                return each
-        return Buffers(self._sessions, tokens)
+        found = next((each for each in self._buffers if each.tokens == tokens), None)
+        if found is None:
+            found = Buffers(self._sessions, tokens)
+        else:
+            self._buffers.remove(found)
+        self._in_use.append(found)
+        return found
 
     def _give_back(self, buffers: Buffers) -> None:
+        self._in_use.remove(buffers)
         if buffers.tokens <= KEPT_TOKENS:
             self._buffers = [*self._buffers, buffers][-KEPT:]
 

@@ -83,7 +83,7 @@ class GraphStation:
         row = self._rows.enter(len(job.prompt_ids) + job.sampling.max_tokens)
         try:
             seen = self._answer(job, telling, row)
-            kept = row.copy() if self.prefixes.wants(row, self._rows.size_bytes(row.seen)) else None
+            kept = row.copy() if self.prefixes.wants(row) else None
         finally:
             self._rows.leave(row)
         finished = telling.finish()
