@@ -110,7 +110,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 FAMILIES = tuple(SETTINGS)
 # Those that the station's graphs know, with variants of each.
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}  # of 16, as the attention wants
+HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}  # of 16, as the attention wants
 SIXTEEN = {"head_dim": 16}
 WIDE = {"head_dim": 32}  # half of which glm4_moe rotates
 LATENT = {"qk_rope_head_dim": 16, "qk_nope_head_dim": 8, "v_head_dim": 12, "num_key_value_heads": 2}
