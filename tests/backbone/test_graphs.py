@@ -216,7 +216,7 @@ def test_only_listed_operators_are_used() -> None:
         ({"model_type": "jamba"}, "jamba"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"head_dim": 8}, "heads of multiples of 16"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
     ],
 )
 def test_what_has_no_graph_is_refused_by_name(change: dict[str, Any], says: str) -> None:

@@ -13,8 +13,6 @@ import numpy.typing as npt
 from wdmoe.arrays import Float32Array
 from wdmoe.errors import UnsupportedModelError
 
-_DEFAULT_THETA = 10_000.0
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rope:
@@ -41,8 +39,8 @@ def rope_of(config: Mapping[str, Any], head_size: int) -> Rope:
     """
     asked = _asked(config)
     kind = _kind(asked)
-    theta = float(asked.get("rope_theta", config.get("rope_theta", _DEFAULT_THETA)))
-    size = int(head_size * float(asked.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) or 1.0))
+    theta = float(asked["rope_theta"])
+    size = int(head_size * float(asked.get("partial_rotary_factor") or 1.0))
     plain = theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
     if kind == "default":
         return Rope(plain)
@@ -66,7 +64,8 @@ def latent_sharpness(config: Mapping[str, Any]) -> float:
 
 
 def _asked(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    found: Mapping[str, Any] = config["rope_parameters"]  # an export of today writes all of it down
+    return found
 
 
 def _kind(asked: Mapping[str, Any]) -> str:
