@@ -88,10 +88,11 @@ async def run(words: Sequence[str], timeout_s: float, lost: Awaitable[str] | Non
     finally:
         if process is not None and talk is not None and not talk.done():
             _kill_all(process)
-        rest = [*watch, *([talk] if talk is not None else [])]
         for each in watch:
             each.cancel()
-        await asyncio.gather(*rest, return_exceptions=True)
+        await asyncio.gather(*watch, return_exceptions=True)
+        if talk is not None:
+            await asyncio.gather(talk, return_exceptions=True)
 
 
 async def _start(words: Sequence[str]) -> Process:

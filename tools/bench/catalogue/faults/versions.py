@@ -77,9 +77,9 @@ def release_before(folder: Path, commit: str = BEFORE) -> Path:
         raise Impossible(f"no sources of {commit}: {archive.stderr.decode().strip()}")
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
         tar.extractall(old, filter="data")
-    for folder in ("wdmoe/solver", "wdmoe/transport/codec"):
-        for file in (ROOT / folder).glob("_native*.so"):
-            shutil.copy(file, old / folder)
+    for package in ("wdmoe/solver", "wdmoe/transport/codec"):
+        for file in (ROOT / package).glob("_native*.so"):
+            shutil.copy(file, old / package)
     environment = {**os.environ, "PYTHONPATH": str(old)}
     words = [sys.executable, "-c", "import wdmoe.nodes.device.device"]
     if subprocess.run(words, env=environment, capture_output=True, cwd=old, check=False).returncode:
