@@ -20,6 +20,8 @@ PLACE = ["place", "x.npz", "--device", "a=1GiB,1ms", "--expert-size", "1MB"]
         (["bs", "default", "--policy", "cosine", "--budget", "1s"], "--budget is for --policy budget"),
         (["bs", "default", "--rank", "energy"], "--rank and --whole-layers are for"),
         (["bs", "default", "--http", "off", "--api-key", "k"], "--api-key does nothing here: it is for"),
+        (["bs", "default", "--engine", "transformers", "--prefix-cache", "0"], "--prefix-cache does nothing here"),
+        (["bs", "default", "--record-trace", "t.npz", "--kv-memory", "1GB"], "--kv-memory does nothing here"),
         (["demo", "--policy", "topk", "--budget-per-token", "0s"], "--budget-per-token does nothing here"),
         (["demo", "--links", "0", "--seed", "3"], "--seed does nothing here: it is for links that are dealt out"),
         (

@@ -327,11 +327,14 @@ def bs(
     for bound in ("budget_s", "budget_per_token_s", "max_dropped"):
         refuse_idle(bound, policy == "budget", "--policy budget")
     refuse_idle("api_key", http[1] >= 0, "a station with --http")
+    by_transformers = engine == "transformers" or record_trace is not None
+    for of_graphs in ("kv_bytes", "prefix_cache_bytes"):
+        refuse_idle(of_graphs, not by_transformers, "graphs, and this base station computes by transformers")
     if allocation and not bandwidth_hz:
         raise click.UsageError("--allocation says how --bandwidth is shared: give that too, as in --bandwidth 20MHz")
     tell_events()
     check_installed("bs", "fastapi", "uvicorn", "jinja2", "onnx", "onnxruntime", "tokenizers")
-    if engine == "transformers" or record_trace is not None:
+    if by_transformers:
         check_installed("export", "torch", "transformers")
     raise_descriptor_limit()
     with needs_extra("bs"):

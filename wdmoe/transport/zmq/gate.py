@@ -36,6 +36,7 @@ _LOOK_MS = 100
 _LOOK_SOON_MS = 20  # while somebody's queue grows, or somebody is new
 _NEW_S = 1.0
 _GROWS = 1 / 16  # of what is borne
+_LEFT_BYTES = 1 << 20  # unread of a connection that ended: no honest peer leaves as much
 _JOIN_S = 5.0
 _SEE_OUT_S = 0.2
 _CALM_S = 3.0  # without long queues before their memory is handed back: that holds up who allocates for some 10 ms
@@ -86,6 +87,7 @@ class Gate:
         self._closing = False
         self._present: dict[int, tuple[Connection, tcp.socket]] = {}  # by libzmq's descriptor, in the order of coming
         self._left_unread: Counter[str] = Counter()  # bytes by origin, of connections that ended
+        self._flooded: set[bytes] = set()  # routes of connections that were cut, or left much, until all is read
         self._looked_s = time.monotonic()
         self._grew_s = math.inf  # when a queue was last long, while this process still has its memory
         self._read_since = False  # all that waited then
@@ -101,11 +103,18 @@ class Gate:
         """How many there are now."""
         return len(self._present)
 
-    def took(self, descriptor: int, route: bytes, size_bytes: int) -> None:
-        """The owner has read a message that came over this descriptor of libzmq's, of so many bytes on the wire."""
+    def took(self, descriptor: int, route: bytes, size_bytes: int) -> bool:
+        """The owner has read a message that came over this descriptor of libzmq's, of so many bytes on the wire.
+
+        Returns:
+            whether it is worth a look: what a flood left behind is not, and would hold others up.
+        """
         present = self._present.get(descriptor)
         if present is not None:
             present[0].took(route, size_bytes)
+            if present[0].cut:
+                return False
+        return route not in self._flooded
 
     def close(self) -> None:
         """Let what was sent go out, end all connections and stop watching. Call before the socket is closed.
@@ -198,6 +207,10 @@ class Gate:
             connection, duplicate = present
             self._look(connection, duplicate, 0.0)
             self._left_unread[connection.origin] += int(connection.held)
+            if connection.cut or connection.held > _LEFT_BYTES:
+                if connection.route:
+                    self._flooded.add(connection.route)
+                self._grew()
             self._forget(descriptor)
         self.ended += 1
         if self._watch is None:  # a link comes back by itself, and its owner need not know
@@ -239,6 +252,7 @@ class Gate:
         if self.drained:
             self.drained = False
             self._left_unread.clear()
+            self._flooded.clear()
             self._read_since = True
         if self._read_since and now_s - self._grew_s > _CALM_S:
             self._grew_s = math.inf
@@ -249,9 +263,13 @@ class Gate:
                 self._cut(connection, "flood", reason)
             grows = connection.unread > _GROWS * self.bounds.first_bytes
             if grows:
-                self._grew_s, self._read_since = now_s, False
+                self._grew()
             soon = soon or grows or now_s - connection.since_s < _NEW_S
         return _LOOK_SOON_MS if soon else _LOOK_MS
+
+    def _grew(self) -> None:
+        """A queue is long, or its sender left one: once it is read, its memory is handed back."""
+        self._grew_s, self._read_since = time.monotonic(), False
 
     def _look(self, connection: Connection, duplicate: tcp.socket, passed_s: float) -> str:
         info = duplicate.getsockopt(tcp.IPPROTO_TCP, tcp.TCP_INFO, _INFO_BYTES)

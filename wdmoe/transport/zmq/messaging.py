@@ -105,7 +105,8 @@ class SocketMessages:
         while rest.more:
             rest = receive(_NOBLOCK, False)
             size_bytes += len(rest) + self._overhead_bytes
-        self.gate.took(int(frame.get(_SRCFD)), route, size_bytes)
+        if not self.gate.took(int(frame.get(_SRCFD)), route, size_bytes):
+            return None
         # What the door said at the handshake, so it is proven; asking each time costs half a microsecond.
         key = str(frame.get(_USER_ID)) if self._secure and self._routed else ""
         if self._admits is not None and not self._admits(key):
