@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import hashlib
 import json
 import shutil
 import weakref
@@ -23,6 +24,7 @@ from wdmoe.arrays import Float32Array, Int32Array
 from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.families import experts_modules
 from wdmoe.backbone.format.bundle import Bundle
+from wdmoe.backbone.format.manifest import MANIFEST_NAME
 from wdmoe.backbone.graphs.buffers import Span
 from wdmoe.backbone.graphs.cache import Former, Row, Rows
 from wdmoe.backbone.graphs.plan import SUPPORTED, station_plan
@@ -316,6 +318,22 @@ def test_what_config_json_does_not_say_is_as_the_family_takes_it(checkpoint: Pat
         lab.close()
     want = window_nats(reference(spoken.parent), torch.from_numpy(windows.astype(np.int64))).numpy()
     np.testing.assert_allclose(got, want, atol=WITHIN)
+
+
+@pytest.mark.parametrize(
+    "change", [{"rope_parameters": None}, {"rope_parameters": {}}, {"hidden_size": "x"}, {"num_attention_heads": 0}]
+)
+def test_a_config_that_no_export_wrote_is_one_line(bundle: Bundle, tmp_path: Path, change: dict[str, Any]) -> None:
+    odd = shutil.copytree(bundle.root, tmp_path / "bundle")
+    spoken = odd / "station" / "config.json"
+    data = json.dumps({**json.loads(spoken.read_text()), **change}).encode()
+    spoken.write_bytes(data)
+    manifest = json.loads((odd / MANIFEST_NAME).read_text())
+    (said,) = (file for file in manifest["station"] if file["path"] == "station/config.json")
+    said.update(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+    (odd / MANIFEST_NAME).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"config\.json cannot be what an export wrote: \w+: "):
+        Lab(Bundle.open(odd), engine="graphs")
 
 
 def test_tensors_come_out_as_they_went_in(tmp_path: Path) -> None:

@@ -153,7 +153,11 @@ def load_graph_station(
     if unsaid := left_out(config):  # of an earlier wdmoe: what the family takes then is transformers' to know
         raise UnsupportedModelError(f"its config.json does not say {unsaid[0]}, which an export of today writes down")
     tensors = StationTensors(bundle.station_weights())
-    plan = station_plan(config, tensors, bundle.manifest.moe_layers)
+    try:
+        plan = station_plan(config, tensors, bundle.manifest.moe_layers)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"{bundle.root}: config.json cannot be what an export wrote: {type(error).__name__}: {error}"
+        raise BundleError(reason) from error
     positions = bundle.manifest.context_tokens
     try:
         model = GraphModel(plan, tensors, bits=BITS[precision], threads=threads, positions=positions)
