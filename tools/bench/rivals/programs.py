@@ -10,6 +10,7 @@ from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from wdmoe.errors import WdmoeError
 
@@ -88,11 +89,10 @@ async def run(words: Sequence[str], timeout_s: float, lost: Awaitable[str] | Non
     finally:
         if process is not None and talk is not None and not talk.done():
             _kill_all(process)
+        rest: list[asyncio.Future[Any]] = [*watch, *([talk] if talk is not None else [])]
         for each in watch:
             each.cancel()
-        await asyncio.gather(*watch, return_exceptions=True)
-        if talk is not None:
-            await asyncio.gather(talk, return_exceptions=True)
+        await asyncio.gather(*rest, return_exceptions=True)
 
 
 async def _start(words: Sequence[str]) -> Process:

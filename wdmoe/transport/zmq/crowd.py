@@ -59,6 +59,11 @@ class Connection:
     _messages: int = field(default=0, repr=False)
     _mean: float = field(default=float(MESSAGE_BYTES), repr=False)  # bytes of a message, lately
 
+    @property
+    def waiting(self) -> float:
+        """Messages that are unread, about: as many as there would be of the size that it sent lately."""
+        return self.unread / self._mean
+
     def took(self, route: bytes, size_bytes: int) -> None:
         """Its owner has read a message. ROUTER numbers routes upwards: an older one had the same descriptor before."""
         if route < self.route:

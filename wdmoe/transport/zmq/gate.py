@@ -36,7 +36,7 @@ _LOOK_MS = 100
 _LOOK_SOON_MS = 20  # while somebody's queue grows, or somebody is new
 _NEW_S = 1.0
 _GROWS = 1 / 16  # of what is borne
-_LEFT_BYTES = 1 << 20  # unread of a connection that ended: no honest peer leaves as much
+_MOST_LEFT = 1000  # messages unread of a connection that ended: no honest peer leaves as many
 _JOIN_S = 5.0
 _SEE_OUT_S = 0.2
 _CALM_S = 3.0  # without long queues before their memory is handed back: that holds up who allocates for some 10 ms
@@ -87,7 +87,9 @@ class Gate:
         self._closing = False
         self._present: dict[int, tuple[Connection, tcp.socket]] = {}  # by libzmq's descriptor, in the order of coming
         self._left_unread: Counter[str] = Counter()  # bytes by origin, of connections that ended
-        self._flooded: set[bytes] = set()  # routes of connections that were cut, or left much, until all is read
+        self._flooded: set[bytes] = (
+            set()
+        )  # routes of connections that were cut, or left many messages, until all is read
         self._looked_s = time.monotonic()
         self._grew_s = math.inf  # when a queue was last long, while this process still has its memory
         self._read_since = False  # all that waited then
@@ -112,7 +114,7 @@ class Gate:
         present = self._present.get(descriptor)
         if present is not None:
             present[0].took(route, size_bytes)
-            if present[0].cut:
+            if present[0].cut and present[0].route == route:  # not another that had this descriptor before
                 return False
         return route not in self._flooded
 
@@ -207,9 +209,9 @@ class Gate:
             connection, duplicate = present
             self._look(connection, duplicate, 0.0)
             self._left_unread[connection.origin] += int(connection.held)
-            if connection.cut or connection.held > _LEFT_BYTES:
-                if connection.route:
-                    self._flooded.add(connection.route)
+            if connection.route and (connection.cut or connection.waiting > _MOST_LEFT):
+                self._flooded.add(connection.route)
+            if self._is_long(connection):
                 self._grew()
             self._forget(descriptor)
         self.ended += 1
@@ -261,11 +263,14 @@ class Gate:
         for connection, duplicate in list(self._present.values()):
             if (reason := self._look(connection, duplicate, passed_s)) and not connection.cut:
                 self._cut(connection, "flood", reason)
-            grows = connection.unread > _GROWS * self.bounds.first_bytes
+            grows = self._is_long(connection)
             if grows:
                 self._grew()
             soon = soon or grows or now_s - connection.since_s < _NEW_S
         return _LOOK_SOON_MS if soon else _LOOK_MS
+
+    def _is_long(self, queue: Connection) -> bool:
+        return queue.unread > _GROWS * self.bounds.first_bytes
 
     def _grew(self) -> None:
         """A queue is long, or its sender left one: once it is read, its memory is handed back."""
