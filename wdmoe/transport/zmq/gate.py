@@ -33,13 +33,13 @@ _EVENT = struct.Struct("=HI")  # of a monitor: what, and which descriptor
 _RECEIVED_AT = 128  # tcpi_bytes_received in the kernel's struct tcp_info
 _INFO_BYTES = 136
 _LOOK_MS = 100
-_LOOK_SOON_MS = 20  # while somebody's queue grows, or somebody is new
+_LOOK_SOON_MS = 20  # while much is unread, or somebody is new
 _NEW_S = 1.0
 _GROWS = 1 / 16  # of what is borne
 _MOST_LEFT = 1000  # messages unread of a connection that ended: no honest peer leaves as many
 _JOIN_S = 5.0
 _SEE_OUT_S = 0.2
-_CALM_S = 3.0  # without long queues before their memory is handed back: that holds up who allocates for some 10 ms
+_CALM_S = 3.0  # without much unread before their memory is handed back: that holds up who allocates for some 10 ms
 
 
 def _nobody() -> None:
@@ -87,11 +87,10 @@ class Gate:
         self._closing = False
         self._present: dict[int, tuple[Connection, tcp.socket]] = {}  # by libzmq's descriptor, in the order of coming
         self._left_unread: Counter[str] = Counter()  # bytes by origin, of connections that ended
-        self._flooded: set[bytes] = (
-            set()
-        )  # routes of connections that were cut, or left many messages, until all is read
+        # Routes of connections that were cut, or left many messages, until all is read.
+        self._flooded: set[bytes] = set()
         self._looked_s = time.monotonic()
-        self._grew_s = math.inf  # when a queue was last long, while this process still has its memory
+        self._grew_s = math.inf  # when much last waited, while this process still has its memory
         self._read_since = False  # all that waited then
         self._spare_fd: int | None = _spare()
         events = zmq.EVENT_ACCEPTED | zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED
@@ -211,8 +210,6 @@ class Gate:
             self._left_unread[connection.origin] += int(connection.held)
             if connection.route and (connection.cut or connection.waiting > _MOST_LEFT):
                 self._flooded.add(connection.route)
-            if self._is_long(connection):
-                self._grew()
             self._forget(descriptor)
         self.ended += 1
         if self._watch is None:  # a link comes back by itself, and its owner need not know
@@ -251,6 +248,9 @@ class Gate:
         if passed_s * 1000 < _LOOK_SOON_MS:
             return _LOOK_SOON_MS
         self._looked_s = now_s
+        much = self._much_waits()
+        if much:
+            self._grew_s, self._read_since = now_s, False
         if self.drained:
             self.drained = False
             self._left_unread.clear()
@@ -259,22 +259,17 @@ class Gate:
         if self._read_since and now_s - self._grew_s > _CALM_S:
             self._grew_s = math.inf
             return_memory()
-        soon = False
+        soon = much
         for connection, duplicate in list(self._present.values()):
             if (reason := self._look(connection, duplicate, passed_s)) and not connection.cut:
                 self._cut(connection, "flood", reason)
-            grows = self._is_long(connection)
-            if grows:
-                self._grew()
-            soon = soon or grows or now_s - connection.since_s < _NEW_S
+            soon = soon or now_s - connection.since_s < _NEW_S
         return _LOOK_SOON_MS if soon else _LOOK_MS
 
-    def _is_long(self, queue: Connection) -> bool:
-        return queue.unread > _GROWS * self.bounds.first_bytes
-
-    def _grew(self) -> None:
-        """A queue is long, or its sender left one: once it is read, its memory is handed back."""
-        self._grew_s, self._read_since = time.monotonic(), False
+    def _much_waits(self) -> bool:
+        """Whether what waits unread takes memory that is worth handing back: of all together, also who has gone."""
+        held = sum(connection.held for connection, _ in self._present.values())
+        return held + self._left_unread.total() > _GROWS * self.bounds.first_bytes
 
     def _look(self, connection: Connection, duplicate: tcp.socket, passed_s: float) -> str:
         info = duplicate.getsockopt(tcp.IPPROTO_TCP, tcp.TCP_INFO, _INFO_BYTES)
