@@ -16,7 +16,7 @@ from wdmoe.tasks import within
 
 _log = logging.getLogger(__name__)
 
-WAIT_S = 20.0  # for a new engine and its devices; then a request fails
+_START_S = 20.0  # for a new engine to open
 MOST_RESTARTS = 3  # of one request: it may be what ends the engines
 _STATUS_S = 2.0  # an engine that says nothing for so long is told of as it was
 
@@ -24,7 +24,9 @@ _STATUS_S = 2.0  # an engine that says nothing for so long is told of as it was
 class RemoteEngine:
     """A `TextEngine`. Requests outlive the process that works on them: the next one goes on where it ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, rejoin_s: float) -> None:
+        """`rejoin_s`: for devices to come back to a new engine, before it serves without them."""
+        self._wait_s = _START_S + rejoin_s
         self._link: EngineLink | None = None
         self._facts: Mapping[str, Any] = {}
         self._held = asyncio.Event()  # the engine of now has ended
@@ -114,7 +116,7 @@ class RemoteEngine:
 
     async def _ready(self) -> EngineLink:
         try:
-            await within(WAIT_S, self._served.wait())
+            await within(self._wait_s, self._served.wait())
         except asyncio.TimeoutError:
             raise EngineLostError("the process of the model ended, and no other one serves yet") from None
         if self._link is None:

@@ -26,7 +26,7 @@ from wdmoe.tasks import OpenedInSteps, within
 
 _log = logging.getLogger(__name__)
 
-_REJOIN_S = 10.0  # for devices to come back to a new engine; then requests are told what is missing
+_REJOIN_S = 10.0  # for devices to come back to a new engine, at least; then requests are told what is missing
 _LOOK_S = 0.05
 _END_S = 15.0  # for an engine to end in order: it may have a trace to save
 
@@ -48,7 +48,8 @@ class Supervisor(OpenedInSteps):
         self._patience = Patience()
         self._opened_s = 0.0
         self._barred: set[str] = set()  # ids of devices in quarantine, which outlives an engine
-        self.engine = RemoteEngine()
+        self._rejoin_s = max(_REJOIN_S, settings.wait_for_experts_s)  # experts that all went with the engine are lost too
+        self.engine = RemoteEngine(self._rejoin_s)
 
     async def run(self) -> None:
         """Start another engine whenever one ends, until cancelled.
@@ -136,7 +137,7 @@ class Supervisor(OpenedInSteps):
 
     async def _until_served(self, before: str) -> None:
         """Until its devices are back, for some time; they may have been no better `before`."""
-        until_s = time.monotonic() + _REJOIN_S
+        until_s = time.monotonic() + self._rejoin_s
         while time.monotonic() < until_s and not self._link.lost.is_set():
             if (await self.engine.status()).get("state") in ("ok", before):
                 return
