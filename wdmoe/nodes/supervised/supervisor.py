@@ -48,7 +48,7 @@ class Supervisor(OpenedInSteps):
         self._patience = Patience()
         self._opened_s = 0.0
         self._barred: set[str] = set()  # ids of devices in quarantine, which outlives an engine
-        self._rejoin_s = max(_REJOIN_S, settings.wait_for_experts_s)  # experts that all went with the engine are lost too
+        self._rejoin_s = max(_REJOIN_S, settings.wait_for_experts_s)  # all experts are lost with an engine
         self.engine = RemoteEngine(self._rejoin_s)
 
     async def run(self) -> None:
