@@ -251,16 +251,18 @@ def _forbidden(node: ast.AST) -> str:
 
 
 def _drawn(document: str) -> set[str]:
-    """Dotted names in the code block that begins with the line `wdmoe/`. A folder inside a package is indented by 4."""
+    """Dotted names in the code block that begins with the line `wdmoe/`, where what is inside is indented by 2 more."""
     block = re.search(r"^```\w*\nwdmoe/[^\n]*\n(.*?)^```", document, re.MULTILINE | re.DOTALL)
-    names, parent = set(), ""
-    for indent, cell in re.findall(r"^( {2}| {4})(\S+(?: \S+)*)", block.group(1) if block else "", re.MULTILINE):
+    names, above = set(), [""]
+    for indent, cell in re.findall(r"^( {2}| {4}| {6})(\S+(?: \S+)*)", block.group(1) if block else "", re.MULTILINE):
+        depth = len(indent) // 2
         words = [word.rstrip(",") for word in cell.split()]
-        if len(indent) == 4:
-            names |= {f"{parent}.{word.rstrip('/')}" for word in words if word.endswith("/")}
+        if depth == 1:
+            its = [word.rstrip("/").removesuffix(".py") for word in words]
         else:
-            names |= {word.rstrip("/").removesuffix(".py") for word in words}
-            parent = words[0].rstrip("/")
+            its = [f"{above[depth - 1]}.{word.rstrip('/')}" for word in words if word.endswith("/")]
+        names |= set(its)
+        above[depth:] = its[:1]
     return names
 
 

@@ -25,15 +25,16 @@ from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.families import experts_modules
 from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.backbone.format.manifest import MANIFEST_NAME
-from wdmoe.backbone.graphs.buffers import Span
+from wdmoe.backbone.graphs import sessions
 from wdmoe.backbone.graphs.cache import Former, Row, Rows
-from wdmoe.backbone.graphs.plan import SUPPORTED, station_plan
 from wdmoe.backbone.graphs.prefixes import Prefixes
-from wdmoe.backbone.graphs.quantise import quantised
 from wdmoe.backbone.graphs.running import GraphModel
-from wdmoe.backbone.graphs.segments import attention_graph, head_graph, layer_graphs
 from wdmoe.backbone.graphs.tensors import StationTensors
-from wdmoe.backbone.graphs.writing import CONTRIB, OPERATORS
+from wdmoe.backbone.graphs.ways import Span
+from wdmoe.backbone.graphs.writing.graph import CONTRIB, OPERATORS
+from wdmoe.backbone.graphs.writing.plan import SUPPORTED, station_plan
+from wdmoe.backbone.graphs.writing.quantise import quantised
+from wdmoe.backbone.graphs.writing.segments import attention_graph, head_graph, layer_graphs
 from wdmoe.backbone.perplexity import window_nats
 from wdmoe.errors import BundleError, ConfigError, UnsupportedModelError
 from wdmoe.layer_call import Demand
@@ -91,9 +92,14 @@ class Pair:
         return out
 
 
+@pytest.mark.parametrize("in_one", [True, False], ids=["in one graph", "in parts"])
 @pytest.mark.parametrize(("family", "more"), CASES, ids=lambda value: value if isinstance(value, str) else "")
-def test_logits_are_those_of_transformers(family: str, more: dict[str, Any], rng: np.random.Generator) -> None:
+def test_logits_are_those_of_transformers(
+    family: str, more: dict[str, Any], in_one: bool, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A prompt in chunks, then token by token, past every sliding window."""
+    if not in_one:
+        monkeypatch.setattr(sessions, "WHOLE_BYTES", 0)
     pair = Pair(family, more)
     ids = rng.integers(0, 250, 60).astype(np.int32)
     want, row, got = pair.logits(ids), pair.rows.enter(60), {}
@@ -205,7 +211,7 @@ def test_only_listed_operators_are_used() -> None:
             made = [head_graph(pair.plan, pair.tensors, bits)]
             made += [attention_graph(each.attention.shape, 8) for each in pair.plan.layers]
             for graphs in layer_graphs(pair.plan, pair.tensors, bits):
-                made += filter(None, (graphs.before, graphs.after, graphs.shared))
+                made += filter(None, (graphs.before, graphs.after, graphs.whole, graphs.shared))
             for model in map(onnx.load_model_from_string, made):
                 seen |= {(node.domain, node.op_type) for node in model.graph.node}
                 assert {(each.domain, each.version) for each in model.opset_import} == {("", 17), (CONTRIB, 1)}

@@ -18,7 +18,7 @@ from wdmoe.backbone.export.export import with_all_said
 from wdmoe.backbone.families import experts_modules
 from wdmoe.backbone.format.station_config import left_out, said_for_graphs
 from wdmoe.backbone.graphs.cache import Rows
-from wdmoe.backbone.graphs.plan import SUPPORTED, Gated, StationPlan, station_plan
+from wdmoe.backbone.graphs.writing.plan import SUPPORTED, Gated, StationPlan, station_plan
 from wdmoe.backbone.meta_model import meta_model, read_config
 
 YARN = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from wdmoe.arrays import Float32Array
-from wdmoe.backbone.graphs.plan import StationPlan
+from wdmoe.backbone.graphs.writing.plan import StationPlan
 
 SLAB_ROWS = 8  # attention over more rows at once is no faster by row
 LEAST_TOKENS = 256  # of a row's room, which is a power of two times this

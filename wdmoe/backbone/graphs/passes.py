@@ -17,10 +17,10 @@ from greenlet import getcurrent, greenlet
 
 from wdmoe.arrays import Float32Array, Int32Array
 from wdmoe.backbone.graphs.alternation import Alternation
-from wdmoe.backbone.graphs.buffers import Span
 from wdmoe.backbone.graphs.cache import Row
 from wdmoe.backbone.graphs.pace import Pace, shares
 from wdmoe.backbone.graphs.running import GraphModel, RunExperts
+from wdmoe.backbone.graphs.ways import Span
 from wdmoe.errors import CancelledRequestError
 from wdmoe.layer_call import Caller, Callers, Demand, LayerCall
 

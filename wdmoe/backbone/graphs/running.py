@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from wdmoe.arrays import Float32Array, Int32Array
-from wdmoe.backbone.graphs.buffers import Buffers, Span
+from wdmoe.backbone.graphs.buffers import Buffers
 from wdmoe.backbone.graphs.cache import Slab
-from wdmoe.backbone.graphs.plan import StationPlan
 from wdmoe.backbone.graphs.sessions import StationSessions
-from wdmoe.backbone.graphs.writing import Weights
+from wdmoe.backbone.graphs.ways import Span, Way, Ways
+from wdmoe.backbone.graphs.writing.graph import Weights
+from wdmoe.backbone.graphs.writing.plan import StationPlan
 from wdmoe.layer_call import Demand
 
-KEPT = 8  # buffers, of different sizes
+KEPT = 8  # ways with their buffers, of different sizes
 KEPT_TOKENS = 64  # larger ones are not
 
 # layer, (tokens, hidden) and what the gate asks, and what to compute meanwhile -> (tokens, hidden)
@@ -36,12 +37,12 @@ class GraphModel:
         """
         self.plan = plan
         self._sessions = StationSessions(plan, weights, bits, threads, positions)
-        self._buffers: list[Buffers] = []  # that no pass uses now, the most recently used last
-        self._in_use: list[Buffers] = []
+        self._ways: list[Ways] = []  # that no pass uses now, the most recently used last
+        self._in_use: list[Ways] = []
 
     def forget(self, slab: Slab) -> None:
         """A slab is gone: keep nothing of it."""
-        for each in (*self._buffers, *self._in_use):  # a pass of others may be under way
+        for each in (*self._ways, *self._in_use):  # a pass of others may be under way
             each.forget(slab)
 
     def run(
@@ -57,34 +58,31 @@ class GraphModel:
         Returns:
             (scored, vocabulary) scores for the token after each of them.
         """
-        buffers = self._take(len(tokens))
+        ways = self._take(len(tokens))
         try:
-            self._through(buffers, tokens, spans, experts)
-            scores = self._scores(buffers, scored)
+            way = ways.through(spans)
+            self._through(way, ways.buffers, tokens, experts)
+            scores = self._scores(way, ways.buffers, scored)
         finally:
-            self._give_back(buffers)
+            self._give_back(ways)
         for span in spans:
             for row in span.rows:
                 row.seen += span.tokens
         return scores
 
-    def _through(self, buffers: Buffers, tokens: Int32Array, spans: Sequence[Span], experts: RunExperts) -> None:
-        """All layers: `buffers` holds what comes out of the last one."""
+    def _through(self, way: Way, buffers: Buffers, tokens: Int32Array, experts: RunExperts) -> None:
+        """All layers: `way.last` holds what comes out of the last one."""
         buffers.begin(tokens)
-        attentions = [buffers.attention(span, place) for span, place in _placed(spans)]
         for index, layer in enumerate(self.plan.layers):
-            buffers.before(index)
-            for attention in attentions:
-                attention.run(index)
-            buffers.after(index)
+            way.run(index)
             if layer.router is not None:
                 shared = buffers.shared(index)
                 ahead = None if shared is None else shared.compute
                 buffers.take(experts(layer.number, buffers.hidden(), buffers.demand(index), ahead), shared)
 
-    def _scores(self, buffers: Buffers, scored: Int32Array | None) -> Float32Array:
+    def _scores(self, way: Way, buffers: Buffers, scored: Int32Array | None) -> Float32Array:
         wanted = slice(None) if scored is None else scored
-        given = {"x": buffers.last[wanted]}
+        given = {"x": way.last[wanted]}
         if not len(given["x"]):
             return given["x"]
         if self.plan.has_experts_below(len(self.plan.layers)):
@@ -92,25 +90,16 @@ class GraphModel:
         scores: Float32Array = self._sessions.head.run(None, given)[0]
         return scores
 
-    def _take(self, tokens: int) -> Buffers:
-        found = next((each for each in self._buffers if each.tokens == tokens), None)
+    def _take(self, tokens: int) -> Ways:
+        found = next((each for each in self._ways if each.buffers.tokens == tokens), None)
         if found is None:
-            found = Buffers(self._sessions, tokens)
+            found = Ways(self._sessions, tokens)
         else:
-            self._buffers.remove(found)
+            self._ways.remove(found)
         self._in_use.append(found)
         return found
 
-    def _give_back(self, buffers: Buffers) -> None:
-        self._in_use.remove(buffers)
-        if buffers.tokens <= KEPT_TOKENS:
-            self._buffers = [*self._buffers, buffers][-KEPT:]
-
-
-def _placed(spans: Sequence[Span]) -> Sequence[tuple[Span, int]]:
-    """Each span with the place of its first token."""
-    placed, place = [], 0
-    for span in spans:
-        placed.append((span, place))
-        place += span.size
-    return placed
+    def _give_back(self, ways: Ways) -> None:
+        self._in_use.remove(ways)
+        if ways.buffers.tokens <= KEPT_TOKENS:
+            self._ways = [*self._ways, ways][-KEPT:]

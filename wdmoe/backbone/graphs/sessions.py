@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ import numpy.typing as npt
 import onnxruntime
 
 from wdmoe.arrays import Float32Array
-from wdmoe.backbone.graphs.plan import Attention, Layer, StationPlan
-from wdmoe.backbone.graphs.segments import LayerGraphs, attention_graph, head_graph, layer_graphs
-from wdmoe.backbone.graphs.writing import Weights
+from wdmoe.backbone.graphs.writing.graph import Weights
+from wdmoe.backbone.graphs.writing.plan import Attention, Layer, StationPlan
+from wdmoe.backbone.graphs.writing.segments import LayerGraphs, attention_graph, head_graph, layer_graphs
 
 MOST_THREADS = 4  # unless asked for: each session has its own, and a step waits for memory, not for arithmetic
+# Of a layer's weights up to its gate, on average: smaller layers are kept a second time, as one graph. Reading larger
+# ones takes so long that it does not matter how often a graph is run.
+WHOLE_BYTES = 16 << 20
 Session: TypeAlias = Any  # onnxruntime.InferenceSession
 Value: TypeAlias = Any  # onnxruntime.OrtValue
 
@@ -35,6 +39,7 @@ class LayerSessions:
     attention: Session
     sinks: Value | None
     after: Session
+    whole: Session | None  # all three in one
     shared: Session | None
 
 
@@ -47,12 +52,15 @@ class StationSessions:
         self.embedding: Float32Array = weights[plan.embedding]
         self._options = _options(threads)
         self._attention: dict[Attention, Session] = {}
-        graphs = zip(plan.layers, layer_graphs(plan, weights, bits), strict=True)
-        self.layers: Sequence[LayerSessions] = [self._layer(layer, made, weights) for layer, made in graphs]
+        made = layer_graphs(plan, weights, bits)
+        first = next(made)
+        whole = len(first.whole) <= WHOLE_BYTES
+        graphs = zip(plan.layers, itertools.chain([first], made), strict=True)
+        self.layers: Sequence[LayerSessions] = [self._layer(layer, each, weights, whole) for layer, each in graphs]
         self.head = self._session(head_graph(plan, weights, bits))
         self.cos, self.sin = (as_value(table) for table in plan.rope.tables(positions))
 
-    def _layer(self, layer: Layer, graphs: LayerGraphs, weights: Weights) -> LayerSessions:
+    def _layer(self, layer: Layer, graphs: LayerGraphs, weights: Weights, whole: bool) -> LayerSessions:
         part = layer.attention
         if part.shape not in self._attention:
             graph = attention_graph(part.shape, len(self.plan.rope.frequencies))
@@ -64,6 +72,7 @@ class StationSessions:
             attention=self._attention[part.shape],
             sinks=as_value(weights[f"{part.prefix}sinks"]) if part.sinks else None,
             after=self._session(graphs.after),
+            whole=self._session(graphs.whole) if whole else None,
             shared=None if graphs.shared is None else self._session(graphs.shared),
         )
 

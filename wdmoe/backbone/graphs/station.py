@@ -13,10 +13,10 @@ from wdmoe.backbone.format.bundle import Bundle, Manifest
 from wdmoe.backbone.format.station_config import left_out
 from wdmoe.backbone.graphs.cache import Row, Rows
 from wdmoe.backbone.graphs.passes import Passes, RunLayer, Turns
-from wdmoe.backbone.graphs.plan import station_plan
 from wdmoe.backbone.graphs.prefixes import Prefixes
 from wdmoe.backbone.graphs.running import GraphModel
 from wdmoe.backbone.graphs.tensors import StationTensors
+from wdmoe.backbone.graphs.writing.plan import station_plan
 from wdmoe.backbone.runtime.choosing import Chooser
 from wdmoe.backbone.runtime.job import Job, Telling, end_tokens
 from wdmoe.backbone.text.tokenizer import TextTokenizer, load_tokenizer

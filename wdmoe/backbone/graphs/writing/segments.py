@@ -4,16 +4,21 @@
 
 `before` and `after` take the tokens of all requests of a pass, one below the other: (tokens, width). Attention takes
 some requests at a time, (rows, tokens, width), and holds no weights: layers of the same shape share one graph.
+
+`whole` is all three in one, for a pass whose requests attention takes at once. A run of a graph costs some 0.05 ms of
+its own when the weights of others went through the caches in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from wdmoe.backbone.graphs import latent, pieces
-from wdmoe.backbone.graphs.plan import Attention, Gated, Layer, StationPlan
-from wdmoe.backbone.graphs.writing import FLOAT, INT32, Graph, Weights
+import numpy as np
+
+from wdmoe.backbone.graphs.writing import latent, pieces
+from wdmoe.backbone.graphs.writing.graph import FLOAT, INT32, INT64, Graph, Weights
+from wdmoe.backbone.graphs.writing.plan import Attention, Gated, Layer, StationPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +27,7 @@ class LayerGraphs:
 
     before: bytes  # x -> query, and key and value where they are apart; where experts are below: x, moe -> y, query ...
     after: bytes  # x, attention -> y, and where experts follow: hidden, gate, weights, experts
+    whole: bytes  # x, past, axis (of the rows, or of the tokens of one row) -> present, and what `after` gives
     shared: bytes | None  # the shared expert: x -> y, to be computed while the others are away
 
 
@@ -37,6 +43,7 @@ def layer_graphs(plan: StationPlan, weights: Weights, bits: int = 32) -> Iterato
         yield LayerGraphs(
             before=_before(plan, Graph(weights, bits), layer),
             after=_after(plan, Graph(weights, bits), layer),
+            whole=_whole(plan, Graph(weights, bits), layer),
             shared=None if layer.shared is None else _shared(plan, Graph(weights, bits), layer.shared),
         )
 
@@ -55,8 +62,13 @@ def head_graph(plan: StationPlan, weights: Weights, bits: int = 32) -> bytes:
 def attention_graph(part: Attention, rotations: int) -> bytes:
     """query, key, value, past -> attention, present. `rotations`: pairs of each head that are rotated."""
     graph = Graph({}, 32)
-    for name, width in part.widths.items():
-        graph.input(name, FLOAT, ("rows", "tokens", width))
+    values = [graph.input(name, FLOAT, ("rows", "tokens", width)) for name, width in part.widths.items()]
+    attended = _attention(graph, part, values, rotations)
+    graph.output(attended, FLOAT, ("rows", "tokens", part.heads * part.head_size))
+    return graph.finish("attention")
+
+
+def _attention(graph: Graph, part: Attention, values: Sequence[str], rotations: int) -> str:
     for name in ("past_key", "past_value"):
         graph.input(name, FLOAT, ("rows", part.kv_heads, "capacity", part.head_size))
     graph.input("seen", INT32, ("rows",))
@@ -65,22 +77,16 @@ def attention_graph(part: Attention, rotations: int) -> bytes:
     graph.input("sin", FLOAT, ("positions", rotations))
     if part.sinks:
         graph.input("sinks", FLOAT, (part.heads,))
-    pieces.attention(graph, part)
-    graph.output("attention", FLOAT, ("rows", "tokens", part.heads * part.head_size))
+    attended = pieces.attention(graph, part, values)
     for name in ("present_key", "present_value"):
         graph.output(name, FLOAT, ("rows", part.kv_heads, "capacity", part.head_size))
-    return graph.finish("attention")
+    return attended
 
 
 def _before(plan: StationPlan, graph: Graph, layer: Layer) -> bytes:
     x = _residual(graph, plan, layer.number)
-    normed = pieces.norm(graph, x, f"{layer.prefix}input_layernorm.weight", plan.epsilon)
-    part = layer.attention
-    if part.latent is None:
-        values = pieces.query_key_value(graph, normed, part, plan.epsilon)
-    else:
-        values = latent.query_key_value(graph, normed, part, part.latent)
-    for value, (name, width) in zip(values, part.widths.items(), strict=True):
+    values = _query_key_value(plan, graph, layer, x)
+    for value, (name, width) in zip(values, layer.attention.widths.items(), strict=True):
         graph.tell(value, name, width)
     if plan.has_experts_below(layer.number):
         graph.tell(x, "y", plan.hidden)
@@ -90,7 +96,32 @@ def _before(plan: StationPlan, graph: Graph, layer: Layer) -> bytes:
 def _after(plan: StationPlan, graph: Graph, layer: Layer) -> bytes:
     part = layer.attention
     x = graph.input("x", FLOAT, ("tokens", plan.hidden))
-    attended = graph.input("attention", FLOAT, ("tokens", part.heads * part.head_size))
+    _to_the_gate(plan, graph, layer, x, graph.input("attention", FLOAT, ("tokens", part.heads * part.head_size)))
+    return graph.finish(f"after{layer.number}")
+
+
+def _whole(plan: StationPlan, graph: Graph, layer: Layer) -> bytes:
+    part = layer.attention
+    x = _residual(graph, plan, layer.number)
+    axis = graph.input("axis", INT64, (1,))
+    values = [graph.node("Unsqueeze", [value, axis]) for value in _query_key_value(plan, graph, layer, x)]
+    attended = _attention(graph, part, values, len(plan.rope.frequencies))
+    width = graph.constant("attended", np.array([-1, part.heads * part.head_size], np.int64))
+    _to_the_gate(plan, graph, layer, x, graph.node("Reshape", [attended, width]))
+    return graph.finish(f"whole{layer.number}")
+
+
+def _query_key_value(plan: StationPlan, graph: Graph, layer: Layer, x: str) -> Sequence[str]:
+    part = layer.attention
+    normed = pieces.norm(graph, x, f"{layer.prefix}input_layernorm.weight", plan.epsilon)
+    if part.latent is None:
+        return pieces.query_key_value(graph, normed, part, plan.epsilon)
+    return latent.query_key_value(graph, normed, part, part.latent)
+
+
+def _to_the_gate(plan: StationPlan, graph: Graph, layer: Layer, x: str, attended: str) -> None:
+    """From what attention gave to the gate's outputs, or through the feed-forward network."""
+    part = layer.attention
     if part.latent is not None:
         attended = latent.attended(graph, attended, part, part.latent)
     x = _added(graph, plan, x, pieces.biased(graph, attended, f"{part.prefix}o_proj"))
@@ -101,7 +132,6 @@ def _after(plan: StationPlan, graph: Graph, layer: Layer) -> bytes:
     if layer.router is not None:
         pieces.router(graph, normed, layer.router)
         graph.tell(normed, "hidden", plan.hidden)
-    return graph.finish(f"after{layer.number}")
 
 
 def _shared(plan: StationPlan, graph: Graph, part: Gated) -> bytes:

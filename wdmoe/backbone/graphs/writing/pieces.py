@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from wdmoe.backbone.graphs.plan import Attention, Gated, Router
-from wdmoe.backbone.graphs.quantise import BLOCK, quantised
-from wdmoe.backbone.graphs.writing import CONTRIB, INT32, Graph
+from wdmoe.backbone.graphs.writing.graph import CONTRIB, INT32, Graph
+from wdmoe.backbone.graphs.writing.plan import Attention, Gated, Router
+from wdmoe.backbone.graphs.writing.quantise import BLOCK, quantised
 
 NEVER = np.array(-np.inf, np.float32)
 
@@ -93,9 +93,9 @@ def query_key_value(graph: Graph, x: str, part: Attention, epsilon: float) -> Se
     return [_clipped(graph, value, part.clip) for value in values] if part.clip else values
 
 
-def attention(graph: Graph, part: Attention) -> None:
-    """Attention over the rows' caches, rotation included, between the graph's inputs and outputs."""
-    apart = ["query", "key", "value"] if part.norm else ["query", "", ""]
+def attention(graph: Graph, part: Attention, values: Sequence[str]) -> str:
+    """Attention over the rows' caches, rotation included. values: (rows, tokens, width) each, as `Attention.widths`."""
+    apart = [*values, "", ""][:3]
     inputs = [*apart, "past_key", "past_value", "seen", "longest", "cos", "sin"]
     more: dict[str, Any] = {"local_window_size": part.window} if part.window else {}
     graph.nodes(
@@ -103,6 +103,7 @@ def attention(graph: Graph, part: Attention) -> None:
         ["attention", "present_key", "present_value"], domain=CONTRIB, num_heads=part.heads,
         kv_num_heads=part.kv_heads, scale=part.scale, do_rotary=1, rotary_interleaved=int(part.interleaved), **more,
     )  # fmt: skip
+    return "attention"
 
 
 def _clipped(graph: Graph, x: str, most: float) -> str:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from wdmoe.arrays import Float32Array
-from wdmoe.backbone.graphs.pieces import biased, flat, grouped, norm, split
-from wdmoe.backbone.graphs.plan import Attention, Latent
-from wdmoe.backbone.graphs.writing import Graph
+from wdmoe.backbone.graphs.writing.graph import Graph
+from wdmoe.backbone.graphs.writing.pieces import biased, flat, grouped, norm, split
+from wdmoe.backbone.graphs.writing.plan import Attention, Latent
 
 EPSILON = 1e-6  # of norms of latent vectors, whatever config.json says of the others
 

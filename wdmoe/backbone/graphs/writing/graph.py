@@ -26,7 +26,7 @@ OPERATORS = frozenset(
 )  # fmt: skip
 
 Weights = Mapping[str, Float32Array]  # a model's tensors, widened to float32
-FLOAT, INT32 = TensorProto.FLOAT, TensorProto.INT32
+FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
 
 
 class Graph:

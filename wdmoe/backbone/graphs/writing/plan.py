@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from wdmoe.backbone.graphs.rope import Rope, latent_sharpness, rope_of
+from wdmoe.backbone.graphs.writing.rope import Rope, latent_sharpness, rope_of
 from wdmoe.errors import UnsupportedModelError
 
 GATED = "silu"
