@@ -77,6 +77,7 @@ class LayerCall:
     demand: Demand
     callers: Callers
     meanwhile: Callable[[], object] | None = None  # what the base station can do while the devices compute
+    more: bool = False  # another layer follows at once: what need not be booked before it may be booked in it
 
     def of(self, rows: npt.NDArray[np.integer[Any]]) -> LayerCall:
         """For some of the tokens, ascending, once more: there is nothing left to do meanwhile."""

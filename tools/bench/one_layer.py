@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import struct
 import subprocess
@@ -121,38 +122,43 @@ def demands(count: int, experts: int = 2) -> list[Any]:
     return [Demand(rng.permutation(8)[None, :experts].astype(np.int32), weights, None) for _ in range(count)]
 
 
-def layer_call(token: Any, demand: Any, ledger: Any) -> Any:
-    """For one request. Calls of commits before 0bc43de had its account alone."""
+def layer_call(token: Any, demand: Any, ledger: Any, more: bool = False) -> Any:
+    """For one request. Calls of commits before 0bc43de had its account alone, and before `more` all was booked at once.
+
+    `more`: others follow, as in a pass.
+    """
     from wdmoe import layer_call as calls
 
     if not hasattr(calls, "Callers"):
         return calls.LayerCall(0, token, demand, ledger)
-    return calls.LayerCall(0, token, demand, calls.Callers([calls.Caller(ledger)], [len(token)]))
+    call = calls.LayerCall(0, token, demand, calls.Callers([calls.Caller(ledger)], [len(token)]))
+    return dataclasses.replace(call, more=more) if hasattr(call, "more") else call
 
 
-def time_layer(station: Any, echo: Echo, hidden: int, rounds: int, per_round: int) -> dict[str, list[float]]:
-    """Turns of echo and layer; seconds of each."""
+def time_layer(station: Any, echo: Echo, hidden: int, rounds: int, per_round: int) -> dict[str, list[list[float]]]:
+    """Turns of echo and layer; seconds of each, by round."""
     from wdmoe.receipt import Ledger
 
     token, asked = one_token(hidden), demands(per_round)
     names = ("echo_s", "paused_echo_s", "layer_s", "compute_s", "overhead_s")
-    figures: dict[str, list[float]] = {name: [] for name in names}
+    figures: dict[str, list[list[float]]] = {name: [] for name in names}
 
     def turn(model: Any, ledger: Ledger) -> None:
-        for _ in asked:
-            figures["echo_s"].append(echo.once())
-        for demand in asked:
-            compute_before = ledger.device_compute_s
+        figures["echo_s"].append([echo.once() for _ in asked])
+        booked, elapsed = [ledger.device_compute_s], []
+        for demand in asked:  # the layers of one pass
             begun = time.perf_counter()
-            station.layers.run(layer_call(token, demand, ledger))
-            elapsed = time.perf_counter() - begun
-            compute = ledger.device_compute_s - compute_before
-            figures["layer_s"].append(elapsed)
-            figures["compute_s"].append(compute)
-            figures["overhead_s"].append(elapsed - compute)
-        pause_s = float(np.median(figures["compute_s"]))
-        for _ in asked:
-            figures["paused_echo_s"].append(echo.once(pause_s))
+            station.layers.run(layer_call(token, demand, ledger, more=True))
+            elapsed.append(time.perf_counter() - begun)
+            booked.append(ledger.device_compute_s)
+        station.layers.run(layer_call(token, asked[0], ledger))  # and the last one, which is not counted
+        late = booked[1] == booked[0]  # a layer is booked in the next one
+        compute = np.diff([*booked, ledger.device_compute_s])[late : late + len(elapsed)]
+        figures["layer_s"].append(elapsed)
+        figures["compute_s"].append(compute.tolist())
+        figures["overhead_s"].append((np.array(elapsed) - compute).tolist())
+        pause_s = float(np.median(compute))
+        figures["paused_echo_s"].append([echo.once(pause_s) for _ in asked])
 
     for i in range(rounds + 1):
         station.engine.call(turn).result(600)

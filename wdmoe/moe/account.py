@@ -17,16 +17,15 @@ from wdmoe.transport.exchange import Reply
 class Busy:
     """Runs what the base station can do meanwhile, and takes the time."""
 
-    def __init__(self, work: Callable[[], object] | None) -> None:
+    def __init__(self, work: Callable[[], object]) -> None:
         self._work = work
         self.seconds = 0.0
 
     def __call__(self) -> None:
-        """Run it, where there is any."""
-        if self._work is not None:
-            started_s = time.monotonic()
-            self._work()
-            self.seconds = time.monotonic() - started_s
+        """Run it."""
+        started_s = time.monotonic()
+        self._work()
+        self.seconds = time.monotonic() - started_s
 
 
 class Told(NamedTuple):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from wdmoe.arrays import Int32Array
-from wdmoe.layer_call import LayerCall
+from wdmoe.layer_call import Callers, LayerCall
 from wdmoe.moe.account import Busy, Told, book
-from wdmoe.moe.dispatch import Band, Hedging, Part, PartOfBand, Work, dispatch, try_out
+from wdmoe.moe.dispatch import Band, Hedging, Outcome, Part, PartOfBand, Work, dispatch, try_out
 from wdmoe.moe.hedge_budget import HedgeBudget
 from wdmoe.moe.observed import Observed
 from wdmoe.moe.select import Chosen
+from wdmoe.moe.verification.inspector import Unverified
 from wdmoe.transport.exchange import Exchange, Expected
 from wdmoe.transport.routing import DeviceRoute, Routing
 
@@ -47,31 +49,52 @@ class Asking:
         self._exchange = exchange
         self._observed = observed
         self._budget = HedgeBudget()
+        self._owed: list[Callable[[], None]] = []  # what is to be learnt and booked of former exchanges
         exchange.on_aside = observed.learn_aside
 
     def ask(self, routing: Routing, call: LayerCall, chosen: Chosen, wait_s: float, band: Band | None) -> list[Part]:
-        """Have what was chosen computed, learn from how that went, and book what it took.
+        """Have what was chosen computed. What that took is learnt and booked by `settle`, or while the next is awaited.
 
         Args:
             wait_s: the longest time to wait.
             band: that the devices share; None: each has a link of its own.
         """
-        started_s, busy = time.monotonic(), Busy(call.meanwhile)
+        started_s, busy = time.monotonic(), Busy(functools.partial(self._meanwhile, call.meanwhile))
         question = self._question(routing, call, chosen, wait_s, band)
         if self._observed.lateness.slow and self._try_slow(question) and band is not None:
             band = PartOfBand(band, (1 - TRIAL_BAND) * band.total_hz)
         outcome = dispatch(self._exchange, question.work, wait_s, busy, band, question.hedging)
         self._budget.earn(len(outcome.parts))
-        self._observed.learn(outcome, call.callers)
+        unverified = self._observed.judge(outcome, call.callers)
+        elapsed_s = time.monotonic() - started_s
+        self._owed.append(
+            lambda: self._learn(outcome, call.callers, unverified, elapsed_s, busy.seconds),
+        )
+        return outcome.parts
+
+    def settle(self) -> None:
+        """Learn and book what is left of former exchanges."""
+        owed, self._owed = self._owed, []
+        for each in owed:
+            each()
+
+    def _meanwhile(self, work: Callable[[], object] | None) -> None:
+        self.settle()
+        if work is not None:
+            work()
+
+    def _learn(
+        self, outcome: Outcome, callers: Callers, unverified: Sequence[Unverified], elapsed_s: float, busy_s: float
+    ) -> None:
+        self._observed.learn(outcome, callers, unverified)
         served, in_vain = (
             [Told(part.device.name, part.token_rows, part.reply) for part in parts]
             for parts in (outcome.parts, outcome.losers)
         )
-        book(call.callers, served, in_vain, time.monotonic() - started_s, busy.seconds)
+        book(callers, served, in_vain, elapsed_s, busy_s)
         for part in outcome.hedges:
-            for caller, _ in call.callers.among(part.token_rows):
+            for caller, _ in callers.among(part.token_rows):
                 caller.ledger.hedges += 1
-        return outcome.parts
 
     def _question(
         self, routing: Routing, call: LayerCall, chosen: Chosen, wait_s: float, band: Band | None

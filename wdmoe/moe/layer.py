@@ -79,7 +79,7 @@ class ExpertLayers:
         self._last_air: SharedBand | None = None
 
     def run(self, call: LayerCall) -> Float32Array:
-        """Compute one layer for some tokens.
+        """Compute one layer for some tokens. All is booked after the last of several layers (`LayerCall.more`).
 
         Returns:
             (tokens, hidden) float32: the gate-weighted sum over the experts that answered.
@@ -87,7 +87,14 @@ class ExpertLayers:
             ExpertsUnavailableError: not one expert of this layer answered, nor did a substitute, nor came one in time.
             CancelledRequestError: its client went away while it waited for experts.
         """
-        return self._waiting.run(call, self.rules.wait_for_experts_s)
+        more = False
+        try:
+            out = self._waiting.run(call, self.rules.wait_for_experts_s)
+            more = call.more
+        finally:
+            if not more:
+                self._asking.settle()
+        return out
 
     def _serve(self, call: LayerCall) -> Float32Array:
         routing = self.observed.newest(self._routing())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,8 +20,9 @@ from wdmoe.moe.dispatch import Outcome, Part
 from wdmoe.moe.health import DeviceHealth
 from wdmoe.moe.lateness import Lateness
 from wdmoe.moe.serving_speed import ServingSpeed
-from wdmoe.moe.verification.inspector import Inspector
+from wdmoe.moe.verification.inspector import Inspector, Unverified
 from wdmoe.solver.combining import is_finite
+from wdmoe.transport.codec.messages import Result
 from wdmoe.transport.exchange import Order, Reply
 from wdmoe.transport.routing import DeviceRoute, Routing
 
@@ -95,13 +96,23 @@ class Observed:
 
     # ---- what became of orders
 
-    def learn(self, outcome: Outcome, callers: Callers) -> None:
-        """Take in what each device answered and how fast it was, and what was asked in vain."""
+    def judge(self, outcome: Outcome, callers: Callers) -> Sequence[Unverified]:
+        """Take the answers in or refuse them. What else is to be learnt of them is for `learn`, which has time."""
+        judged = (self._judge(part, callers) for part in outcome.parts)
+        return [each for each in judged if each is not None]
+
+    def learn(self, outcome: Outcome, callers: Callers, unverified: Sequence[Unverified]) -> None:
+        """Take in how fast each device was, and what was asked in vain.
+
+        Args:
+            unverified: what `judge` said.
+        """
         now_s = time.monotonic()
+        for answer in unverified:
+            self.inspector.put_off(answer)
         for part in outcome.parts:
-            self._judge(part, callers)
             if part.reply.result is not None:
-                self._clock(part.order, part.reply)
+                self._served(part, part.reply.result)
                 self.lateness.answered(part.order.route, part.order.expected, part.reply.least_s, now_s)
         for part in outcome.losers:
             self._learn_of_loser(part, callers, now_s)
@@ -134,26 +145,32 @@ class Observed:
         elif not reply.timed_out:
             self._judge(part, callers)
 
-    def _judge(self, part: Part, callers: Callers) -> None:
-        """Take a reply in or refuse it, and remember which."""
+    def _judge(self, part: Part, callers: Callers) -> Unverified | None:
+        """Take a reply in or refuse it, and remember who failed."""
         reply, device = part.reply, part.device
         ledgers = tuple(caller.ledger for caller, _ in callers.among(part.token_rows))
+        unverified = None
         if reply.result is not None:
             judged = self.inspector.judge(device, part.order, reply.result.partial, ledgers)
             if judged.partial is None:
                 reply.result, reply.reason = None, judged.reason
             elif judged.partial is not reply.result.partial:
                 reply.result = replace(reply.result, partial=judged.partial)
+            unverified = judged.unverified
         elif reply.malformed:
             self.inspector.malformed(device, part.order, reply.reason, ledgers)
-        if reply.result is not None:
-            link_s = reply.result.link_down_s + reply.result.link_up_s
-            self.health.answered(device.route, reply.answered_s - reply.sent_s, len(part.token_rows), link_s)
-            if len(part.token_rows) == 1:
-                self.speed.saw(device.device_id, len(part.order.experts), reply.result.compute_s)
-        else:
+        if reply.result is None:
             log.warning("device %s, layer %d: %s", device.name, part.order.layer, reply.reason)
             self.health.failed(device.route)
+        return unverified
+
+    def _served(self, part: Part, result: Result) -> None:
+        reply, device, tokens = part.reply, part.device, len(part.token_rows)
+        link_s = result.link_down_s + result.link_up_s
+        self.health.answered(device.route, reply.answered_s - reply.sent_s, tokens, link_s)
+        if tokens == 1:
+            self.speed.saw(device.device_id, len(part.order.experts), result.compute_s)
+        self._clock(part.order, reply)
 
     def _clock(self, order: Order, reply: Reply) -> None:
         seconds = max(reply.answered_s - reply.sent_s - order.expected.air_s, 0.0)

@@ -104,6 +104,7 @@ class Passes:
         self._model = model
         self._run_layer = run
         self._turns = turns
+        self._last = model.last_experts
         self._pace = Pace(most_prompt_tokens)
         self._alternation = Alternation(allowed=alternates)
         self._wishes: list[_Wish] = []
@@ -245,7 +246,7 @@ class Passes:
                 raise CancelledRequestError("the client went away")
             begun_s = time.monotonic()
             try:
-                return self._run_layer(LayerCall(layer, tokens, demand, callers, meanwhile))
+                return self._run_layer(LayerCall(layer, tokens, demand, callers, meanwhile, more=layer < self._last))
             finally:
                 away.seconds += time.monotonic() - begun_s
 

@@ -40,6 +40,11 @@ class GraphModel:
         self._ways: list[Ways] = []  # that no pass uses now, the most recently used last
         self._in_use: list[Ways] = []
 
+    @property
+    def last_experts(self) -> int:
+        """The last layer with experts."""
+        return max((layer.number for layer in self.plan.layers if layer.router is not None), default=-1)
+
     def forget(self, slab: Slab) -> None:
         """A slab is gone: keep nothing of it."""
         for each in (*self._ways, *self._in_use):  # a pass of others may be under way

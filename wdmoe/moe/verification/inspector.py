@@ -45,13 +45,6 @@ ODD_WORDS = {Oddity.TOO_SMALL: "too small to be true", Oddity.TOO_LARGE: "too la
 _DRAW = random.Random(secrets.randbits(256)).random  # noqa: S311
 
 
-class Judged(NamedTuple):
-    """What counts of an answer: `partial`, or nothing for a `reason`."""
-
-    partial: Activations | None
-    reason: str = ""
-
-
 class DeviceFigures(NamedTuple):
     """Of one device, for people."""
 
@@ -72,7 +65,7 @@ class _Device:
     standing: Standing = field(default_factory=Standing)
 
 
-class _Answer(NamedTuple):
+class Unverified(NamedTuple):
     """What is known of an answer before anybody computes it again."""
 
     route: DeviceRoute
@@ -82,6 +75,14 @@ class _Answer(NamedTuple):
     ledgers: tuple[Ledger, ...]  # of the requests that it is for
     odd: Oddity
     row: int  # that is odd
+
+
+class Judged(NamedTuple):
+    """What counts of an answer: `partial`, or nothing for a `reason`."""
+
+    partial: Activations | None
+    reason: str = ""
+    unverified: Unverified | None = None  # for `Inspector.put_off`: nobody has computed all of it again
 
 
 @dataclass(slots=True)
@@ -147,7 +148,7 @@ class Inspector:
         """Look at an answer, as closely as its device deserves."""
         device = self._device(route)
         odd, row = self._oddity(order, partial)
-        answer = _Answer(route, device, order, partial, ledgers, odd, row)
+        answer = Unverified(route, device, order, partial, ledgers, odd, row)
         number, fresh = device.answers, device.fresh
         device.answers, device.fresh = number + 1, fresh + 1
         if odd is Oddity.NOT_FINITE:
@@ -164,14 +165,21 @@ class Inspector:
         if how is Look.LATER:
             given = sample(order, partial, self._some(len(partial), ROWS_LATER))
             self._verifier.later(given, lambda verdict: self._learned(answer, given, verdict), ledgers)
-        self._take(answer)
-        return Judged(partial)
+        return self._taken(answer)
+
+    def put_off(self, answer: Unverified) -> None:
+        """Keep some of it, maybe, to be computed again before its requests end."""
+        if self._verifier is None or self._rate <= 0:
+            return
+        looks = self._look_once(self._verifier, answer)
+        for ledger in answer.ledgers:
+            self._put_off(ledger, answer.route.device_id, looks)
 
     def malformed(self, route: DeviceRoute, order: Order, reason: str, ledgers: tuple[Ledger, ...]) -> None:
         """A device answered with something that no right answer looks like."""
         device = self._device(route)
         device.answers += 1
-        self._lied(_Answer(route, device, order, order.tokens, ledgers, Oddity.NONE, 0), reason)
+        self._lied(Unverified(route, device, order, order.tokens, ledgers, Oddity.NONE, 0), reason)
 
     def figures(self) -> Mapping[str, DeviceFigures]:
         """device id -> its figures. Any thread."""
@@ -222,7 +230,7 @@ class Inspector:
         drawn = {int(self._draw() * rows) for _ in range(most)}
         return np.array(sorted(drawn | ({but} if but >= 0 else set())), np.int32)
 
-    def _look_now(self, verifier: Verifier, answer: _Answer) -> Judged:
+    def _look_now(self, verifier: Verifier, answer: Unverified) -> Judged:
         """Compute it again before it counts: of a prompt, some rows, and all where one is wrong."""
         order, partial, odd = answer.order, answer.partial, answer.odd
         rows = self._some(len(partial), ROWS_NOW, -1 if odd is Oddity.NONE else answer.row)
@@ -238,23 +246,20 @@ class Inspector:
         if verdict.finding is Finding.UNKNOWN and odd is not Oddity.NONE:
             return Judged(None, f"answered with an output {ODD_WORDS[odd]}, which could not be verified")
         if verdict.finding is Finding.UNKNOWN or rows is not None:
-            self._take(answer)
+            return self._taken(answer)
         return Judged(partial)
 
-    def _take(self, answer: _Answer) -> None:
+    def _taken(self, answer: Unverified) -> Judged:
         """It counts, and nobody has computed all of it again."""
-        sampled = self._verifier if self._rate > 0 else None
-        looks = None if sampled is None else self._look_once(sampled, answer)
         for ledger in answer.ledgers:
             if not ledger.unverified:
                 self._requests.append(ledger)
-                if sampled is not None:
-                    ledger.settle = functools.partial(self._settle, sampled, ledger)
+                if self._verifier is not None and self._rate > 0:
+                    ledger.settle = functools.partial(self._settle, self._verifier, ledger)
             ledger.take_unverified(answer.route.device_id, self._lies)
-            if looks is not None:
-                self._put_off(ledger, answer.route.device_id, looks)
+        return Judged(answer.partial, unverified=answer)
 
-    def _look_once(self, verifier: Verifier, answer: _Answer) -> Callable[[], None]:
+    def _look_once(self, verifier: Verifier, answer: Unverified) -> Callable[[], None]:
         """Computes some of it again, when first called."""
         given: Sample | None = sample(answer.order, answer.partial, self._some(len(answer.partial), ROWS_LATER))
 
@@ -289,7 +294,7 @@ class Inspector:
                     look_again()
         ledger.put_off.clear()
 
-    def _learned(self, answer: _Answer, given: Sample, verdict: Verdict) -> None:
+    def _learned(self, answer: Unverified, given: Sample, verdict: Verdict) -> None:
         """A verdict is there."""
         right = verdict.right
         if right is None:
@@ -307,7 +312,7 @@ class Inspector:
             cancelled = np.linalg.norm(right.partial, axis=1) / scale
             self._band.widen(given.layer, right.norms, float(cancelled.min()))
 
-    def _lied(self, answer: _Answer, what: str) -> None:
+    def _lied(self, answer: Unverified, what: str) -> None:
         route, device = answer.route, answer.device
         before, device.standing = device.standing, device.standing.lied(device.answers)
         self._lies[route.device_id] += 1
