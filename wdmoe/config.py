@@ -155,7 +155,7 @@ class StationSettings:
     prefix_cache_bytes: int = 256 << 20  # of keys and values kept for requests that begin with the same tokens
     device: str = "auto"  # torch device of attention and gate
     dtype: str = "auto"
-    threads: int = 0  # torch threads; 0: torch's own default
+    threads: int = 0  # of attention and gate; 0: half of the cores in graphs, 4 at most, else what torch takes
     verify: float = 0.05  # share of a trusted device's answers that is computed again; 0: odd answers only
     placement: Path | None = None
     # Devices that hold each expert, memory allowing: with 2, a lost one costs time but no quality. 0: 2, and further

@@ -29,24 +29,52 @@ def test_alone_a_prompt_has_all_the_room() -> None:
     assert Pace(128).room(0) == 128
 
 
-@pytest.mark.parametrize(("step_s", "token_s"), [(0.05, 0.004), (0.02, 0.001), (0.1, 0.02)])
-def test_a_prompt_takes_as_long_as_a_step_of_the_streams_at_most(step_s: float, token_s: float) -> None:
+@pytest.mark.parametrize(("step_s", "jump_s", "token_s"), [(0.05, 0, 0.004), (0.02, 0.004, 0.001), (0.1, 0.03, 0.02)])
+def test_a_prompt_takes_as_long_as_a_step_of_the_streams_at_most(step_s: float, jump_s: float, token_s: float) -> None:
+    """The first token of a prompt costs more than the next ones: more experts are asked."""
     pace = Pace(128)
     assert pace.room(1) == FIRST_TOKENS
     pace.took(0, 100, 0.03 + 100 * token_s)
-    for _ in range(60):
-        pace.took(1, 0, step_s)
+    pace.took(1, 0, step_s)
+    added = []
+    for _ in range(120):
         room = pace.room(1)
-        pace.took(1, room, step_s + room * token_s)
-    assert 0.3 * step_s <= pace.room(1) * token_s <= step_s
+        added.append(jump_s + room * token_s)
+        pace.took(1, room, step_s + added[-1])
+    assert max(added[30:]) <= step_s
+    assert min(added[30:]) >= 0.3 * step_s
     assert pace.room(2) == pace.room(1)  # nothing is known of two: as of one
 
 
 def test_at_least_one_token_goes_on() -> None:
     pace = Pace(128)
     pace.took(1, 0, 0.01)
-    pace.took(1, 8, 8.0)
+    for _ in range(20):
+        pace.took(1, pace.room(1), 8.0)
     assert pace.room(1) == 1
+
+
+def test_a_hiccup_is_not_a_usual_step() -> None:
+    """One pass of 0.9 s made the next prompt's pieces so long that the stream beside it paused for five steps."""
+    pace, token_s = Pace(128), 0.006
+    pace.took(0, 128, 0.13)  # alone and many at once, a prompt's tokens cost less: that says nothing of a few
+    for seconds in (0.07, 0.07, 0.9, 0.07, 0.07):
+        pace.took(1, 0, seconds)
+    assert pace.room(1) == FIRST_TOKENS
+    rooms = []
+    for number in range(60):
+        rooms.append(pace.room(1))
+        pace.took(1, rooms[-1], 0.9 if number % 7 == 0 else 0.07 + rooms[-1] * token_s)
+    assert max(rooms) * token_s < 0.07
+    assert min(rooms) * token_s > 0.02
+
+
+def test_the_end_of_a_prompt_says_nothing_of_longer_pieces() -> None:
+    pace = Pace(128)
+    pace.took(1, 0, 0.07)
+    for _ in range(60):
+        pace.took(1, 1, 0.071)
+    assert pace.room(1) == FIRST_TOKENS
 
 
 class Machine:

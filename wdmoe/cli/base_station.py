@@ -248,7 +248,7 @@ from wdmoe.transport.descriptors import raise_descriptor_limit
     "--threads",
     type=click.IntRange(0, 1024),
     default=0,
-    help="CPU threads of attention and gate.  [default: one for each core, in graphs 4 at most]",
+    help="CPU threads of attention and gate.  [default: in graphs half of the cores, 4 at most; else all]",
 )
 @click.option("--state", type=DIRECTORY, help="Folder of the base station's key and of the list of admitted devices.")
 @click.option(

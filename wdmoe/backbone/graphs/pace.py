@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from statistics import median
 
-LEARNT = 0.2  # weight of the newest pass
-USED = 0.6  # of what a stream may be delayed by: passes vary, and HTTP comes on top
+LATELY = 9  # passes whose median is the usual one: whatever held up one of them is not usual
+TOGETHER = 3  # passes with a prompt that are judged together, by their median for the same reason
+USED = 0.45  # of what a stream may be delayed by: passes vary, and HTTP comes on top
 FIRST_TOKENS = 8  # beside streams, before anything was measured
+LITTLE = 0.5  # of what is used: then the next passes take a quarter more, else one token more
 
 
 class Pace:
-    """A pass with tokens of prompts may take twice as long as one without: then no stream stutters."""
+    """A pass with tokens of prompts may take twice as long as one without: then no stream stutters.
+
+    What so many tokens add is no line: the first of them needs more experts, and each further one less than that.
+    """
 
     def __init__(self, most: int) -> None:
         """`most`: tokens of prompts in a pass, whatever was measured."""
         self._most = most
-        self._step_s: dict[int, float] = {}  # by rows: of passes without a prompt
-        self._token_s = 0.0  # what each token of a prompt adds
+        self._steps_s: dict[int, deque[float]] = {}  # by rows: of passes without a prompt
+        self._room = min(FIRST_TOKENS, most)
+        self._took: list[float] = []  # by passes with that much of a prompt: what it added, over what it may add
 
     def room(self, rows: int) -> int:
         """How many tokens of prompts may go with so many answers' tokens."""
-        if not rows:
-            return self._most
-        step_s = self._usual_s(rows)
-        if not step_s or not self._token_s:
-            return min(FIRST_TOKENS, self._most)
-        return max(min(int(USED * step_s / self._token_s), self._most), 1)
+        return self._room if rows else self._most
 
     def took(self, rows: int, prompt_tokens: int, seconds: float) -> None:
         """Of a pass with so many answers' and prompts' tokens."""
         if not prompt_tokens:
-            self._step_s[rows] = _learnt(self._step_s.get(rows, 0.0), seconds)
+            self._steps_s.setdefault(rows, deque(maxlen=LATELY)).append(seconds)
         elif rows and (usual_s := self._usual_s(rows)):
-            self._token_s = _learnt(self._token_s, max(seconds - usual_s, 0.0) / prompt_tokens)
-        elif not self._token_s:
-            self._token_s = seconds / prompt_tokens
+            added = max(seconds - usual_s, 0.0) / (USED * usual_s)
+            if prompt_tokens == self._room or added > 1:  # the last piece of a prompt says nothing of larger ones
+                self._took.append(added)
+        if len(self._took) == TOGETHER:
+            self._room = self._next(median(self._took))
+            self._took.clear()
+
+    def _next(self, added: float) -> int:
+        room = self._room
+        if added > 1:
+            return max(min(int(room / added), room - 1), 1)
+        return min(room + (max(room // 4, 1) if added < LITTLE else 1), self._most)
 
     def _usual_s(self, rows: int) -> float:
         """Of a pass of so many rows, or of the most similar one that was seen; 0: none was."""
-        nearest = min(self._step_s, key=lambda seen: abs(seen - rows), default=None)
-        return 0.0 if nearest is None else self._step_s[nearest]
+        nearest = min(self._steps_s, key=lambda seen: abs(seen - rows), default=None)
+        return 0.0 if nearest is None else median(self._steps_s[nearest])
 
 
 def shares(room: int, wanted: Sequence[int]) -> list[int]:
@@ -60,7 +72,3 @@ def shares(room: int, wanted: Sequence[int]) -> list[int]:
         given[at] += more
         left -= more
     return given
-
-
-def _learnt(before: float, seen: float) -> float:
-    return before + LEARNT * (seen - before) if before else seen

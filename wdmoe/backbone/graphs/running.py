@@ -32,7 +32,7 @@ class GraphModel:
             plan: of the model.
             weights: its tensors.
             bits: of the large matrices: 32, 8 or 4.
-            threads: of a step; 0: one for each core, a few at most.
+            threads: of a step; 0: half of the cores, a few at most.
             positions: longest prompt plus answer.
         """
         self.plan = plan

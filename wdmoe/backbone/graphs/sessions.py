@@ -16,7 +16,9 @@ from wdmoe.backbone.graphs.writing.graph import Weights
 from wdmoe.backbone.graphs.writing.plan import Attention, Layer, StationPlan
 from wdmoe.backbone.graphs.writing.segments import LayerGraphs, attention_graph, head_graph, layer_graphs
 
-MOST_THREADS = 4  # unless asked for: each session has its own, and a step waits for memory, not for arithmetic
+# Unless asked for: each session has its own, a step waits for memory and not for arithmetic, and one core of two is for
+# ZeroMQ, HTTP, verification, and devices on the same machine.
+MOST_THREADS = 4
 # Of a layer's weights up to its gate, on average: smaller layers are kept a second time, as one graph. Reading larger
 # ones takes so long that it does not matter how often a graph is run.
 WHOLE_BYTES = 16 << 20
@@ -82,7 +84,7 @@ class StationSessions:
 
 def _options(threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or min(os.cpu_count() or 1, MOST_THREADS)
+    options.intra_op_num_threads = threads or max(1, min(len(os.sched_getaffinity(0)) // 2, MOST_THREADS))
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = False

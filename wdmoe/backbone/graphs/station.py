@@ -142,7 +142,7 @@ def load_graph_station(
         turns: of the requests' greenlets.
         prefill_chunk: most tokens of prompts in a pass.
         precision: of the large matrices, a key of `BITS`.
-        threads: of a step; 0: one for each core, a few at most.
+        threads: of a step; 0: half of the cores, a few at most.
         prefix_bytes: for what is kept of former requests; 0: nothing is.
         alternates: whether two groups of requests may take turns with the devices.
     Raises:
