@@ -8,7 +8,7 @@ from statistics import median
 
 LATELY = 9  # passes whose median is the usual one: whatever held up one of them is not usual
 TOGETHER = 3  # passes with a prompt that are judged together, by their median for the same reason
-USED = 0.45  # of what a stream may be delayed by: passes vary, and HTTP comes on top
+USED = 0.55  # of what a stream may be delayed by: passes vary, and HTTP comes on top
 FIRST_TOKENS = 8  # beside streams, before anything was measured
 LITTLE = 0.5  # of what is used: then the next passes take a quarter more, else one token more
 
