@@ -221,7 +221,8 @@ from wdmoe.transport.descriptors import raise_descriptor_limit
     type=click.Choice(STATION_PRECISIONS),
     default="fp32",
     show_default=True,
-    help="Of the large matrices of attention, shared expert and vocabulary, in graphs.",
+    help="Of the large matrices of attention, shared expert and vocabulary, in graphs. On the default model int8 costs "
+    "0.6 % of perplexity, and int4 30 %: that is for large models.",
 )
 @click.option(
     "--prefix-cache",
