@@ -222,7 +222,7 @@ from wdmoe.transport.descriptors import raise_descriptor_limit
     default="fp32",
     show_default=True,
     help="Of the large matrices of attention, shared expert and vocabulary, in graphs. On the default model int8 costs "
-    "0.6 % of perplexity, and int4 30 %: that is for large models.",
+    "0.6 % of perplexity, and int4 30 %.",
 )
 @click.option(
     "--prefix-cache",
