@@ -19,7 +19,7 @@ from wdmoe.backbone.graphs.writing.segments import LayerGraphs, attention_graph,
 # Unless asked for: each session has its own, a step waits for memory and not for arithmetic, and one core of two is for
 # ZeroMQ, HTTP, verification, and devices on the same machine.
 MOST_THREADS = 4
-# Of a layer's weights up to its gate, on average: smaller layers are kept a second time, as one graph. Reading larger
+# Of the first layer up to its gate: smaller layers are kept a second time, as one graph. Reading larger
 # ones takes so long that it does not matter how often a graph is run.
 WHOLE_BYTES = 16 << 20
 Session: TypeAlias = Any  # onnxruntime.InferenceSession
