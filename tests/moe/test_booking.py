@@ -10,13 +10,12 @@ import pytest
 
 from tests.lab.engine_lab import Lab
 from tests.lab.families import save_tiny
+from tests.lab.waiting import PATIENCE_S
 from wdmoe.backbone.export.export import ExportSettings, export_bundle
 from wdmoe.backbone.format.bundle import Bundle
 from wdmoe.errors import ExpertsUnavailableError
 from wdmoe.layer_call import Caller, Callers, Demand, LayerCall
 from wdmoe.receipt import Ledger
-
-PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")

@@ -135,6 +135,23 @@ def layer_call(token: Any, demand: Any, ledger: Any, more: bool = False) -> Any:
     return dataclasses.replace(call, more=more) if hasattr(call, "more") else call
 
 
+def pass_of_layers(station: Any, token: Any, asked: list[Any], ledger: Any) -> tuple[list[float], list[float]]:
+    """Layers of one pass, on the model thread: seconds of each, and those in which its devices computed.
+
+    One more layer ends the pass and is not counted: a layer may be booked in the next one.
+    """
+    booked, elapsed = [ledger.device_compute_s], []
+    for demand in asked:
+        begun = time.perf_counter()
+        station.layers.run(layer_call(token, demand, ledger, more=True))
+        elapsed.append(time.perf_counter() - begun)
+        booked.append(ledger.device_compute_s)
+    station.layers.run(layer_call(token, asked[0], ledger))
+    late = booked[1] == booked[0]
+    compute = np.diff([*booked, ledger.device_compute_s])[late : late + len(elapsed)]
+    return elapsed, compute.tolist()
+
+
 def time_layer(station: Any, echo: Echo, hidden: int, rounds: int, per_round: int) -> dict[str, list[list[float]]]:
     """Turns of echo and layer; seconds of each, by round."""
     from wdmoe.receipt import Ledger
@@ -145,18 +162,10 @@ def time_layer(station: Any, echo: Echo, hidden: int, rounds: int, per_round: in
 
     def turn(model: Any, ledger: Ledger) -> None:
         figures["echo_s"].append([echo.once() for _ in asked])
-        booked, elapsed = [ledger.device_compute_s], []
-        for demand in asked:  # the layers of one pass
-            begun = time.perf_counter()
-            station.layers.run(layer_call(token, demand, ledger, more=True))
-            elapsed.append(time.perf_counter() - begun)
-            booked.append(ledger.device_compute_s)
-        station.layers.run(layer_call(token, asked[0], ledger))  # and the last one, which is not counted
-        late = booked[1] == booked[0]  # a layer is booked in the next one
-        compute = np.diff([*booked, ledger.device_compute_s])[late : late + len(elapsed)]
+        elapsed, compute = pass_of_layers(station, token, asked, ledger)
         figures["layer_s"].append(elapsed)
-        figures["compute_s"].append(compute.tolist())
-        figures["overhead_s"].append((np.array(elapsed) - compute).tolist())
+        figures["compute_s"].append(compute)
+        figures["overhead_s"].append(np.subtract(elapsed, compute).tolist())
         pause_s = float(np.median(compute))
         figures["paused_echo_s"].append([echo.once(pause_s) for _ in asked])
 

@@ -67,9 +67,7 @@ class Asking:
         self._budget.earn(len(outcome.parts))
         unverified = self._observed.judge(outcome, call.callers)
         elapsed_s = time.monotonic() - started_s
-        self._owed.append(
-            lambda: self._learn(outcome, call.callers, unverified, elapsed_s, busy.seconds),
-        )
+        self._owed.append(lambda: self._learn(outcome, call.callers, unverified, elapsed_s, busy.seconds))
         return outcome.parts
 
     def settle(self) -> None:

@@ -40,6 +40,15 @@ class Buffers:
             self._outputs[name, width] = np.zeros((self.tokens, width), dtype)
         return self._outputs[name, width]
 
+    def bound(self, session: Session, inputs: Mapping[str, npt.NDArray[Any]], y: Float32Array | None = None) -> Bound:
+        """A graph with these inputs and this residual stream above it. The caches are the caller's."""
+        bound = Bound(session, inputs)
+        if y is not None:
+            bound.output("y", y)
+        for name, array in self.outputs(session).items():
+            bound.output(name, array)
+        return bound
+
     def outputs(self, session: Session) -> Mapping[str, npt.NDArray[Any]]:
         """Of all outputs of a graph but the residual stream and the caches, by name."""
         return {
@@ -78,9 +87,8 @@ class Buffers:
     def _bind_shared(self, layer: LayerSessions) -> Bound | None:
         if layer.shared is None:
             return None
-        bound = Bound(layer.shared, {"x": self._outputs["hidden", self._width]})
-        bound.output("y", self.output("shared", self._width))
-        return bound
+        given = {"x": self._outputs["hidden", self._width]}
+        return self.bound(layer.shared, given, self.output("shared", self._width))
 
 
 class Shared:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from wdmoe.backbone.graphs.writing.segments import LayerGraphs, attention_graph,
 # Unless asked for: each session has its own, a step waits for memory and not for arithmetic, and one core of two is for
 # ZeroMQ, HTTP, verification, and devices on the same machine.
 MOST_THREADS = 4
-# Of the first layer up to its gate: smaller layers are kept a second time, as one graph. Reading larger
-# ones takes so long that it does not matter how often a graph is run.
+# Of the first layer up to its gate: smaller layers are kept a second time, as one graph. Reading larger ones takes so
+# long that it does not matter how often a graph is run.
 WHOLE_BYTES = 16 << 20
 Session: TypeAlias = Any  # onnxruntime.InferenceSession
 Value: TypeAlias = Any  # onnxruntime.OrtValue
@@ -54,15 +53,12 @@ class StationSessions:
         self.embedding: Float32Array = weights[plan.embedding]
         self._options = _options(threads)
         self._attention: dict[Attention, Session] = {}
-        made = layer_graphs(plan, weights, bits)
-        first = next(made)
-        whole = len(first.whole) <= WHOLE_BYTES
-        graphs = zip(plan.layers, itertools.chain([first], made), strict=True)
-        self.layers: Sequence[LayerSessions] = [self._layer(layer, each, weights, whole) for layer, each in graphs]
+        graphs = zip(plan.layers, layer_graphs(plan, weights, bits, WHOLE_BYTES), strict=True)
+        self.layers: Sequence[LayerSessions] = [self._layer(layer, made, weights) for layer, made in graphs]
         self.head = self._session(head_graph(plan, weights, bits))
         self.cos, self.sin = (as_value(table) for table in plan.rope.tables(positions))
 
-    def _layer(self, layer: Layer, graphs: LayerGraphs, weights: Weights, whole: bool) -> LayerSessions:
+    def _layer(self, layer: Layer, graphs: LayerGraphs, weights: Weights) -> LayerSessions:
         part = layer.attention
         if part.shape not in self._attention:
             graph = attention_graph(part.shape, len(self.plan.rope.frequencies))
@@ -74,7 +70,7 @@ class StationSessions:
             attention=self._attention[part.shape],
             sinks=as_value(weights[f"{part.prefix}sinks"]) if part.sinks else None,
             after=self._session(graphs.after),
-            whole=self._session(graphs.whole) if whole else None,
+            whole=None if graphs.whole is None else self._session(graphs.whole),
             shared=None if graphs.shared is None else self._session(graphs.shared),
         )
 

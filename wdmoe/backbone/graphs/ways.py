@@ -132,10 +132,8 @@ class InOne(OfSpan):
         for number, layer in enumerate(sessions.layers):
             side = number % 2
             moe = {"moe": buffers.moe} if layer.below else {}
-            bound = Bound(layer.whole, {"x": buffers.x[side], "axis": self._axis, **moe})
-            bound.output("y", buffers.x[1 - side])
-            for name, array in buffers.outputs(layer.whole).items():
-                bound.output(name, array)
+            given: dict[str, npt.NDArray[Any]] = {"x": buffers.x[side], "axis": self._axis, **moe}
+            bound = buffers.bound(layer.whole, given, buffers.x[1 - side])
             self._bind_cache(bound, sessions, number)
             yield bound
 
@@ -165,19 +163,17 @@ class Parts:
         self.layers: list[tuple[Bound, Bound]] = []
         side = 0  # of the residual stream
         for layer in sessions.layers:
-            before = Bound(layer.before, {"x": buffers.x[side], **({"moe": buffers.moe} if layer.below else {})})
             if layer.below:
+                given = {"x": buffers.x[side], "moe": buffers.moe}
                 side = 1 - side
-                before.output("y", buffers.x[side])
+                before = buffers.bound(layer.before, given, buffers.x[side])
+            else:
+                before = buffers.bound(layer.before, {"x": buffers.x[side]})
             part = layer.layer.attention
             attended = buffers.output("attention", part.heads * part.head_size)
-            after = Bound(layer.after, {"x": buffers.x[side], "attention": attended})
+            given = {"x": buffers.x[side], "attention": attended}
             side = 1 - side
-            after.output("y", buffers.x[side])
-            for bound, session in ((before, layer.before), (after, layer.after)):
-                for name, array in buffers.outputs(session).items():
-                    bound.output(name, array)
-            self.layers.append((before, after))
+            self.layers.append((before, buffers.bound(layer.after, given, buffers.x[side])))
         self.last: Float32Array = buffers.x[side]
 
 

@@ -35,7 +35,7 @@ _INFO_BYTES = 136
 _LOOK_MS = 100
 _LOOK_SOON_MS = 20  # while much is unread, or somebody is new
 _NEW_S = 1.0
-_GROWS = 1 / 16  # of what is borne
+_MUCH = 1 / 16  # of what one connection may leave unread before it is heard
 _MOST_LEFT = 1000  # messages unread of a connection that ended: no honest peer leaves as many
 _JOIN_S = 5.0
 _SEE_OUT_S = 0.2
@@ -269,7 +269,7 @@ class Gate:
     def _much_waits(self) -> bool:
         """Whether what waits unread takes memory that is worth handing back: of all together, also who has gone."""
         held = sum(connection.held for connection, _ in self._present.values())
-        return held + self._left_unread.total() > _GROWS * self.bounds.first_bytes
+        return held + self._left_unread.total() > _MUCH * self.bounds.first_bytes
 
     def _look(self, connection: Connection, duplicate: tcp.socket, passed_s: float) -> str:
         info = duplicate.getsockopt(tcp.IPPROTO_TCP, tcp.TCP_INFO, _INFO_BYTES)

@@ -11,6 +11,7 @@ its own when the weights of others went through the caches in between.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,23 +28,33 @@ class LayerGraphs:
 
     before: bytes  # x -> query, and key and value where they are apart; where experts are below: x, moe -> y, query ...
     after: bytes  # x, attention -> y, and where experts follow: hidden, gate, weights, experts
-    whole: bytes  # x, past, axis (of the rows, or of the tokens of one row) -> present, and what `after` gives
+    # All three in one, where the first layer is small: x, past, axis (of the rows, or of the tokens of one row)
+    # -> present, and what `after` gives.
+    whole: bytes | None
     shared: bytes | None  # the shared expert: x -> y, to be computed while the others are away
 
 
-def layer_graphs(plan: StationPlan, weights: Weights, bits: int = 32) -> Iterator[LayerGraphs]:
+def layer_graphs(
+    plan: StationPlan, weights: Weights, bits: int = 32, most_whole_bytes: float = math.inf
+) -> Iterator[LayerGraphs]:
     """Write the graphs of all layers, one after the other, so that only one holds its weights twice.
 
     Args:
         plan: of the model.
         weights: its tensors.
         bits: of the large matrices: 32, 8 or 4.
+        most_whole_bytes: of the first layer up to its gate, for `whole` to be written.
     """
+    in_one = True
     for layer in plan.layers:
+        before = _before(plan, Graph(weights, bits), layer)
+        after = _after(plan, Graph(weights, bits), layer)
+        if layer is plan.layers[0]:
+            in_one = len(before) + len(after) <= most_whole_bytes
         yield LayerGraphs(
-            before=_before(plan, Graph(weights, bits), layer),
-            after=_after(plan, Graph(weights, bits), layer),
-            whole=_whole(plan, Graph(weights, bits), layer),
+            before=before,
+            after=after,
+            whole=_whole(plan, Graph(weights, bits), layer) if in_one else None,
             shared=None if layer.shared is None else _shared(plan, Graph(weights, bits), layer.shared),
         )
 
